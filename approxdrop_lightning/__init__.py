@@ -1,0 +1,24 @@
+"""Dropout that skips the work it drops, for PyTorch Lightning."""
+
+from approxdrop_lightning import functional
+from approxdrop_lightning.callback import ApproxDropout
+from approxdrop_lightning.distribution import PatternDistribution
+from approxdrop_lightning.layers import ApproxLinear, ApproxLSTM
+from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.sampler import PatternSampler
+from approxdrop_lightning.surgery import approximate, resample, restore
+
+__all__ = [
+    "ApproxDropout",
+    "ApproxLSTM",
+    "ApproxLinear",
+    "PatternDistribution",
+    "PatternSampler",
+    "RowPattern",
+    "approximate",
+    "functional",
+    "resample",
+    "restore",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,182 @@
+"""The Lightning callback: converts, draws per batch, logs, saves, restores."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from approxdrop_lightning.options import Options
+from approxdrop_lightning.report import Report
+from approxdrop_lightning.surgery import Conversion, convert, restore
+
+
+class ApproxDropout(Callback):
+    """Make the dropout of a model skip the work that it drops.
+
+    When training starts, ``nn.Dropout`` and the ``nn.Linear`` and ``nn.LSTM`` layers beside it are converted in
+    place; for each batch patterns are drawn; when training ends, the stock layers are back. Validation, test and
+    predict are those of the unconverted model, and so is the ``state_dict`` at any time.
+
+    Args:
+        rate: Dropout rate of all sites, in [0, 1); None: each keeps the ``p`` of its own layer.
+        pattern: ``"row"``: units are dropped (Song et al., DATE 2019, section 3.1).
+        interleave: Whether rows of the batch take the cells of a pattern in turn; else the batch shares it.
+        shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
+        block_size: Units permuted together, >= 1.
+        max_dp: Largest period, >= 1; at least ``1 / (1 - rate)``.
+        keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number where ``dp`` is small.
+        concentration: 0: most random distribution (the paper's); large: the dropped share hardly varies.
+        search: ``"maxent"`` (closed form) or ``"sgd"`` (the paper's search).
+        scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
+        recurrent: Whether recurrent connections are dropped too. Not available yet.
+        tile_size: Side of a tile; for ``pattern="tile"``. Not available yet.
+        min_features: Sites narrower than this are masked and computed densely.
+        backend: ``"auto"``, ``"compact"`` or ``"reference"``.
+        seed: Seed of the patterns; None takes that of ``seed_everything``, else PyTorch's initial seed. The
+            global generators are never used.
+
+    Raises:
+        MisconfigurationException: An argument is outside of its range or a rate is not feasible.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[ApproxDropout()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        rate: float | None = None,
+        pattern: str = "row",
+        interleave: bool = True,
+        shuffle: bool = True,
+        block_size: int = Options.block_size,
+        max_dp: int = Options.max_dp,
+        keep: str = "any",
+        concentration: float = Options.concentration,
+        search: str = "maxent",
+        scale: str = "rate",
+        recurrent: bool = False,
+        tile_size: int = 32,
+        min_features: int = Options.min_features,
+        backend: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        try:
+            self.options = Options(
+                rate, pattern, interleave, shuffle, block_size, max_dp, keep, concentration, search, scale,
+                recurrent, tile_size, min_features, backend,
+            )  # fmt: skip
+        except ValueError as error:
+            raise MisconfigurationException(f"ApproxDropout: {error}") from error
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise MisconfigurationException(f"ApproxDropout: seed must be an integer or None, got {seed!r}")
+        self.seed = seed
+        self.report: Report | None = None
+        self._conversion: Conversion | None = None
+        self._saved: dict[str, Any] | None = None
+        self._dropped, self._steps = 0.0, 0
+        self._reported = False
+
+    @classmethod
+    def paper(cls, rate: float | None = None, max_dp: int = 10, **overrides: Any) -> ApproxDropout:
+        """The paper's own setting: pattern shared by the batch, not shuffled, one cell kept, maximum entropy."""
+        settings = {"interleave": False, "shuffle": False, "keep": "one", "concentration": 0.0} | overrides
+        return cls(rate=rate, max_dp=max_dp, **settings)
+
+    @property
+    def state_key(self) -> str:
+        """One key per pattern family, so that two callbacks do not load each other's state."""
+        return self._generate_state_key(pattern=self.options.pattern)
+
+    @property
+    def realised_rate(self) -> float | None:
+        """Mean share of units dropped per step and site over the training so far; None before the first step."""
+        return self._dropped / self._steps if self._steps else None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Convert the model, before optimizers and strategy see it."""
+        if stage != "fit":
+            return
+        others = [c for c in trainer.callbacks if isinstance(c, ApproxDropout) and c is not self]
+        if others:
+            raise MisconfigurationException("ApproxDropout: one is enough, the trainer has several")
+        # Layers that are built in configure_model must exist; it is idempotent by Lightning's contract.
+        pl_module.configure_model()
+        try:
+            self._conversion = convert(pl_module, self.options, self._seed())
+        except ValueError as error:
+            raise MisconfigurationException(f"ApproxDropout: {error}") from error
+        self.report, self._reported = self._conversion.report, False
+        if self._saved is not None:
+            self._continue(self._saved)
+
+    def _seed(self) -> int:
+        if self.seed is not None:
+            return self.seed
+        everything = os.environ.get("PL_GLOBAL_SEED")
+        return int(everything) if everything else torch.initial_seed()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw this batch's patterns."""
+        self._conversion.resample()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the realised rate; print the report once the first batch has shown what is skipped."""
+        patterns = [p for site in self.report.sites for p in site.last_patterns]
+        if patterns:
+            self._dropped += sum(1 - p.share for p in patterns) / len(patterns)
+            self._steps += 1
+            pl_module.log(
+                "dropout/realised_rate", self.realised_rate, on_step=False, on_epoch=True, batch_size=1
+            )
+        if not self._reported:
+            self._reported = True
+            rank_zero_info(f"ApproxDropout:\n{self.report}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the stock layers back; a second fit continues the sequence of patterns."""
+        if stage == "fit" and self._conversion is not None:
+            self._saved = self.state_dict()
+            restore(pl_module)
+            self._conversion = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As at the end: Lightning calls no teardown after an exception that it raises again."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the samplers, the realised rate, and the options that made them."""
+        if self._conversion is None:
+            return self._saved or {}
+        return {
+            "options": asdict(self.options),
+            "samplers": self._conversion.state_dict(),
+            "dropped": self._dropped,
+            "steps": self._steps,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the very same sequence of patterns."""
+        self._saved = state_dict or None
+        if self._conversion is not None and self._saved is not None:
+            self._continue(self._saved)
+
+    def _continue(self, state: dict[str, Any]) -> None:
+        try:
+            self._conversion.load_state_dict(state["samplers"])
+        except (KeyError, ValueError) as error:
+            raise MisconfigurationException(
+                f"ApproxDropout: the checkpoint's patterns do not fit this run: {error}"
+            ) from error
+        self._dropped, self._steps = state["dropped"], state["steps"]

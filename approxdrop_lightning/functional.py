@@ -1,0 +1,238 @@
+"""The public maths: products and recurrences that skip what a pattern drops."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from approxdrop_lightning.ops import compact, lstm, reference
+from approxdrop_lightning.pattern import RowPattern
+
+BACKENDS = ("auto", "reference", "compact")
+
+
+def check_backend(backend: str) -> str:
+    """Return ``backend``; raise ``ValueError`` if there is none of that name."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    return backend
+
+
+def _ops(backend: str):
+    return reference if check_backend(backend) == "reference" else compact
+
+
+def lines_up(first: RowPattern | None, second: RowPattern | None) -> bool:
+    """Whether one product can have both patterns: the rows must fall into the same groups."""
+    if first is None or second is None:
+        return True
+    return first.n_groups == second.n_groups or not first.interleave or not second.interleave
+
+
+def pack(x: Tensor, pattern: RowPattern, backend: str = "auto") -> Tensor:
+    """Keep what a pattern keeps.
+
+    Args:
+        x: Dense, ``[*leading, n]``.
+        pattern: A pattern of ``n`` units.
+        backend: ``"reference"``, ``"compact"`` or ``"auto"``.
+
+    Returns:
+        ``[*leading, n_kept]`` for a shared pattern. For an interleaved one the flat values, group after
+        group, each row-major ``[rows of the group, kept units of the group]``.
+
+    Raises:
+        ValueError: ``x`` is not ``n`` wide, or the backend is unknown.
+    """
+    if x.dim() == 0 or x.shape[-1] != pattern.n:
+        raise ValueError(f"pack: the pattern is of {pattern.n} units, got x of shape {tuple(x.shape)}")
+    values = _ops(backend).pack(x, pattern)
+    return values if pattern.interleave else values.view(*x.shape[:-1], pattern.n_kept)
+
+
+def unpack(
+    values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...] | None = None, backend: str = "auto"
+) -> Tensor:
+    """Put kept values back in their places, with zeros where the pattern drops: inverse of :func:`pack`.
+
+    Args:
+        values: What :func:`pack` returns.
+        pattern: The pattern they were packed with.
+        leading_shape: Shape of the batch; needed for an interleaved pattern.
+        backend: ``"reference"``, ``"compact"`` or ``"auto"``.
+
+    Returns:
+        Dense, ``[*leading, n]``.
+
+    Raises:
+        ValueError: The number of values is not that of the pattern and shape.
+    """
+    leading = _leading_shape("unpack", values, pattern, leading_shape)
+    return _ops(backend).unpack(values, pattern, leading)
+
+
+def row_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    in_pattern: RowPattern | None = None,
+    out_pattern: RowPattern | None = None,
+    scale: float = 1.0,
+    backend: str = "auto",
+    leading_shape: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Linear layer between two row patterns (Song et al., DATE 2019, section 3.1).
+
+    With shared patterns, ``y = scale * (x @ weight[kept_out][:, kept_in].T + bias[kept_out])``: compact in,
+    compact out. With interleaved patterns the same per group of rows. ``1 / (dp_in * dp_out)`` of the dense
+    multiplies are executed (``keep = 1``); gradients are those of the masked dense product, the weight's is
+    dense.
+
+    Args:
+        x: Dense ``[*leading, n_in]`` without ``in_pattern``; else packed as :func:`pack` returns it.
+        weight: ``[n_out, n_in]``.
+        bias: ``[n_out]``.
+        in_pattern: Pattern of the ``n_in`` inputs, or None to read all.
+        out_pattern: Pattern of the ``n_out`` outputs, or None to compute all.
+        scale: Factor of the output.
+        backend: ``"reference"`` (masked dense), ``"compact"`` (gather and multiply), or ``"auto"``.
+        leading_shape: Shape of the batch; needed if ``in_pattern`` is interleaved.
+
+    Returns:
+        Dense ``[*leading, n_out]`` without ``out_pattern``; else packed as :func:`pack` returns it.
+
+    Raises:
+        ValueError: Shapes do not fit, the groups of two interleaved patterns differ, or the backend is unknown.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"row_linear: weight must be [n_out, n_in], got shape {tuple(weight.shape)}")
+    n_out, n_in = weight.shape
+    for name, pattern, n in (("in", in_pattern, n_in), ("out", out_pattern, n_out)):
+        if pattern is not None and pattern.n != n:
+            raise ValueError(f"row_linear: {name}_pattern is of {pattern.n} units, the weight has {n}")
+    if bias is not None and tuple(bias.shape) != (n_out,):
+        raise ValueError(f"row_linear: bias must be [{n_out}], got shape {tuple(bias.shape)}")
+    if not lines_up(in_pattern, out_pattern):
+        raise ValueError(
+            f"row_linear: interleaved patterns must have one dp, got {in_pattern.dp} in and {out_pattern.dp} out"
+        )
+    if in_pattern is None:
+        if x.dim() == 0 or x.shape[-1] != n_in:
+            raise ValueError(f"row_linear: x must be [..., {n_in}], got shape {tuple(x.shape)}")
+        leading = tuple(x.shape[:-1])
+    else:
+        leading = _leading_shape("row_linear", x, in_pattern, leading_shape)
+    x, weight, bias = _autocast(x, weight, bias)
+    y = _ops(backend).row_linear(x, weight, bias, in_pattern, out_pattern, leading)
+    if out_pattern is None:
+        y = y.view(*leading, n_out)
+    elif not out_pattern.interleave:
+        y = y.view(*leading, out_pattern.n_kept)
+    return y if scale == 1.0 else y * scale
+
+
+def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:
+    """Columns of a weight that a shared pattern of its inputs keeps.
+
+    Args:
+        weight: ``[n_out, n_in]``.
+        pattern: Shared pattern of the ``n_in`` inputs.
+
+    Returns:
+        ``[n_out, n_kept]``. Its gradient is dense.
+
+    Raises:
+        ValueError: The pattern is interleaved or not of ``n_in`` units.
+    """
+    if pattern.interleave or weight.dim() != 2 or weight.shape[1] != pattern.n:
+        raise ValueError(
+            f"select_columns: needs a shared pattern of the weight's inputs, got {pattern} for {tuple(weight.shape)}"
+        )
+    return compact.select_columns(weight, pattern)
+
+
+def lstm_sequence(
+    gates: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weight_hh: Tensor,
+    pattern: RowPattern | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LSTM recurrence over ready-made gate inputs.
+
+    For each step ``i, f, g, o = gates[t] + scale * h[:, kept] @ weight_hh[:, kept].T``, then
+    ``c = sigmoid(f) * c + sigmoid(i) * tanh(g)`` and ``h = sigmoid(o) * tanh(c)``, as in ``torch.nn.LSTM``.
+    The backward pass collects the gates' gradients over time and forms that of ``weight_hh`` in one product.
+
+    Args:
+        gates: ``[T, B, 4 * H]``: input product and both biases, in the order i, f, g, o.
+        h0: ``[B, H]``.
+        c0: ``[B, H]``.
+        weight_hh: ``[4 * H, H]``.
+        pattern: Shared pattern of the ``H`` recurrent inputs (recurrent dropout), or None.
+        scale: Factor of the kept recurrent inputs.
+
+    Returns:
+        ``(h, h_T, c_T)`` of shapes ``[T, B, H]``, ``[B, H]`` and ``[B, H]``.
+
+    Raises:
+        ValueError: Shapes do not fit, ``T`` is 0, or the pattern is interleaved.
+    """
+    if gates.dim() != 3 or gates.shape[0] == 0 or gates.shape[2] % 4:
+        raise ValueError(f"lstm_sequence: gates must be [T >= 1, B, 4 * H], got shape {tuple(gates.shape)}")
+    _, batch, hidden = gates.shape[0], gates.shape[1], gates.shape[2] // 4
+    for name, tensor, shape in (
+        ("h0", h0, (batch, hidden)),
+        ("c0", c0, (batch, hidden)),
+        ("weight_hh", weight_hh, (4 * hidden, hidden)),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"lstm_sequence: {name} must be {list(shape)}, got shape {tuple(tensor.shape)}")
+    if pattern is not None and (pattern.interleave or pattern.n != hidden):
+        raise ValueError(f"lstm_sequence: the pattern must be shared and of {hidden} units, got {pattern}")
+    gates, h0, c0, weight_hh = _autocast(gates, h0, c0, weight_hh)
+    if pattern is not None and not pattern.keeps_all:
+        weight_hh = weight_hh.index_select(1, pattern.kept.to(weight_hh.device))
+    kept = None if pattern is None or pattern.keeps_all else pattern.kept.to(gates.device)
+    if scale != 1.0:
+        weight_hh = weight_hh * scale
+    return lstm.sequence(gates, h0, c0, weight_hh, kept)
+
+
+def _leading_shape(
+    caller: str, values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """Shape of the batch that packed values are of; ``ValueError`` if there is none."""
+    if pattern.interleave:
+        if leading_shape is None:
+            raise ValueError(f"{caller}: leading_shape is needed with an interleaved pattern")
+        rows = pattern.row_groups(tuple(leading_shape))
+        expected = sum(r.numel() * c.numel() for r, c in zip(rows, pattern.cells(), strict=True))
+        if values.numel() != expected:
+            raise ValueError(
+                f"{caller}: the pattern keeps {expected} values of a batch {tuple(leading_shape)}, "
+                f"got {values.numel()}"
+            )
+        return tuple(leading_shape)
+    if values.dim() == 0 or values.shape[-1] != pattern.n_kept:
+        raise ValueError(
+            f"{caller}: the pattern keeps {pattern.n_kept} of {pattern.n} units, got x of shape {tuple(values.shape)}"
+        )
+    leading = tuple(values.shape[:-1])
+    if leading_shape is not None and math.prod(leading_shape) != math.prod(leading):
+        raise ValueError(
+            f"{caller}: leading_shape {tuple(leading_shape)} does not fit x of shape {tuple(values.shape)}"
+        )
+    return leading if leading_shape is None else tuple(leading_shape)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast as ``torch.autocast`` casts the inputs of ``F.linear`` on this device."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -1,0 +1,8 @@
+"""Layers that skip dropped work; subclasses of the stock layers with the same parameters."""
+
+from approxdrop_lightning.layers.compact_tensor import CompactTensor
+from approxdrop_lightning.layers.linear import ApproxLinear
+from approxdrop_lightning.layers.lstm import ApproxLSTM
+from approxdrop_lightning.layers.site import ApproxDropoutSite, Site
+
+__all__ = ["ApproxDropoutSite", "ApproxLSTM", "ApproxLinear", "CompactTensor", "Site"]

@@ -1,0 +1,123 @@
+"""A tensor that is dense to whoever looks, and cheaper to those who know it.
+
+Model code between a producer, a dropout and its consumers is arbitrary Python. So that it may stay as it is,
+the layers hand each other subclasses of ``torch.Tensor`` with the full shape and dtype. A function that a
+subclass knows is computed on what it holds; to every other function it is the dense tensor, autograd included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+def _overloads(*names: str) -> frozenset[Callable]:
+    """The forms of each function that PyTorch hands to ``__torch_function__``."""
+    homes = (F, torch, Tensor)
+    return frozenset(getattr(home, name) for name in names for home in homes if hasattr(home, name))
+
+
+#: Functions of one value with f(0) = 0: they may act on kept values alone, before or after dropout.
+KEEPS_ZERO = _overloads(
+    "relu", "relu6", "gelu", "tanh", "silu", "leaky_relu", "elu", "selu", "celu", "hardswish", "mish", "softsign",
+    "tanhshrink", "abs", "neg", "square", "sin",
+)  # fmt: skip
+#: Functions of one value: they may act on kept values alone as long as the dropout is yet to come.
+POINTWISE = KEEPS_ZERO | _overloads(
+    "sigmoid", "logsigmoid", "softplus", "hardsigmoid", "hardtanh", "exp", "cos", "add", "sub", "mul", "div", "clamp",
+)  # fmt: skip
+#: They rearrange the leading dimensions, or everything; which of both their result's shape tells.
+RESHAPES = _overloads("view", "reshape", "flatten", "unsqueeze", "squeeze")
+#: Answered from the shape, dtype and device, without computing anything.
+_METADATA = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_leaf", "is_sparse",
+                 "is_quantized", "is_meta", "is_nested")
+) | {Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__,
+     Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel}  # fmt: skip
+
+
+class LazyTensor(torch.Tensor):
+    """Base of the tensors that hold less than they show. A subclass defines ``_compute`` and ``_apply``."""
+
+    @staticmethod
+    def __new__(
+        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, **_: Any
+    ) -> LazyTensor:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=True)
+
+    def __init__(self) -> None:
+        self._dense: Tensor | None = None
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether nobody has asked for the dense tensor yet."""
+        return self._dense is None
+
+    def dense(self) -> Tensor:
+        """The ordinary tensor. Computed once: whatever changes it in place is seen by all later readers."""
+        if self._dense is None:
+            # The first to look may stand under no_grad (a metric), the next one may be the loss.
+            with torch.inference_mode(False), torch.enable_grad():
+                self._dense = self._compute()
+        return self._dense
+
+    def _compute(self) -> Tensor:
+        raise NotImplementedError
+
+    def _apply(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Result of ``func(self, *args, **kwargs)`` without the dense tensor, or NotImplemented."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        first = args[0] if args else None
+        if isinstance(first, LazyTensor) and first.is_lazy:
+            result = first._apply(func, args[1:], kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*tree_map(as_dense, args), **tree_map(as_dense, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        # Reached only past __torch_function__ (a C++ caller), where autograd would lose the way back.
+        raise RuntimeError(
+            f"{func} reached a {cls.__name__} past PyTorch's function overrides; exclude the dropout before it, "
+            "or call .dense() on its output"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def as_dense(x: Any) -> Any:
+    """The ordinary tensor of a lazy one; anything else as it is."""
+    return x.dense() if isinstance(x, LazyTensor) else x
+
+
+def has_tensor(args: Any) -> bool:
+    """Whether a tensor is among the arguments: then the function is not one of a single value."""
+    return any(isinstance(a, Tensor) for a in args)
+
+
+def reshaped_leading(
+    func: Callable, shape: tuple[int, ...], args: tuple, kwargs: dict[str, Any]
+) -> tuple[int, ...] | None:
+    """New shape, if a reshaping leaves the last dimension (and so each row) as it is; else None."""
+    if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
+        return None
+    out = tuple(func(torch.empty(shape, device="meta"), *args, **kwargs).shape)
+    return out if out and shape and out[-1] == shape[-1] else None

@@ -1,0 +1,94 @@
+"""The LSTM that reads kept inputs only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from approxdrop_lightning import functional
+from approxdrop_lightning.layers.compact_tensor import CompactTensor
+from approxdrop_lightning.layers.lazy_tensor import as_dense
+from approxdrop_lightning.layers.site import Site
+
+_State = tuple[Tensor, Tensor]
+
+
+class ApproxLSTM(nn.LSTM):
+    """``nn.LSTM`` with approximate dropout between its layers and on its (compact) input.
+
+    Non-recurrent dropout, as Zaremba et al. (2014) place it. A layer whose input has a shared pattern runs
+    the vendor's kernel on the compact input and the kept columns of ``weight_ih``. With an interleaved
+    pattern the input product of all steps is one grouped product, and the recurrence runs over ready-made gate
+    inputs. In evaluation it is ``nn.LSTM``, as it is for a ``PackedSequence``.
+
+    Attributes:
+        name: Name in the model, for the report.
+        backend: Backend of its products.
+        sites: Dropout on the output of each layer but the last; empty without ``dropout``.
+    """
+
+    name: str
+    backend: str
+    sites: list[Site]
+
+    @staticmethod
+    def unsupported(layer: nn.LSTM) -> str | None:
+        """Why a stock layer must be left as it is, or None."""
+        if layer.bidirectional:
+            return "a bidirectional LSTM is not supported"
+        if layer.proj_size:
+            return "an LSTM with projections (proj_size) is not supported"
+        return None
+
+    def forward(self, x: Tensor | PackedSequence, hx: _State | None = None) -> tuple[Tensor, _State]:
+        """As ``nn.LSTM``: ``[T, B, input]`` (``[B, T, input]`` if ``batch_first``, ``[T, input]`` unbatched)."""
+        if not self.training or isinstance(x, PackedSequence):
+            return super().forward(as_dense(x), hx)
+        if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
+            return super().forward(as_dense(x), hx)  # it raises nn.LSTM's own error
+        batched = x.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if not batched:
+            x = as_dense(x).unsqueeze(batch_dim)
+            hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        if hx is None:
+            zeros = torch.zeros(
+                self.num_layers, x.shape[batch_dim], self.hidden_size, dtype=x.dtype, device=x.device
+            )
+            hx = (zeros, zeros)
+        else:
+            self.check_forward_args(torch.empty(x.shape, device="meta"), hx, None)
+        states = []
+        for layer in range(self.num_layers):
+            if layer and self.sites:
+                x = self.sites[layer - 1].drop(x)
+            x, state = self._layer(layer, x, (hx[0][layer], hx[1][layer]))
+            states.append(state)
+        h, c = (torch.stack(part) for part in zip(*states, strict=True))
+        if not batched:
+            x, h, c = x.squeeze(batch_dim), h.squeeze(1), c.squeeze(1)
+        return x, (h, c)
+
+    def _layer(self, layer: int, x: Tensor, state: _State) -> tuple[Tensor, _State]:
+        """One layer, reading ``x`` dense, compact with a shared pattern, or compact and interleaved."""
+        weight_ih, weight_hh = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
+        biases = (getattr(self, f"bias_ih_l{layer}"), getattr(self, f"bias_hh_l{layer}")) if self.bias else ()
+        compact = isinstance(x, CompactTensor) and x.is_lazy
+        if compact:
+            x.on_read(self.name if layer == 0 else f"{self.name} (layer {layer})")
+        if compact and x.pattern.interleave:
+            gates = functional.row_linear(
+                x.values, weight_ih, sum(biases) if biases else None, x.pattern, backend=self.backend,
+                leading_shape=x.rows,
+            ).view(*x.shape[:-1], -1)  # fmt: skip
+            gates = gates.transpose(0, 1) if self.batch_first else gates
+            y, h, c = functional.lstm_sequence(gates, *state, weight_hh)
+            return (y.transpose(0, 1) if self.batch_first else y), (h, c)
+        if compact:
+            weight_ih = functional.select_columns(weight_ih, x.pattern)
+            x = x.values.view(*x.shape[:-1], -1)
+        weights = [weight_ih, weight_hh, *biases]
+        hx = (state[0].unsqueeze(0), state[1].unsqueeze(0))
+        y, h, c = torch._VF.lstm(as_dense(x), hx, weights, self.bias, 1, 0.0, True, False, self.batch_first)
+        return y, (h[0], c[0])

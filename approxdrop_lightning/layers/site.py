@@ -1,0 +1,121 @@
+"""Where dropout acts: a site draws the pattern and keeps what it keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from approxdrop_lightning.layers.compact_tensor import CompactTensor
+from approxdrop_lightning.layers.lazy_tensor import as_dense
+from approxdrop_lightning.layers.linear import PendingLinear
+from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.sampler import PatternSampler
+
+
+class Site:
+    """One dropout: its rate, its patterns, and what it was seen to stand between.
+
+    Each use of a forward pass has a pattern of its own. Patterns stay until :meth:`begin` with ``fresh``.
+
+    Args:
+        name: Name in the model, for the report.
+        rate: Share of units dropped in expectation, in (0, 1).
+        sampler: Source of the patterns, shared with the other sites of this rate.
+        scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
+        min_features: Narrower inputs are masked and computed densely.
+        backend: Backend of packing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rate: float,
+        sampler: PatternSampler,
+        scale: str = "rate",
+        min_features: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        self.name, self.rate, self.sampler = name, rate, sampler
+        self.scale_by, self.min_features, self.backend = scale, min_features, backend
+        self.producers: set[str] = set()
+        self.consumers: set[str] = set()
+        self.narrow: int | None = None
+        self._patterns: list[RowPattern] = []
+        self._uses = 0
+
+    @property
+    def last_patterns(self) -> tuple[RowPattern, ...]:
+        """Patterns of the last training forward, in order of use."""
+        return tuple(self._patterns[: self._uses])
+
+    @property
+    def scale(self) -> float:
+        """Factor of the kept values in this step."""
+        if self.scale_by == "dp":
+            return self.sampler.dp / self.sampler.keep
+        return 1 / (1 - self.rate)
+
+    def begin(self, fresh: bool = True) -> None:
+        """Begin a forward pass: with fresh patterns, or with those of the last one again."""
+        self._uses = 0
+        if fresh:
+            self._patterns.clear()
+
+    def _pattern(self, n: int) -> RowPattern:
+        if self._uses == len(self._patterns) or self._patterns[self._uses].n != n:
+            del self._patterns[self._uses :]
+            self._patterns.append(self.sampler.pattern(n))
+        self._uses += 1
+        return self._patterns[self._uses - 1]
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout of ``x`` (``[..., n]``) by the next pattern; what it drops of a pending product is not computed."""
+        if x.dim() == 0 or x.numel() == 0:
+            return as_dense(x) * self.scale
+        shape = tuple(x.shape)
+        pattern = self._pattern(shape[-1])
+        pending = isinstance(x, PendingLinear) and x.is_lazy
+        if pending:
+            x.layer.feeds_site = True
+            self.producers.add(x.layer.name)
+        if pattern.keeps_all:
+            return as_dense(x) * self.scale
+        if shape[-1] < self.min_features:
+            self.narrow = shape[-1]
+            x = as_dense(x)
+            return x * (pattern.mask(*shape[:-1]).to(x) * self.scale)
+        common = {"backend": self.backend, "on_read": self.consumers.add}
+        if pending:
+            values = x.kept_values(pattern) * self.scale
+            return CompactTensor(shape, values, pattern, shape[:-1], values, **common)
+        x = as_dense(x)
+        return CompactTensor(shape, x, pattern, shape[:-1], source=x, scale=self.scale, **common)
+
+
+class ApproxDropoutSite(nn.Dropout):
+    """Stands in ``nn.Dropout``'s place; in evaluation it is ``nn.Dropout``.
+
+    Attributes:
+        site: The site.
+    """
+
+    site: Site
+
+    @property
+    def last_patterns(self) -> tuple[RowPattern, ...]:
+        """Patterns of the last training forward, in order of use."""
+        return self.site.last_patterns
+
+    @property
+    def scale(self) -> float:
+        """Factor of the kept values in this step."""
+        return self.site.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., n]`` to ``[..., n]``."""
+        if not self.training:
+            return super().forward(x)
+        if not torch.is_grad_enabled():
+            # Training mode without gradients: nothing waits, so the product exists already.
+            return as_dense(self.site.drop(x))
+        return self.site.drop(x)

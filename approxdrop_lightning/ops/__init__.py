@@ -1,0 +1,1 @@
+"""Backends of the public maths in :mod:`approxdrop_lightning.functional`."""

@@ -1,0 +1,35 @@
+"""Masked dense products: the specification of every op, and the oracle of the tests."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from approxdrop_lightning.pattern import RowPattern
+
+
+def pack(x: Tensor, pattern: RowPattern) -> Tensor:
+    """Values that the pattern keeps of a dense ``[*leading, n]``: flat, group after group."""
+    return x.reshape(-1)[pattern.flat_index(tuple(x.shape[:-1])).to(x.device)]
+
+
+def unpack(values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
+    """Dense ``[*leading, n]`` with zeros where the pattern drops; inverse of :func:`pack`."""
+    dense = torch.zeros(*leading_shape, pattern.n, dtype=values.dtype, device=values.device)
+    index = pattern.flat_index(leading_shape).to(values.device)
+    return dense.view(-1).index_put((index,), values.reshape(-1)).view(dense.shape)
+
+
+def row_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_pattern: RowPattern | None,
+    out_pattern: RowPattern | None,
+    leading_shape: tuple[int, ...],
+) -> Tensor:
+    """``x @ weight.T + bias`` over all units, then the kept ones. Shapes as in :mod:`.compact`."""
+    dense = x if in_pattern is None else unpack(x, in_pattern, leading_shape)
+    y = F.linear(dense, weight, bias)
+    return y.reshape(-1, y.shape[-1]) if out_pattern is None else pack(y, out_pattern)

@@ -1,0 +1,74 @@
+"""What a user may ask for, checked before anything is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from approxdrop_lightning.distribution import PatternDistribution, check_rate
+from approxdrop_lightning.functional import check_backend
+from approxdrop_lightning.sampler import PatternSampler
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of :class:`approxdrop_lightning.ApproxDropout` and :func:`approxdrop_lightning.approximate`.
+
+    Attributes:
+        rate: Dropout rate of all sites, in [0, 1); None: each keeps the ``p`` of its own layer.
+        pattern: ``"row"``: units are dropped (Song et al., DATE 2019, section 3.1).
+        interleave: Whether rows of the batch take the cells of a pattern in turn; else the batch shares it.
+        shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
+        block_size: Units permuted together, >= 1.
+        max_dp: Largest period, >= 1.
+        keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number where ``dp`` is small.
+        concentration: 0: most random distribution (the paper's); large: the dropped share hardly varies.
+        search: ``"maxent"`` (closed form) or ``"sgd"`` (the paper's search).
+        scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
+        recurrent: Whether recurrent connections are dropped too.
+        tile_size: Side of a tile; for ``pattern="tile"``.
+        min_features: Sites narrower than this are masked and computed densely.
+        backend: ``"auto"``, ``"compact"`` or ``"reference"``.
+    """
+
+    rate: float | None = None
+    pattern: str = "row"
+    interleave: bool = True
+    shuffle: bool = True
+    block_size: int = 16
+    max_dp: int = 10
+    keep: str = "any"
+    concentration: float = 1000.0
+    search: str = "maxent"
+    scale: str = "rate"
+    recurrent: bool = False
+    tile_size: int = 32
+    min_features: int = 64
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.pattern != "row":
+            raise ValueError(f"pattern must be 'row', got {self.pattern!r}")
+        if self.recurrent:
+            raise ValueError("recurrent=True is not available yet; recurrent connections are never dropped")
+        if self.scale not in ("rate", "dp"):
+            raise ValueError(f"scale must be 'rate' or 'dp', got {self.scale!r}")
+        for name, low in (("block_size", 1), ("tile_size", 1), ("min_features", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+        for name in ("interleave", "shuffle"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        check_backend(self.backend)
+        if self.rate is not None:
+            check_rate(self.rate)
+        # Checks max_dp, keep, concentration and search even where the rates are the model's.
+        self.distribution(0.0 if self.rate is None else self.rate)
+
+    def distribution(self, rate: float) -> PatternDistribution:
+        """The distribution over ``(dp, keep)`` for a rate."""
+        return PatternDistribution.search(rate, self.max_dp, self.search, self.keep, self.concentration)
+
+    def sampler(self, rate: float, seed: int) -> PatternSampler:
+        """A sampler of patterns of a rate."""
+        return PatternSampler(self.distribution(rate), self.interleave, self.shuffle, self.block_size, seed)

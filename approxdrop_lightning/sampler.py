@@ -1,0 +1,86 @@
+"""From a distribution and a private generator to patterns."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from approxdrop_lightning.distribution import PatternDistribution
+from approxdrop_lightning.pattern import RowPattern
+
+
+class PatternSampler:
+    """Draws patterns. Owns the only random state of the package; the global one is never touched.
+
+    A step begins with :meth:`draw`, which picks ``(dp, keep)``; every :meth:`pattern` of that step has them in
+    common (so that the groups of interleaved patterns line up from layer to layer) and an offset and an order
+    of its own.
+
+    Args:
+        distribution: Probabilities over ``(dp, keep)``.
+        interleave: Whether rows of the batch take the cells of a pattern in turn.
+        shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
+        block_size: Units that are permuted together, >= 1. Without ``shuffle`` it is not used.
+        seed: Seed of the private generator.
+    """
+
+    def __init__(
+        self,
+        distribution: PatternDistribution,
+        interleave: bool = False,
+        shuffle: bool = False,
+        block_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.distribution = distribution
+        self.interleave = interleave
+        self.shuffle = shuffle
+        self.block_size = block_size if shuffle else 1
+        self._generator = torch.Generator().manual_seed(seed)
+        # Zero-probability pairs are left out so that rounding in the sum can never pick one.
+        pairs = [
+            (s, k) for s, k in zip(distribution.support, distribution.probabilities, strict=True) if k > 0
+        ]
+        self._support = [s for s, _ in pairs]
+        self._cumulative = list(accumulate(k for _, k in pairs))
+        self.dp, self.keep = self._support[0]
+        self.draw()
+
+    def draw(self) -> tuple[int, int]:
+        """Begin a step: draw its ``(dp, keep)``."""
+        u = torch.rand((), generator=self._generator, dtype=torch.float64).item() * self._cumulative[-1]
+        index = min(bisect_right(self._cumulative, u), len(self._support) - 1)
+        self.dp, self.keep = self._support[index]
+        return self.dp, self.keep
+
+    def pattern(self, n: int) -> RowPattern:
+        """Draw a pattern of ``n`` units with the step's ``(dp, keep)``."""
+        if self.keep == self.dp:
+            return RowPattern(n, 1, 0)
+        offset = int(torch.randint(self.dp, (), generator=self._generator))
+        order = None
+        if self.shuffle:
+            order = torch.randperm(-(-n // self.block_size), generator=self._generator)
+        return RowPattern(n, self.dp, offset, self.keep, self.interleave, order, self.block_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State from which the very same sequence continues; loads under ``weights_only=True``."""
+        return {"generator": self._generator.get_state(), "dp": self.dp, "keep": self.keep}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the sequence that :meth:`state_dict` left.
+
+        Raises:
+            ValueError: The state's ``(dp, keep)`` cannot come from this sampler's distribution.
+        """
+        pair = (state["dp"], state["keep"])
+        if pair not in self._support:
+            raise ValueError(
+                f"the saved pattern state (dp, keep) = {pair} cannot come from this distribution, "
+                f"whose support is {self._support}: rate, max_dp or keep were changed"
+            )
+        self._generator.set_state(state["generator"].cpu())
+        self.dp, self.keep = pair

@@ -1,0 +1,189 @@
+"""Conversion of a model in place: dropout becomes sites, the layers beside it learn to skip."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from approxdrop_lightning.layers import ApproxDropoutSite, ApproxLinear, ApproxLSTM, Site
+from approxdrop_lightning.options import Options
+from approxdrop_lightning.report import Report, Row
+from approxdrop_lightning.sampler import PatternSampler
+
+#: Attribute of a converted model that holds what was done to it. No module, so not a part of the model.
+_RECORD = "_approxdrop"
+#: Attributes that conversion puts on layers; a restored layer has none of them.
+_ATTRIBUTES = ("site", "sites", "name", "backend", "defers", "waited", "feeds_site")
+_STOCK: dict[type, type] = {ApproxDropoutSite: nn.Dropout, ApproxLinear: nn.Linear, ApproxLSTM: nn.LSTM}
+
+
+class NoEffectWarning(UserWarning):
+    """The model has no dropout that could be made to skip work."""
+
+
+class Conversion:
+    """What was done to a model: its report, samplers and converted layers."""
+
+    def __init__(self, options: Options, seed: int) -> None:
+        self.options, self.seed = options, seed
+        self.report = Report()
+        self.samplers: dict[float, PatternSampler] = {}
+        self.layers: list[nn.Module] = []
+
+    def site(self, name: str, rate: float) -> Site:
+        """A new site; sites of one rate share a sampler, hence ``(dp, keep)`` of each step."""
+        options = self.options
+        if rate not in self.samplers:
+            self.samplers[rate] = options.sampler(rate, self.seed + len(self.samplers))
+        site = Site(name, rate, self.samplers[rate], options.scale, options.min_features, options.backend)
+        self.report.rows.append(Row(name, rate, site=site))
+        return site
+
+    def swap(self, module: nn.Module, cls: type, **attributes: Any) -> None:
+        """Change a layer's class in place: same object, same parameters, same hooks."""
+        module.__class__ = cls
+        for name, value in attributes.items():
+            # Past nn.Module.__setattr__: nothing of ours may be registered or saved.
+            object.__setattr__(module, name, value)
+        self.layers.append(module)
+
+    def resample(self, fresh: bool = True) -> None:
+        """Begin a training step: with the next patterns, or with those of the last step again."""
+        if fresh:
+            for sampler in self.samplers.values():
+                sampler.draw()
+        for site in self.report.sites:
+            site.begin(fresh)
+        for layer in self.layers:
+            if isinstance(layer, ApproxLinear) and layer.defers:
+                layer.learn()
+
+    def restore(self) -> None:
+        """Give the stock classes back."""
+        for layer in self.layers:
+            layer.__class__ = _STOCK[type(layer)]
+            for name in _ATTRIBUTES:
+                layer.__dict__.pop(name, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the samplers, by rate."""
+        return {repr(rate): sampler.state_dict() for rate, sampler in self.samplers.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the very same sequences.
+
+        Raises:
+            ValueError: The state is of other rates or distributions.
+        """
+        if set(state) != set(self.state_dict()):
+            raise ValueError(
+                f"the saved patterns are of the rates {sorted(state)}, the model has {sorted(self.state_dict())}"
+            )
+        for rate, sampler in self.samplers.items():
+            sampler.load_state_dict(state[repr(rate)])
+
+
+def convert(model: nn.Module, options: Options, seed: int) -> Conversion:
+    """Convert a model in place; see :func:`approximate`."""
+    if hasattr(model, _RECORD):
+        raise ValueError("the model is converted already; restore(model) first")
+    conversion = Conversion(options, seed)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            _convert_dropout(conversion, name, module)
+        elif type(module) is nn.LSTM:
+            _convert_lstm(conversion, name, module)
+    if conversion.report.sites:
+        for name, module in model.named_modules():
+            if type(module) is nn.Linear and "weight" in module._parameters:
+                conversion.swap(
+                    module,
+                    ApproxLinear,
+                    name=name,
+                    backend=options.backend,
+                    defers=True,
+                    waited=False,
+                    feeds_site=False,
+                )
+    else:
+        warnings.warn(f"no dropout could be converted:\n{conversion.report}", NoEffectWarning, stacklevel=3)
+    object.__setattr__(model, _RECORD, conversion)
+    return conversion
+
+
+def _convert_dropout(conversion: Conversion, name: str, module: nn.Module) -> None:
+    rate = module.p if conversion.options.rate is None else conversion.options.rate
+    reason = None
+    if type(module) is not nn.Dropout:
+        reason = f"{type(module).__name__} drops other things than units"
+    elif rate == 0:
+        reason = "the rate is 0"
+    elif rate >= 1:
+        reason = "it drops everything"
+    if reason:
+        conversion.report.rows.append(Row(name, rate, reason))
+    else:
+        conversion.swap(module, ApproxDropoutSite, site=conversion.site(name, rate))
+
+
+def _convert_lstm(conversion: Conversion, name: str, module: nn.LSTM) -> None:
+    inner = range(module.num_layers - 1) if module.dropout else ()
+    rate = module.dropout if conversion.options.rate is None else conversion.options.rate
+    reason = ApproxLSTM.unsupported(module)
+    if reason is None and "weight_ih_l0" not in module._parameters:
+        reason = "its weights are parametrized"
+    if reason is None and inner and not 0 < rate < 1:
+        reason = f"the rate is {rate:g}"
+    if reason:
+        conversion.report.rows += [Row(f"{name} (after layer {i})", rate, reason) for i in inner]
+        return
+    sites = [conversion.site(f"{name} (after layer {i})", rate) for i in inner]
+    conversion.swap(module, ApproxLSTM, name=name, backend=conversion.options.backend, sites=sites)
+
+
+def approximate(model: nn.Module, *, seed: int | None = None, **options: Any) -> Report:
+    """Make the dropout of a model skip the work that it drops. Changes the model in place.
+
+    ``nn.Dropout``, ``nn.Linear`` and ``nn.LSTM`` layers keep their identity, parameters and names; only their
+    classes change. Call :func:`resample` before each training step.
+
+    Args:
+        model: Any module.
+        seed: Seed of the patterns; None takes PyTorch's initial seed, without using its generator.
+        **options: As of :class:`approxdrop_lightning.ApproxDropout`.
+
+    Returns:
+        The report: one row per dropout found.
+
+    Raises:
+        ValueError: An option is outside of its range, a rate is not feasible, or the model is converted already.
+    """
+    return convert(model, Options(**options), torch.initial_seed() if seed is None else seed).report
+
+
+def resample(model: nn.Module) -> None:
+    """Draw the next patterns of a converted model: once per training step.
+
+    Raises:
+        ValueError: The model is not converted.
+    """
+    _record(model).resample()
+
+
+def restore(model: nn.Module) -> None:
+    """Give a converted model its ordinary classes back. Parameters are untouched.
+
+    Raises:
+        ValueError: The model is not converted.
+    """
+    _record(model).restore()
+    delattr(model, _RECORD)
+
+
+def _record(model: nn.Module) -> Conversion:
+    if not hasattr(model, _RECORD):
+        raise ValueError("the model is not converted; approximate(model) first")
+    return getattr(model, _RECORD)

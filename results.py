@@ -1,0 +1,74 @@
+"""The result of a run: one record, as JSON for machines and as a table for people."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+RESULT_FILE = "result.json"  # in the folder of the run
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Write ``record`` to ``path`` at once: whoever reads finds all of it or nothing."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """Print the result table of a run; ``record`` is that of :func:`train.result`."""
+    table = Table(title="result", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _rows(record):
+        table.add_row(name, value)
+    # Paths are meant to be copied: never cut them, and never wrap them where no person looks on.
+    console = Console()
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
+def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+    unit, perplexity = record["unit"], record["metric"].endswith("ppl")
+    metric = "perplexity" if perplexity else "accuracy"
+    rows = [
+        ("model", record["model"]),
+        ("dropout", f"{record['dropout']}, rate {record['rate']}"),
+        (f"best validation {metric}", _number(record["best_validation"], perplexity)),
+        (f"test {metric}", _number(record["test"], perplexity)),
+        (f"training {unit} per second", _rate(record["per_second"])),
+        ("realised dropout rate", _realised(record)),
+        ("data source", _source(record["data_source"])),
+    ]
+    if record["best_perplexity"] is not None:
+        rows.append(("best possible perplexity", _number(record["best_perplexity"], perplexity)))
+    return [
+        *rows,
+        ("seed", str(record["seed"])),
+        ("logs", record["log_dir"]),
+        ("best checkpoint", record["best_checkpoint"] or "none was saved"),
+    ]
+
+
+def _number(value: float | None, perplexity: bool) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.2f}" if perplexity else f"{value:.2%}"
+
+
+def _rate(value: float | None) -> str:
+    return "not measured: no step after the warm-up" if value is None else f"{value:,.0f}"
+
+
+def _realised(record: dict[str, Any]) -> str:
+    value = record["realised_rate"]
+    if value == "nominal":
+        return f"{record['rate']} (nominal: conventional dropout is not counted)"
+    return f"{value:.4f}"
+
+
+def _source(source: str) -> str:
+    return f"[bold red]{source.upper()}: not real data, the numbers say little[/]" if "synthetic" in source else source

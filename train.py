@@ -1,0 +1,174 @@
+"""Train a model with approximate dropout: ``python train.py``, ``python train.py model=lstm dropout.rate=0.7``.
+
+What can be chosen stands in ``conf/train.yaml`` and the folders beside it.
+"""
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.utils import instantiate
+from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from results import RESULT_FILE, print_table, write_json
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+
+
+def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
+    """Train, score the best checkpoint on the test set, record the result.
+
+    Args:
+        cfg: the composed configuration, ``conf/train.yaml``.
+
+    Returns:
+        The metrics (``cfg.task.monitor`` is that of the best checkpoint, the others of the last epoch and of
+        the test), and the objects of the run: ``datamodule``, ``model``, ``callbacks``, ``trainer``, and
+        ``result``, the record that ``result.json`` in ``cfg.run_dir`` holds.
+
+    Raises:
+        ValueError: before training, for a value outside what is allowed.
+        OSError: before training, if nothing can be written to ``cfg.run_dir``.
+        FileNotFoundError: if ``cfg.ckpt_path`` names no checkpoint.
+    """
+    _check_writable(Path(cfg.run_dir))
+    ckpt_path = find_checkpoint(cfg.ckpt_path, Path(cfg.run_dir).absolute().parent)
+    if cfg.dropout.name == "none" and cfg.dropout.rate != 0:
+        log.warning("dropout=none: the rate %s is ignored, nothing is dropped", cfg.dropout.rate)
+        cfg.dropout.rate = 0.0
+    seed_everything(cfg.seed, workers=True)
+
+    callbacks: dict[str, Callback] = {name: instantiate(part) for name, part in cfg.callbacks.items()}
+    if "_target_" in cfg.dropout:
+        callbacks["dropout"] = make_dropout(cfg.dropout)
+    datamodule: LightningDataModule = instantiate(cfg.datamodule, _convert_="all")
+    # Before the Trainer would: the model needs the size of the vocabulary, the loggers the data source.
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    model = make_model(cfg.model, datamodule)
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        callbacks=list(callbacks.values()),
+        logger=[instantiate(part) for part in cfg.logger.values()],
+        _convert_="all",
+    )
+    hparams = OmegaConf.to_container(cfg, resolve=True) | {"data_source": datamodule.data_source}
+    for logger in trainer.loggers:
+        logger.log_hyperparams(hparams)
+
+    try:
+        trainer.fit(model, datamodule, ckpt_path=ckpt_path)
+    except BaseException:  # Ctrl-C arrives here as SystemExit
+        log.error("stopped at step %d; checkpoints and logs are in %s", trainer.global_step, cfg.run_dir)
+        raise
+    metrics = _numbers(trainer)
+    best = trainer.checkpoint_callback
+    if best is not None and best.best_model_score is not None:
+        metrics[cfg.task.monitor] = best.best_model_score.item()
+    if cfg.test:
+        trainer.test(model, datamodule, ckpt_path="best" if best is not None and best.best_model_path else None)
+        metrics |= _numbers(trainer, "test/")
+    objects = {"datamodule": datamodule, "model": model, "callbacks": callbacks, "trainer": trainer}
+    objects["result"] = result(cfg, metrics, **objects)
+    if trainer.is_global_zero:
+        write_json(objects["result"], Path(cfg.run_dir) / RESULT_FILE)
+    return metrics, objects
+
+
+def make_dropout(cfg: DictConfig) -> Callback:
+    """The dropout callback. The rate goes to the model's nn.Dropout, where the callback finds it per layer."""
+    arguments = {key: value for key, value in cfg.items() if key not in ("name", "rate")}
+    return instantiate(arguments, rate=None, _convert_="all")
+
+
+def make_model(cfg: DictConfig, datamodule: LightningDataModule) -> LightningModule:
+    """The model; a ``vocab_size`` left open is that of the data."""
+    if "vocab_size" in cfg and cfg.vocab_size is None:
+        return instantiate(cfg, vocab_size=datamodule.vocab_size, _convert_="all")
+    return instantiate(cfg, _convert_="all")
+
+
+def find_checkpoint(ckpt_path: str | None, siblings: Path) -> str | None:
+    """Find the checkpoint to resume from.
+
+    Args:
+        ckpt_path: None, a checkpoint, a folder (the newest ``last.ckpt`` below it), or ``"last"`` (the newest
+            below ``siblings``). Where no epoch was finished, ``interrupted.ckpt`` serves.
+        siblings: the folder of the runs beside this one.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if ckpt_path is None or Path(ckpt_path).is_file():
+        return ckpt_path
+    folder = siblings if ckpt_path == "last" else Path(ckpt_path)
+    for name in ("last.ckpt", "interrupted.ckpt"):
+        if found := sorted(folder.rglob(name), key=lambda path: path.stat().st_mtime):
+            log.info("resuming from %s", found[-1])
+            return str(found[-1])
+    raise FileNotFoundError(f"ckpt_path={ckpt_path}: no last.ckpt in or below {folder}")
+
+
+def result(
+    cfg: DictConfig,
+    metrics: Metrics,
+    datamodule: LightningDataModule,
+    model: LightningModule,
+    callbacks: dict[str, Callback],
+    trainer: Trainer,
+) -> dict[str, Any]:
+    """The record of a run: plain values, the same keys for every model and dropout."""
+    if "dropout" in callbacks:
+        realised = callbacks["dropout"].realised_rate
+    else:
+        realised = 0.0 if cfg.dropout.name == "none" else "nominal"
+    speed = callbacks["throughput"].summary if "throughput" in callbacks else {}
+    return {
+        "model": type(model).__name__,
+        "dropout": cfg.dropout.name,
+        "rate": OmegaConf.to_container(cfg.dropout)["rate"],
+        "seed": cfg.seed,
+        "epochs": trainer.current_epoch,
+        "monitor": cfg.task.monitor,
+        "best_validation": metrics.get(cfg.task.monitor),
+        "metric": cfg.task.result,
+        "test": metrics.get(cfg.task.result),
+        "unit": cfg.task.unit,
+        "per_second": speed.get(f"{cfg.task.unit}_per_sec"),
+        "realised_rate": realised,
+        "data_source": datamodule.data_source,
+        "best_perplexity": getattr(datamodule, "best_perplexity", None),
+        "log_dir": str(Path(cfg.run_dir).absolute()),
+        "best_checkpoint": getattr(trainer.checkpoint_callback, "best_model_path", ""),
+    }
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to the log folder {folder}: {error.strerror}") from error
+
+
+def _numbers(trainer: Trainer, prefix: str = "") -> Metrics:
+    return {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith(prefix)}
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Train and print the result table; return the validation metric, for Hydra's sweepers."""
+    metrics, objects = train(cfg)
+    if objects["trainer"].is_global_zero:
+        print_table(objects["result"])
+    return metrics.get(cfg.task.monitor)
+
+
+if __name__ == "__main__":
+    main()
