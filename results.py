@@ -26,9 +26,10 @@ def print_table(record: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, value in _rows(record):
         table.add_row(name, value)
-    # Paths are meant to be copied: never cut them, and never wrap them where no person looks on.
     console = Console()
-    console.print(table, soft_wrap=not console.is_terminal)
+    if not console.is_terminal:
+        console.width = 200  # a file has no width to fit, and a path that is cut cannot be copied
+    console.print(table)
 
 
 def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -48,9 +49,14 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         *rows,
         ("seed", str(record["seed"])),
-        ("logs", record["log_dir"]),
-        ("best checkpoint", record["best_checkpoint"] or "none was saved"),
+        ("logs", _path(record["log_dir"])),
+        ("best checkpoint", _path(record["best_checkpoint"]) if record["best_checkpoint"] else "none was saved"),
     ]
+
+
+def _path(path: str) -> str:
+    """Relative to where the user stands, if it lies below: that is what one copies."""
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
 
 
 def _number(value: float | None, perplexity: bool) -> str:

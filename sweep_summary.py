@@ -49,7 +49,7 @@ class SweepSummary(Callback):
             record |= json.loads((job / RESULT_FILE).read_text(encoding="utf-8"))
             status = "completed"
         except Exception as error:
-            status = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            status = " ".join(f"failed: {type(error).__name__}: {error}".split())
         overrides = list(config.hydra.overrides.task)
         write_json(record | {"job": job.name, "status": status, "overrides": overrides}, job / JOB_FILE)
         summarise(job.parent)

@@ -67,11 +67,13 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
         log.error("stopped at step %d; checkpoints and logs are in %s", trainer.global_step, cfg.run_dir)
         raise
     metrics = _numbers(trainer)
-    best = trainer.checkpoint_callback
-    if best is not None and best.best_model_score is not None:
-        metrics[cfg.task.monitor] = best.best_model_score.item()
+    # No checkpoint callback in somebody's config, no validation, no epoch left to a resumed run: no best.
+    checkpoint = callbacks.get("checkpoint")
+    best_path = getattr(checkpoint, "best_model_path", "")
+    if (score := getattr(checkpoint, "best_model_score", None)) is not None:
+        metrics[cfg.task.monitor] = score.item()
     if cfg.test:
-        trainer.test(model, datamodule, ckpt_path="best" if best is not None and best.best_model_path else None)
+        trainer.test(model, datamodule, ckpt_path=best_path or None)
         metrics |= _numbers(trainer, "test/")
     objects = {"datamodule": datamodule, "model": model, "callbacks": callbacks, "trainer": trainer}
     objects["result"] = result(cfg, metrics, **objects)
@@ -144,7 +146,7 @@ def result(
         "data_source": datamodule.data_source,
         "best_perplexity": getattr(datamodule, "best_perplexity", None),
         "log_dir": str(Path(cfg.run_dir).absolute()),
-        "best_checkpoint": getattr(trainer.checkpoint_callback, "best_model_path", ""),
+        "best_checkpoint": getattr(callbacks.get("checkpoint"), "best_model_path", ""),
     }
 
 

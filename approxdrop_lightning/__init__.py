@@ -4,6 +4,7 @@ from approxdrop_lightning import functional
 from approxdrop_lightning.callback import ApproxDropout
 from approxdrop_lightning.distribution import PatternDistribution
 from approxdrop_lightning.layers import ApproxLinear, ApproxLSTM
+from approxdrop_lightning.monitor import ThroughputLogger
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.sampler import PatternSampler
 from approxdrop_lightning.surgery import approximate, resample, restore
@@ -15,6 +16,7 @@ __all__ = [
     "PatternDistribution",
     "PatternSampler",
     "RowPattern",
+    "ThroughputLogger",
     "approximate",
     "functional",
     "resample",

@@ -8,11 +8,33 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 State = tuple[Tensor, Tensor]
 
 IGNORED = -100  # target of padding: neither trained on nor scored
+
+
+class NllPerToken(Metric):
+    """Negative log-likelihood per token, in nats, over *all* tokens; its exponential is the perplexity.
+
+    Not torchmetrics' ``MeanMetric``: its check for NaN waits for the device at every step, and without the
+    check (``nan_strategy="disable"``) version 1.9 ignores the weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nll", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, tokens: Tensor) -> None:
+        """Add the sum ``nll`` over ``tokens`` tokens."""
+        self.nll += nll
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """The mean so far."""
+        return self.nll / self.tokens
 
 
 class LSTMLanguageModel(LightningModule):
@@ -81,11 +103,9 @@ class LSTMLanguageModel(LightningModule):
             nn.init.uniform_(parameter, -init_range, init_range)
 
         self._carried: dict[str, State] = {}
-        # Weighted by token counts, so that perplexity is over all tokens. No check for NaN: it would wait
-        # for the device at every step.
-        self.train_nll = MeanMetric(nan_strategy="disable")
-        self.val_nll = MeanMetric(nan_strategy="disable")
-        self.test_nll = MeanMetric(nan_strategy="disable")
+        self.train_nll = NllPerToken()
+        self.val_nll = NllPerToken()
+        self.test_nll = NllPerToken()
 
     def setup(self, stage: str) -> None:
         """Refuse a datamodule whose vocabulary is not the model's."""
@@ -128,7 +148,7 @@ class LSTMLanguageModel(LightningModule):
         self._carried[stage] = (state[0].detach(), state[1].detach())
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         tokens = (targets != IGNORED).sum().clamp(min=1)
-        getattr(self, f"{stage}_nll").update(nll.detach() / tokens, weight=tokens)
+        getattr(self, f"{stage}_nll").update(nll.detach(), tokens)
         return nll, tokens
 
     def _state(self, stage: str, batch_size: int) -> State | None:

@@ -8,6 +8,8 @@ product.
 
 from __future__ import annotations
 
+import math
+import threading
 from typing import Any
 
 import torch
@@ -117,6 +119,27 @@ def _stack(matrices: list[Tensor]) -> Tensor | None:
     return first.as_strided((len(matrices), *first.shape), (step, *first.stride()))
 
 
+_buffers = threading.local()
+
+
+def _scratch(like: Tensor, shape: tuple[int, ...], slot: str) -> Tensor:
+    """Uninitialised memory for what does not outlive an op.
+
+    On the CPU fresh memory costs a page fault per 4 KB at each step, more than the copy that it is for; so one
+    buffer per slot, thread and dtype is kept. Other devices have allocators that keep theirs.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    size = math.prod(shape)
+    key = f"{slot} {like.dtype}"
+    buffer = getattr(_buffers, key, None)
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):
+            buffer = torch.empty(size, dtype=like.dtype)
+        setattr(_buffers, key, buffer)
+    return buffer[:size].view(shape)
+
+
 class _Groups:
     """What each group of rows reads and writes; one group of all rows where nothing is interleaved."""
 
@@ -151,29 +174,38 @@ class _Groups:
         widths = [cell.numel() for cell in pattern.cells()]
         return widths if len(widths) == self.count else widths * self.count
 
-    def _buffer(self, like: Tensor, widths: list[int]) -> list[Tensor]:
-        """One flat buffer, cut into the groups' matrices."""
+    def _buffer(self, like: Tensor, pattern: RowPattern | None, n: int, slot: str) -> list[Tensor]:
+        """One flat buffer, cut into the groups' matrices; scratch if :meth:`_ungather` copies out of it."""
+        widths = self._widths(pattern, n)
         size = sum(r * w for r, w in zip(self.row_counts, widths, strict=True))
-        return self._cut(like.new_empty(size), widths)
+        if self._by_group(pattern) or self.rows is None:
+            return self._cut(like.new_empty(size), widths)
+        return self._cut(_scratch(like, (size,), slot), widths)
 
     def _cut(self, flat: Tensor, widths: list[int]) -> list[Tensor]:
         sizes = [r * w for r, w in zip(self.row_counts, widths, strict=True)]
         shapes = zip(self.row_counts, widths, strict=True)
         return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
-    def _gather(self, tensor: Tensor, pattern: RowPattern | None, n: int) -> list[Tensor]:
-        """Matrices of the groups, from rows in their order or from values packed by group."""
-        if pattern is not None and pattern.interleave:
+    @staticmethod
+    def _by_group(pattern: RowPattern | None) -> bool:
+        """Whether values are packed by group; else they are rows in their order."""
+        return pattern is not None and pattern.interleave
+
+    def _gather(self, tensor: Tensor, pattern: RowPattern | None, n: int, slot: str | None = None) -> list[Tensor]:
+        """Matrices of the groups; with ``slot`` a copy may lie in scratch memory."""
+        if self._by_group(pattern):
             return self._cut(tensor.reshape(-1), self._widths(pattern, n))
         rows = tensor.reshape(sum(self.row_counts), n if pattern is None else pattern.n_kept)
         if self.rows is not None:
-            rows = rows.index_select(0, self.rows)
+            out = None if slot is None else _scratch(rows, tuple(rows.shape), slot)
+            rows = torch.index_select(rows, 0, self.rows, out=out)
         return list(rows.split(self.row_counts))
 
     def _ungather(self, matrices: list[Tensor], pattern: RowPattern | None, n: int) -> Tensor:
         """Back from the matrices of one buffer to rows in their order, or to values packed by group."""
         flat = _whole(matrices)
-        if pattern is not None and pattern.interleave:
+        if self._by_group(pattern):
             return flat
         rows = flat.view(sum(self.row_counts), n if pattern is None else pattern.n_kept)
         return rows if self.rows is None else torch.empty_like(rows).index_copy_(0, self.rows, rows)
@@ -182,13 +214,13 @@ class _Groups:
         return self._gather(x, self.in_pattern, self.shape[1])
 
     def output_grads(self, grad: Tensor) -> list[Tensor]:
-        return self._gather(grad.contiguous(), self.out_pattern, self.shape[0])
+        return self._gather(grad.contiguous(), self.out_pattern, self.shape[0], slot="out")
 
     def new_input(self, like: Tensor) -> list[Tensor]:
-        return self._buffer(like, self._widths(self.in_pattern, self.shape[1]))
+        return self._buffer(like, self.in_pattern, self.shape[1], slot="in")
 
     def new_output(self, like: Tensor) -> list[Tensor]:
-        return self._buffer(like, self._widths(self.out_pattern, self.shape[0]))
+        return self._buffer(like, self.out_pattern, self.shape[0], slot="out")
 
     def input_grad(self, matrices: list[Tensor]) -> Tensor:
         return self._ungather(matrices, self.in_pattern, self.shape[1])

@@ -1,0 +1,172 @@
+"""MNIST as whole tensors: loading a batch costs one gather."""
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torchvision.datasets import MNIST
+
+from datamodules import synthetic
+from datamodules.source import check_at_least, check_source, data_folder, obtain
+
+MEAN, STD = 0.1307, 0.3081  # of the training images, on a scale of 0 to 1
+# As torchvision names and the authors publish them: header of 16 or 8 bytes, then one byte per value.
+SIZES = {
+    "train-images-idx3-ubyte": 16 + 60_000 * 28 * 28,
+    "train-labels-idx1-ubyte": 8 + 60_000,
+    "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
+    "t10k-labels-idx1-ubyte": 8 + 10_000,
+}
+
+
+class MNISTDataModule(LightningDataModule):
+    """Batches ``(images[B, 1, 28, 28], labels[B])``; images are normalised float32.
+
+    Validation is on a random part of the training images, always the same one. Its images are never trained on.
+
+    Args:
+        data_dir: Folder with ``MNIST/raw`` as torchvision lays it out; default ``APPROXDROP_DATA`` or ``data``.
+        source: ``"files"``, ``"download"``, ``"synthetic"`` (rendered digits), or ``"auto"``: whichever of these
+            is to be had first, with a warning if it is the last.
+        batch_size: Images per batch.
+        num_workers: Processes that load; 0 is fastest, the images are in memory.
+        train_limit: Train on so many images only.
+        val_size: Images set aside for validation.
+        seed: Of the split and of the synthetic images.
+
+    Attributes:
+        data_source: Where the data came from; after ``setup``.
+
+    Raises:
+        ValueError: For a value outside what is allowed, and in ``setup`` for a damaged file.
+        FileNotFoundError: In ``setup``, if ``source="files"`` and there are none.
+        ConnectionError: In ``setup``, if ``source="download"`` failed.
+    """
+
+    best_perplexity = None
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike | None = None,
+        source: str = "auto",
+        batch_size: int = 128,
+        num_workers: int = 0,
+        train_limit: int | None = None,
+        val_size: int = 5000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.data_dir, self.source = data_folder(data_dir), check_source(source)
+        check_at_least(1, batch_size=batch_size, val_size=val_size)
+        check_at_least(0, num_workers=num_workers)
+        if train_limit is not None:
+            check_at_least(1, train_limit=train_limit)
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.train_limit, self.val_size, self.seed = train_limit, val_size, seed
+        self.data_source: str | None = None
+
+    def prepare_data(self) -> None:
+        """Fetch the files if need be; what it found is found again by ``setup`` on the other processes."""
+        _ = self._folder
+
+    @cached_property
+    def _folder(self) -> Path | None:
+        """Of the real data; asked for once, so that a failed download is tried and warned of once."""
+        return obtain("MNIST", self.source, self._find, str(self._raw), self._download)
+
+    @property
+    def _raw(self) -> Path:
+        return self.data_dir / "MNIST" / "raw"
+
+    def _find(self) -> Path | None:
+        if not all((self._raw / name).is_file() for name in SIZES):
+            return None
+        for name, size in SIZES.items():
+            found = (self._raw / name).stat().st_size
+            if found != size:
+                raise ValueError(f"{self._raw / name} is damaged: {size:,} bytes expected, {found:,} found")
+        return self.data_dir
+
+    def _download(self) -> Path:
+        MNIST(str(self.data_dir), download=True)  # checks MD5s
+        return self.data_dir
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read all images into memory, once."""
+        if self.data_source is not None:
+            return
+        folder = self._folder
+        if folder is None:
+            parts = synthetic.digits(self.seed)
+            source = "synthetic (rendered digits)"
+        else:
+            parts = [_read(folder, train) for train in (True, False)]
+            source = f"files ({folder.absolute()})"
+        (images, labels), self._test = parts
+        if self.val_size >= len(images):
+            raise ValueError(f"val_size must be below the {len(images):,} training images, got {self.val_size:,}")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
+        train, val = order[: -self.val_size], order[-self.val_size :]
+        train = train[: self.train_limit]
+        self._train, self._val = (images[train], labels[train]), (images[val], labels[val])
+        self.data_source = source
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled anew in each epoch."""
+        return self._loader(self._train, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """In order."""
+        return self._loader(self._val)
+
+    def test_dataloader(self) -> DataLoader:
+        """In order."""
+        return self._loader(self._test)
+
+    def _loader(self, part: tuple[Tensor, Tensor], shuffle: bool = False) -> DataLoader:
+        dataset = _Images(*part)
+        sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+        return DataLoader(
+            dataset,
+            batch_sampler=BatchSampler(sampler, self.batch_size, drop_last=False),
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+        )
+
+
+class _Images(Dataset):
+    """A batch is one gather from each tensor, not 128 small tensors put together."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.tensor(indices)
+        return self.images[chosen], self.labels[chosen]
+
+
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+def _read(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
+    try:
+        data = MNIST(str(folder), train=train)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"{folder / 'MNIST' / 'raw'} does not hold MNIST: {error}") from error
+    return normalise(data.data), data.targets.to(torch.int64)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """``uint8[N, 28, 28]`` to float32 ``[N, 1, 28, 28]`` of mean 0 and deviation 1, as MNIST's are."""
+    return (images.to(torch.float32).unsqueeze(1) / 255 - MEAN) / STD

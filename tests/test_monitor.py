@@ -1,0 +1,115 @@
+"""ThroughputLogger: what is counted, what is not."""
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader
+
+from approxdrop_lightning import monitor
+from approxdrop_lightning.monitor import ThroughputLogger
+
+
+class Clock:
+    """A clock that only moves when it is told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Steps(LightningModule):
+    """Each training step takes 2 seconds, each validation step 100."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+        self.layer = nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        self.clock.now += 2.0
+        return self.layer(torch.ones(1, 1)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.clock.now += 100.0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SlowDraw(Callback):
+    """Takes half a second before each step, as drawing patterns might."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.clock.now += 0.5
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(monitor, "perf_counter", clock)
+    return clock
+
+
+def fit(tmp_path, clock, throughput, batches, *others):
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        val_check_interval=2,
+        log_every_n_steps=1,
+        callbacks=[throughput, *others],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    loader = DataLoader(batches, batch_size=None)
+    trainer.fit(Steps(clock), loader, loader)
+    return trainer
+
+
+def test_counts_training_steps_after_the_warm_up_only(tmp_path, clock):
+    throughput = ThroughputLogger(warmup_steps=4, window_size=2)
+    batches = [(torch.zeros(8 if i < 4 else 6, 2), torch.zeros(8)) for i in range(10)]
+    trainer = fit(tmp_path, clock, throughput, batches)
+    assert throughput.summary == {"samples_per_sec": 3.0, "steps": 6, "seconds": 12.0}
+    assert trainer.callback_metrics["throughput/samples_per_sec"] == 3.0
+    assert "throughput/tokens_per_sec" not in trainer.callback_metrics
+
+
+def test_counts_tokens_of_time_major_text(tmp_path, clock):
+    throughput = ThroughputLogger(unit="tokens", batch_dim=1, warmup_steps=0, window_size=2)
+    trainer = fit(tmp_path, clock, throughput, [(torch.zeros(35, 20), torch.zeros(35, 20))] * 4)
+    assert throughput.summary["samples_per_sec"] == 10.0
+    assert throughput.summary["tokens_per_sec"] == 350.0
+    assert trainer.callback_metrics["throughput/tokens_per_sec"] == 350.0
+
+
+def test_what_later_callbacks_do_at_the_start_counts(tmp_path, clock):
+    throughput = ThroughputLogger(warmup_steps=0)
+    fit(tmp_path, clock, throughput, [torch.zeros(5, 1)] * 4, SlowDraw())
+    assert throughput.summary["seconds"] == 4 * 2.5
+
+
+def test_a_fit_within_the_warm_up_has_no_summary(tmp_path, clock):
+    throughput = ThroughputLogger(warmup_steps=10)
+    fit(tmp_path, clock, throughput, [torch.zeros(5, 1)] * 4)
+    assert throughput.summary == {}
+
+
+def test_each_fit_starts_anew(tmp_path, clock):
+    throughput = ThroughputLogger(warmup_steps=2)
+    for _ in range(2):
+        fit(tmp_path, clock, throughput, [torch.zeros(5, 1)] * 4)
+        assert throughput.summary["steps"] == 2
+
+
+@pytest.mark.parametrize("arguments", [{"unit": "words"}, {"warmup_steps": -1}, {"window_size": 1}])
+def test_refuses_bad_values(arguments):
+    with pytest.raises(MisconfigurationException, match=str(next(iter(arguments.values())))):
+        ThroughputLogger(**arguments)

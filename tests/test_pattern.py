@@ -1,0 +1,100 @@
+"""Row patterns against the definition in their docstring, by enumeration."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from approxdrop_lightning import RowPattern
+
+
+@st.composite
+def patterns(draw, max_n=40):
+    n, dp = draw(st.integers(1, max_n)), draw(st.integers(1, 9))
+    block_size = draw(st.sampled_from([1, 2, 3, 8]))
+    n_blocks = -(-n // block_size)
+    order = draw(st.one_of(st.none(), st.permutations(range(n_blocks)).map(tuple)))
+    return RowPattern(
+        n,
+        dp,
+        draw(st.integers(0, dp - 1)),
+        draw(st.integers(1, dp)),
+        draw(st.booleans()),
+        None if order is None else torch.tensor(order, dtype=torch.int64),
+        block_size,
+    )
+
+
+def kept_by_definition(pattern, unit, group):
+    block = unit // pattern.block_size
+    cell = (block if pattern.order is None else int(pattern.order[block])) % pattern.dp
+    return (cell - pattern.offset - group) % pattern.dp < pattern.keep
+
+
+@given(patterns())
+@settings(max_examples=300, deadline=None)
+def test_cells_mask_and_counts_follow_the_definition(pattern):
+    for group, kept in enumerate(pattern.cells()):
+        expected = [j for j in range(pattern.n) if kept_by_definition(pattern, j, group)]
+        assert kept.tolist() == expected
+        stride = pattern.stride(group)
+        if stride is not None:
+            assert list(range(pattern.n))[stride] == expected
+    assert len(pattern.cells()) == pattern.n_groups
+    assert pattern.n_kept == len(pattern.cells()[0])
+    mask = pattern.mask(3, 4)
+    for t in range(3):
+        for b in range(4):
+            group = (t + b) % pattern.dp if pattern.interleave else 0
+            assert mask[t, b].tolist() == [kept_by_definition(pattern, j, group) for j in range(pattern.n)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 12, 13])
+@pytest.mark.parametrize("dp", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("block_size", [1, 3])
+@pytest.mark.parametrize("interleave", [False, True])
+def test_every_unit_is_dropped_with_exactly_the_rate_for_any_n(n, dp, block_size, interleave):
+    """Exact enumeration over offsets, for every row of a batch, also where dp does not divide n."""
+    for keep in range(1, dp + 1):
+        for order in (None, torch.randperm(-(-n // block_size), generator=torch.Generator().manual_seed(n * dp))):
+            masks = [RowPattern(n, dp, o, keep, interleave, order, block_size).mask(5) for o in range(dp)]
+            kept = torch.stack(masks).sum(0)
+            assert {Fraction(int(count), dp) for count in kept.view(-1)} == {Fraction(keep, dp)}
+
+
+def test_patterns_without_a_kept_unit():
+    pattern = RowPattern(3, dp=8, offset=5)
+    assert pattern.n_kept == 0
+    assert pattern.share == 0
+    assert not pattern.mask(2).any()
+
+
+def test_equal_patterns_are_equal_and_hash_alike():
+    order = torch.tensor([2, 0, 1])
+    same = [RowPattern(6, 2, 1, order=order, block_size=2), RowPattern(6, 2, 1, order=order.clone(), block_size=2)]
+    assert same[0] == same[1]
+    assert len(set(same)) == 1
+    assert same[0] != RowPattern(6, 2, 1, order=torch.tensor([0, 1, 2]), block_size=2)
+    assert same[0] != RowPattern(6, 2, 1)
+    with pytest.raises(AttributeError):
+        same[0].dp = 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0, "dp": 1, "offset": 0}, "n must be an integer in"),
+        ({"n": 4, "dp": 0, "offset": 0}, "dp must be an integer in"),
+        ({"n": 4, "dp": 2, "offset": 2}, r"offset must be an integer in \[0, 1\], got 2"),
+        ({"n": 4, "dp": 2, "offset": 0, "keep": 3}, r"keep must be an integer in \[1, 2\], got 3"),
+        ({"n": 4, "dp": 2, "offset": 0.5}, "offset must be an integer"),
+        ({"n": 4, "dp": 2, "offset": 0, "block_size": 0}, "block_size must be an integer"),
+        ({"n": 4, "dp": 2, "offset": 0, "order": [0, 1, 2]}, "order must be a permutation of 4 blocks"),
+        ({"n": 4, "dp": 2, "offset": 0, "order": [0, 1, 1, 2]}, "order must be a permutation of 4 blocks"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RowPattern(**arguments)

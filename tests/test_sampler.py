@@ -1,0 +1,109 @@
+"""The sampler: right frequencies, private randomness, exact resume."""
+
+import io
+
+import pytest
+import torch
+
+from approxdrop_lightning import PatternDistribution, PatternSampler
+
+# Quantiles of the chi-square distribution at 1 - 1e-4: each test below fails by chance once in 10,000 seeds, and
+# the seeds are fixed.
+CHI_SQUARE = {2: 18.42, 9: 33.72, 12: 39.13}
+
+
+def make(rate=0.6, seed=0, keep="one", gamma=0.0, **options):
+    return PatternSampler(PatternDistribution.search(rate, 10, keep=keep, concentration=gamma), seed=seed, **options)
+
+
+def test_periods_are_drawn_as_distributed():
+    sampler, draws = make(), 20_000
+    counts = dict.fromkeys(sampler.distribution.support, 0)
+    for _ in range(draws):
+        counts[sampler.draw()] += 1
+    expected = [k * draws for k in sampler.distribution.probabilities]
+    statistic = sum((c - e) ** 2 / e for c, e in zip(counts.values(), expected, strict=True))
+    assert statistic < CHI_SQUARE[9]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("interleave", [False, True])
+@pytest.mark.parametrize("keep", ["one", "any"])
+def test_every_unit_is_dropped_at_the_rate(shuffle, interleave, keep):
+    """n = 13 is divided by no period > 1. Draws are independent, so each unit's count is binomial."""
+    n, draws, rate = 13, 4000, 0.6
+    sampler = make(rate, seed=1, keep=keep, shuffle=shuffle, interleave=interleave, block_size=2)
+    dropped = torch.zeros(n)
+    for _ in range(draws):
+        sampler.draw()
+        dropped += ~sampler.pattern(n).mask(1)[0]
+    # 13 normal deviates, dependent: Bonferroni at 1e-4 / 13 is 4.6 sd.
+    z = (dropped / draws - rate) / (rate * (1 - rate) / draws) ** 0.5
+    assert z.abs().max() < 4.6
+
+
+def test_offsets_are_uniform_given_the_period():
+    sampler = make(0.75, gamma=float("inf"), seed=2)  # dp = 4 always
+    counts = torch.zeros(4)
+    for _ in range(8000):
+        sampler.draw()
+        counts[sampler.pattern(8).offset] += 1
+    assert ((counts - 2000) ** 2 / 2000).sum() < 21.11  # chi-square, 3 degrees of freedom, 1 - 1e-4
+
+
+def test_patterns_of_one_step_share_the_period_but_not_the_offset():
+    sampler = make(0.7, shuffle=True, interleave=True, block_size=4)
+    steps = [[sampler.draw(), sampler.pattern(64), sampler.pattern(64)] for _ in range(50)]
+    for (dp, keep), a, b in steps:
+        assert (a.dp, a.keep) == (b.dp, b.keep) == (dp, keep)
+    assert any(a.offset != b.offset for _, a, b in steps)
+    assert any(not torch.equal(a.order, b.order) for _, a, b in steps if a.order is not None)
+
+
+def test_state_resumes_the_very_same_sequence_even_within_a_step():
+    sampler = make(shuffle=True, interleave=True, seed=5)
+
+    def sequence(steps):
+        out = [sampler.pattern(33)]  # of the step under way
+        for _ in range(steps):
+            sampler.draw()
+            out += [sampler.pattern(n) for n in (7, 33)]
+        return out
+
+    sequence(3)
+    buffer = io.BytesIO()
+    torch.save(sampler.state_dict(), buffer)
+    expected = sequence(40)
+    other = make(shuffle=True, interleave=True, seed=99)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    sampler = other
+    assert sequence(40) == expected
+
+
+def test_the_global_generator_is_not_used():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    sampler = make(shuffle=True, interleave=True)
+    for _ in range(10):
+        sampler.draw()
+        sampler.pattern(32)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    other = make(shuffle=True, interleave=True)
+    for _ in range(10):
+        other.draw()
+        other.pattern(32)
+    assert other.pattern(32) == sampler.pattern(32)
+
+
+def test_a_state_of_another_distribution_is_refused():
+    state = make(0.6).state_dict() | {"dp": 99}
+    with pytest.raises(ValueError, match=r"\(99, 1\) cannot come from this distribution"):
+        make(0.6).load_state_dict(state)
+
+
+def test_steps_that_drop_nothing_have_the_trivial_pattern():
+    sampler = make(0.0)
+    sampler.draw()
+    assert sampler.pattern(5).keeps_all
