@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-
 RESULT_FILE = "result.json"  # in the folder of the run
 
 
@@ -50,12 +49,14 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         *rows,
         ("seed", str(record["seed"])),
         ("logs", _path(record["log_dir"])),
-        ("best checkpoint", _path(record["best_checkpoint"]) if record["best_checkpoint"] else "none was saved"),
+        ("best checkpoint", _path(record["best_checkpoint"])),
     ]
 
 
 def _path(path: str) -> str:
     """Relative to where the user stands, if it lies below: that is what one copies."""
+    if not path:
+        return "none was saved"
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
 
 
@@ -77,4 +78,6 @@ def _realised(record: dict[str, Any]) -> str:
 
 
 def _source(source: str) -> str:
-    return f"[bold red]{source.upper()}: not real data, the numbers say little[/]" if "synthetic" in source else source
+    if "synthetic" not in source:
+        return source
+    return f"[bold red]{source.upper()}: not real data, the numbers say little[/]"

@@ -104,10 +104,12 @@ def _plot(records: list[Record], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     tasks = sorted({(record["metric"], record["unit"]) for record in records})
-    figure, axes = plt.subplots(len(tasks), 2, figsize=(10, 4 * len(tasks)), squeeze=False, layout="constrained")
+    size = (10, 4 * len(tasks))
+    figure, axes = plt.subplots(len(tasks), 2, figsize=size, squeeze=False, layout="constrained")
     for (metric, unit), (left, right) in zip(tasks, axes, strict=True):
         chosen = [record for record in records if record["metric"] == metric]
-        for axis, key, label in ((left, "test", metric), (right, "per_second", f"training {unit} per second")):
+        speed = f"training {unit} per second"
+        for axis, key, label in ((left, "test", metric), (right, "per_second", speed)):
             for line, points in _points(chosen, key).items():
                 rates = sorted(points)
                 means = [fmean(points[rate]) for rate in rates]

@@ -1,4 +1,4 @@
-"""Train a model with approximate dropout: ``python train.py``, ``python train.py model=lstm dropout.rate=0.7``.
+"""Train with approximate dropout: ``python train.py``, ``python train.py model=lstm dropout.rate=0.7``.
 
 What can be chosen stands in ``conf/train.yaml`` and the folders beside it.
 """
@@ -83,7 +83,7 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
 
 
 def make_dropout(cfg: DictConfig) -> Callback:
-    """The dropout callback. The rate goes to the model's nn.Dropout, where the callback finds it per layer."""
+    """The dropout callback. It takes the rates, layer by layer, from the model's own nn.Dropout."""
     arguments = {key: value for key, value in cfg.items() if key not in ("name", "rate")}
     return instantiate(arguments, rate=None, _convert_="all")
 

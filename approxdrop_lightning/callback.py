@@ -104,9 +104,6 @@ class ApproxDropout(Callback):
         """Convert the model, before optimizers and strategy see it."""
         if stage != "fit":
             return
-        others = [c for c in trainer.callbacks if isinstance(c, ApproxDropout) and c is not self]
-        if others:
-            raise MisconfigurationException("ApproxDropout: one is enough, the trainer has several")
         # Layers that are built in configure_model must exist; it is idempotent by Lightning's contract.
         pl_module.configure_model()
         try:

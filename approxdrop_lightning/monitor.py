@@ -99,8 +99,9 @@ class ThroughputLogger(Callback):
         tokens = None
         if self.unit == "tokens":
             tokens = self._tokens = self._tokens + tensors[-1].numel()
-        self._throughput.update(time=self._seconds, batches=self._steps, samples=self._samples, lengths=tokens)
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        totals = {"batches": self._steps, "samples": self._samples, "lengths": tokens}
+        self._throughput.update(time=self._seconds, **totals)
+        if trainer.global_step % trainer.log_every_n_steps == 0:
             self._log(pl_module)
 
     def _log(self, pl_module: LightningModule) -> None:

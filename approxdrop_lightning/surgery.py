@@ -91,11 +91,15 @@ def convert(model: nn.Module, options: Options, seed: int) -> Conversion:
     if hasattr(model, _RECORD):
         raise ValueError("the model is converted already; restore(model) first")
     conversion = Conversion(options, seed)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            _convert_dropout(conversion, name, module)
-        elif type(module) is nn.LSTM:
-            _convert_lstm(conversion, name, module)
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                _convert_dropout(conversion, name, module)
+            elif type(module) is nn.LSTM:
+                _convert_lstm(conversion, name, module)
+    except ValueError:  # a rate of the model's that no pattern serves
+        conversion.restore()
+        raise
     if conversion.report.sites:
         for name, module in model.named_modules():
             if type(module) is nn.Linear and "weight" in module._parameters:

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 from torchvision.datasets import MNIST
 
 from datamodules import synthetic
+from datamodules.loader import EpochSampler, ResumableLoader
 from datamodules.source import check_at_least, check_source, data_folder, obtain
 
 MEAN, STD = 0.1307, 0.3081  # of the training images, on a scale of 0 to 1
@@ -116,7 +117,7 @@ class MNISTDataModule(LightningDataModule):
         self.data_source = source
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled anew in each epoch."""
+        """Shuffled anew in each epoch; the order follows from ``seed_everything``."""
         return self._loader(self._train, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
@@ -129,8 +130,8 @@ class MNISTDataModule(LightningDataModule):
 
     def _loader(self, part: tuple[Tensor, Tensor], shuffle: bool = False) -> DataLoader:
         dataset = _Images(*part)
-        sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-        return DataLoader(
+        sampler = EpochSampler(len(dataset), torch.initial_seed() % 2**31) if shuffle else SequentialSampler(dataset)
+        return ResumableLoader(
             dataset,
             batch_sampler=BatchSampler(sampler, self.batch_size, drop_last=False),
             num_workers=self.num_workers,

@@ -14,6 +14,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.loader import ResumableLoader
 from datamodules.source import DOWNLOAD_TIMEOUT, check_at_least, check_source, data_folder, obtain
 from datamodules.synthetic import WordSource
 
@@ -194,7 +195,7 @@ class PTBDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The batches of an epoch, in the order of the text."""
-        return DataLoader(self._train, batch_size=None)
+        return ResumableLoader(self._train, batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
         """Every word of the validation text but the first is a target once."""

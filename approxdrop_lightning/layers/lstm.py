@@ -58,7 +58,7 @@ class ApproxLSTM(nn.LSTM):
             )
             hx = (zeros, zeros)
         else:
-            self.check_forward_args(torch.empty(x.shape, device="meta"), hx, None)
+            self.check_forward_args(torch.empty(x.shape, dtype=x.dtype, device="meta"), hx, None)
         states = []
         for layer in range(self.num_layers):
             if layer and self.sites:

@@ -81,11 +81,12 @@ class LSTMLanguageModel(LightningModule):
         loss: Literal["sum_steps", "mean"] = "sum_steps",
     ) -> None:
         super().__init__()
-        for name, value in {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_layers": num_layers}.items():
+        counts = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        for name, value in counts.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-            raise ValueError(f"dropout rate {rate} is outside [0, 1); the LSTM takes one rate for all its sites")
+            raise ValueError(f"dropout rate {rate} is outside [0, 1); the LSTM has one rate for all sites")
         if loss not in ("sum_steps", "mean"):
             raise ValueError(f"loss must be 'sum_steps' or 'mean', got {loss!r}")
         if lr_decay <= 0:
@@ -109,9 +110,10 @@ class LSTMLanguageModel(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a datamodule whose vocabulary is not the model's."""
+        expected = self.hparams.vocab_size
         found = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None)
-        if found is not None and found != self.hparams.vocab_size:
-            raise ValueError(f"the model has vocab_size={self.hparams.vocab_size}, but the data has {found} words")
+        if found is not None and found != expected:
+            raise ValueError(f"the model has vocab_size={expected}, but the data has {found} words")
 
     def forward(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Predict each next word.
@@ -152,14 +154,14 @@ class LSTMLanguageModel(LightningModule):
         return nll, tokens
 
     def _state(self, stage: str, batch_size: int) -> State | None:
-        """The state the stage has reached, unless the batch size has changed: then nothing fits, start anew."""
+        """The state that the stage has reached; None, to start anew, if the batch size has changed."""
         state = self._carried.get(stage)
         if state is None or state[0].size(1) != batch_size:
             return None
         return state[0].to(self.device), state[1].to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start the text from its beginning: not in on_train_epoch_start, which a mid-epoch resume calls too."""
+        """Start the text anew; on_train_epoch_start will not do, a resume within an epoch calls it too."""
         if batch_idx == 0:
             self._carried.pop("train", None)
             self.train_nll.reset()
@@ -204,8 +206,8 @@ class LSTMLanguageModel(LightningModule):
             self._carried["train"] = tuple(checkpoint["carried_state"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """SGD with the published schedule: ``full_lr_epochs`` at ``lr``, then divided by ``lr_decay`` each."""
-        # Lightning refuses to clip for a fused optimizer under mixed precision (the optimizer unscales itself).
+        """SGD with the published schedule; see ``full_lr_epochs`` and ``lr_decay`` above."""
+        # Under mixed precision Lightning refuses to clip for a fused optimizer, which unscales by itself.
         fused = "mixed" not in str(self.trainer.precision)
         optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams.lr, fused=fused)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)

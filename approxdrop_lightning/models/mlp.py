@@ -91,7 +91,7 @@ class MLPClassifier(LightningModule):
 def _rate_per_layer(rate: float | Sequence[float], layers: int) -> list[float]:
     rates = list(rate) if isinstance(rate, Sequence) else [rate] * layers
     if len(rates) != layers:
-        raise ValueError(f"{len(rates)} dropout rates {rates} for {layers} hidden layers; give one, or one each")
+        raise ValueError(f"{len(rates)} dropout rates {rates} for {layers} hidden layers: give 1 or {layers}")
     for value in rates:
         if not 0 <= value < 1:
             raise ValueError(f"dropout rate {value} is outside [0, 1)")

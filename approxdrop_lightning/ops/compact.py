@@ -67,14 +67,14 @@ class _RowLinear(torch.autograd.Function):
         groups = _Groups(in_pattern, out_pattern, leading_shape, weight)
         xs = groups.inputs(x)
         weights = groups.weights(weight)
-        y = groups.new_output(x)
+        buffer, y = groups.new_output(x)
         _multiply(xs, [w.t() for w in weights], y)
         if bias is not None:
             for y_g, out in zip(y, groups.out_units, strict=True):
                 y_g += bias if out is None else bias[out]
         ctx.groups, ctx.bias, ctx.x_shape = groups, bias is not None, x.shape
         ctx.save_for_backward(*xs, *weights)
-        return groups.output(y)
+        return groups.output(buffer)
 
     @staticmethod
     @once_differentiable
@@ -84,9 +84,9 @@ class _RowLinear(torch.autograd.Function):
         dys = groups.output_grads(grad)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dxs = groups.new_input(grad)
+            buffer, dxs = groups.new_input(grad)
             _multiply(dys, weights, dxs)
-            dx = groups.input_grad(dxs).view(ctx.x_shape)
+            dx = groups.input_grad(buffer).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
             dw = groups.weight_grad(dys, xs)
         if ctx.bias and ctx.needs_input_grad[2]:
@@ -174,13 +174,15 @@ class _Groups:
         widths = [cell.numel() for cell in pattern.cells()]
         return widths if len(widths) == self.count else widths * self.count
 
-    def _buffer(self, like: Tensor, pattern: RowPattern | None, n: int, slot: str) -> list[Tensor]:
-        """One flat buffer, cut into the groups' matrices; scratch if :meth:`_ungather` copies out of it."""
+    def _buffer(self, like: Tensor, pattern: RowPattern | None, n: int, slot: str) -> tuple[Tensor, list[Tensor]]:
+        """A flat buffer, and it cut into the groups' matrices; scratch if :meth:`_ungather` copies out of it."""
         widths = self._widths(pattern, n)
         size = sum(r * w for r, w in zip(self.row_counts, widths, strict=True))
         if self._by_group(pattern) or self.rows is None:
-            return self._cut(like.new_empty(size), widths)
-        return self._cut(_scratch(like, (size,), slot), widths)
+            flat = like.new_empty(size)
+        else:
+            flat = _scratch(like, (size,), slot)
+        return flat, self._cut(flat, widths)
 
     def _cut(self, flat: Tensor, widths: list[int]) -> list[Tensor]:
         sizes = [r * w for r, w in zip(self.row_counts, widths, strict=True)]
@@ -202,13 +204,12 @@ class _Groups:
             rows = torch.index_select(rows, 0, self.rows, out=out)
         return list(rows.split(self.row_counts))
 
-    def _ungather(self, matrices: list[Tensor], pattern: RowPattern | None, n: int) -> Tensor:
-        """Back from the matrices of one buffer to rows in their order, or to values packed by group."""
-        flat = _whole(matrices)
-        if self._by_group(pattern):
+    def _ungather(self, flat: Tensor, pattern: RowPattern | None, n: int) -> Tensor:
+        """From a buffer of matrices to values packed by group, or to rows in their order."""
+        if self._by_group(pattern) or self.rows is None:
             return flat
         rows = flat.view(sum(self.row_counts), n if pattern is None else pattern.n_kept)
-        return rows if self.rows is None else torch.empty_like(rows).index_copy_(0, self.rows, rows)
+        return torch.empty_like(rows).index_copy_(0, self.rows, rows)
 
     def inputs(self, x: Tensor) -> list[Tensor]:
         return self._gather(x, self.in_pattern, self.shape[1])
@@ -216,17 +217,17 @@ class _Groups:
     def output_grads(self, grad: Tensor) -> list[Tensor]:
         return self._gather(grad.contiguous(), self.out_pattern, self.shape[0], slot="out")
 
-    def new_input(self, like: Tensor) -> list[Tensor]:
+    def new_input(self, like: Tensor) -> tuple[Tensor, list[Tensor]]:
         return self._buffer(like, self.in_pattern, self.shape[1], slot="in")
 
-    def new_output(self, like: Tensor) -> list[Tensor]:
+    def new_output(self, like: Tensor) -> tuple[Tensor, list[Tensor]]:
         return self._buffer(like, self.out_pattern, self.shape[0], slot="out")
 
-    def input_grad(self, matrices: list[Tensor]) -> Tensor:
-        return self._ungather(matrices, self.in_pattern, self.shape[1])
+    def input_grad(self, flat: Tensor) -> Tensor:
+        return self._ungather(flat, self.in_pattern, self.shape[1])
 
-    def output(self, matrices: list[Tensor]) -> Tensor:
-        return self._ungather(matrices, self.out_pattern, self.shape[0])
+    def output(self, flat: Tensor) -> Tensor:
+        return self._ungather(flat, self.out_pattern, self.shape[0])
 
     def weights(self, weight: Tensor) -> list[Tensor]:
         """The block of the weight that each group multiplies; rows at a stride are read in place."""
@@ -271,7 +272,7 @@ class _Groups:
 
     def bias_grad(self, dys: list[Tensor]) -> Tensor:
         if self.out_pattern is None:
-            return _whole(dys).view(sum(self.row_counts), self.shape[0]).sum(0)
+            return sum(dy.sum(0) for dy in dys)
         grad = dys[0].new_zeros(self.shape[0])
         for dy, out in zip(dys, self.out_units, strict=True):
             if isinstance(out, Tensor):
@@ -293,13 +294,6 @@ class _Groups:
         patterns = [p for p in (self.in_pattern, self.out_pattern) if p is not None]
         covered = len(patterns) == 1 and patterns[0].interleave and patterns[0].keep == 1
         return like.new_empty(shape) if covered else like.new_zeros(shape)
-
-
-def _whole(matrices: list[Tensor]) -> Tensor:
-    """The flat buffer that the matrices were cut from."""
-    first = matrices[0]
-    size = sum(matrix.numel() for matrix in matrices)
-    return first.as_strided((size,), (1,), first.storage_offset())
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
@@ -331,7 +325,7 @@ def row_linear(
         leading_shape: Shape of the batch.
 
     Returns:
-        Dense rows ``[R, n_out]``, or packed values if ``out_pattern`` is given.
+        Rows ``[R, n_out]``, or packed values if ``out_pattern`` is given; contiguous, possibly flat.
     """
     return _RowLinear.apply(x, weight, bias, in_pattern, out_pattern, leading_shape)
 

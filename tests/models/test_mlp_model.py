@@ -21,8 +21,8 @@ def test_is_made_of_stock_layers_in_order():
 
 
 def test_one_rate_serves_all_layers_and_no_hidden_layer_is_allowed():
-    dropouts = [layer.p for layer in MLPClassifier(hidden=(8, 8, 8), rate=0.3).net if isinstance(layer, nn.Dropout)]
-    assert dropouts == [0.3] * 3
+    layers = MLPClassifier(hidden=(8, 8, 8), rate=0.3).net
+    assert [layer.p for layer in layers if isinstance(layer, nn.Dropout)] == [0.3] * 3
     assert [type(layer) for layer in MLPClassifier(hidden=()).net] == [nn.Flatten, nn.Linear]
 
 
@@ -34,7 +34,7 @@ def test_refuses_a_rate_outside_the_interval(rate):
 
 
 def test_refuses_a_number_of_rates_that_does_not_fit():
-    with pytest.raises(ValueError, match="3 dropout rates .* for 2 hidden layers"):
+    with pytest.raises(ValueError, match=r"3 dropout rates .* for 2 hidden layers"):
         MLPClassifier(hidden=(8, 8), rate=[0.1, 0.2, 0.3])
 
 
@@ -60,7 +60,7 @@ def test_accuracy_is_over_samples_not_over_batches():
 
 def test_checkpoint_loads_without_pickled_functions(tmp_path):
     model = MLPClassifier(in_features=4, hidden=[3], num_classes=2, optimizer=partial(torch.optim.Adam))
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, max_steps=1, barebones=False)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.strategy.connect(model)
     trainer.save_checkpoint(tmp_path / "model.ckpt", weights_only=True)
     torch.load(tmp_path / "model.ckpt", weights_only=True)

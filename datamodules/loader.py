@@ -1,0 +1,58 @@
+"""Loading that can stop within an epoch and go on at the very next batch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+
+class ResumableLoader(DataLoader):
+    """A ``DataLoader`` whose place in the epoch is part of the Trainer's checkpoints.
+
+    Lightning saves and loads the state of loaders that have one; with a plain ``DataLoader`` a run that is resumed
+    within an epoch begins that epoch's data anew.
+    """
+
+    _seen = 0
+    _skip = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        skip, self._skip = self._skip % max(1, len(self)), 0
+        for self._seen, batch in enumerate(super().__iter__(), start=1):
+            if self._seen > skip:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Number of batches handed out in this epoch."""
+        return {"batches": self._seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Leave out, in the next epoch, the batches handed out before."""
+        self._skip = state["batches"]
+
+
+class EpochSampler(Sampler[int]):
+    """A random order that is a function of seed and epoch alone, so that it can be had again.
+
+    Lightning calls ``set_epoch``.
+
+    Args:
+        size: Number of samples.
+        seed: Of all epochs.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        # The CPU generator reads 32 bits of a seed; neighbouring seeds must not share epochs.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**32)
+        return iter(torch.randperm(self.size, generator=generator).tolist())

@@ -1,0 +1,148 @@
+"""MNIST: right images, cheap batches, damaged files refused, no fall-back in silence."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.datasets import MNIST
+
+from datamodules import MNISTDataModule
+from datamodules import mnist as mnist_module
+from datamodules.source import SyntheticDataWarning
+
+DATA = Path(os.environ.get("APPROXDROP_DATA", "/nonexistent"))
+real_data = pytest.mark.skipif(not (DATA / "MNIST").is_dir(), reason="APPROXDROP_DATA names no folder with MNIST/")
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("APPROXDROP_DATA", raising=False)
+
+
+def images_and_labels(loader):
+    return (torch.cat(part) for part in zip(*loader, strict=True))
+
+
+@real_data
+def test_real_images_normalised_and_split_once():
+    data = MNISTDataModule(DATA, source="files")
+    data.prepare_data()
+    data.setup()
+    assert data.data_source.startswith("files")
+    images, labels = images_and_labels(data.test_dataloader())
+    stock = MNIST(str(DATA), train=False)
+    assert torch.equal(labels, stock.targets)
+    restored = (images * 0.3081 + 0.1307) * 255
+    assert (restored.squeeze(1) - stock.data).abs().max() < 1e-3
+    train, _ = images_and_labels(data.train_dataloader())
+    val, _ = images_and_labels(data.val_dataloader())
+    assert (len(train), len(val), len(images)) == (55_000, 5_000, 10_000)
+    assert abs(train.mean()) < 0.01
+    assert abs(train.std() - 1) < 0.01
+    both = torch.cat([train, val]).sum((1, 2, 3)).sort().values
+    whole = mnist_module.normalise(MNIST(str(DATA)).data).sum((1, 2, 3)).sort().values
+    torch.testing.assert_close(both, whole, rtol=1e-4, atol=1e-2)
+
+
+@real_data
+def test_order_is_new_each_epoch_and_follows_the_global_seed():
+    data = MNISTDataModule(DATA, train_limit=300, batch_size=64)
+    data.setup()
+    epochs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        loader = data.train_dataloader()
+        orders = []
+        for epoch in range(2):
+            loader.batch_sampler.sampler.set_epoch(epoch)  # as Lightning does
+            orders.append(torch.cat([y for _, y in loader]))
+        epochs.append(orders)
+    assert torch.equal(epochs[0][0], epochs[1][0])
+    assert torch.equal(epochs[0][1], epochs[1][1])
+    assert not torch.equal(epochs[0][0], epochs[0][1])
+    assert not torch.equal(epochs[0][0], epochs[2][0])
+    assert [len(y) for _, y in data.train_dataloader()] == [64, 64, 64, 64, 44]
+
+
+@real_data
+@pytest.mark.parametrize("source", ["files", "auto"])
+def test_a_truncated_file_is_named_and_never_replaced(tmp_path, source):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in (DATA / "MNIST" / "raw").iterdir():
+        if file.name in mnist_module.SIZES:
+            (raw / file.name).symlink_to(file)
+    labels = raw / "train-labels-idx1-ubyte"
+    content = labels.read_bytes()[:1000]
+    labels.unlink()
+    labels.write_bytes(content)
+    with pytest.raises(ValueError, match="train-labels-idx1-ubyte is damaged: 60,008 bytes expected, 1,000 found"):
+        MNISTDataModule(tmp_path, source=source).prepare_data()
+
+
+def test_garbage_of_the_right_size_is_refused(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, size in mnist_module.SIZES.items():
+        (raw / name).write_bytes(b"\xff" * size)
+    data = MNISTDataModule(tmp_path, source="files")
+    with pytest.raises(ValueError, match="does not hold MNIST"):
+        data.setup()
+
+
+def test_no_files_is_said_with_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"looked in {tmp_path}/MNIST/raw"):
+        MNISTDataModule(tmp_path, source="files").prepare_data()
+
+
+def test_the_fall_back_is_loud_and_a_demanded_download_fails(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+
+    monkeypatch.setattr(mnist_module.MNIST, "download", refuse)
+    data = MNISTDataModule(tmp_path)
+    with pytest.warns(SyntheticDataWarning, match=r"Error downloading.*SYNTHETIC DATA"):
+        data.prepare_data()
+    data.setup()
+    assert "synthetic" in data.data_source
+    with pytest.raises(ConnectionError, match="Error downloading"):
+        MNISTDataModule(tmp_path, source="download").prepare_data()
+
+
+def test_synthetic_digits_are_reproducible_private_and_learnable():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    modules = [MNISTDataModule(source="synthetic", val_size=1000, seed=4) for _ in range(2)]
+    for data in modules:
+        data.setup()
+    assert torch.equal(torch.get_rng_state(), before)
+    (x, y), (other, _) = (data._train for data in modules)
+    assert torch.equal(x, other)
+    assert x.shape == (11_000, 1, 28, 28)
+    assert torch.bincount(y, minlength=10).min() > 900
+    # Class means alone tell some digits from others, but by far not all: neither noise nor trivial.
+    means = torch.stack([x[y == c].mean(0) for c in range(10)])
+    test, labels = modules[0]._test
+    right = (torch.cdist(test.flatten(1), means.flatten(1)).argmin(1) == labels).float().mean()
+    assert 0.2 < right < 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "web"}, "source must be one of auto, files, download, synthetic, got 'web'"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"val_size": 0}, "val_size must be"),
+        ({"num_workers": -1}, "num_workers must be a whole number of at least 0, got -1"),
+        ({"train_limit": 0}, "train_limit must be"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MNISTDataModule(**arguments)
+
+
+def test_a_validation_set_as_large_as_the_data_is_refused():
+    with pytest.raises(ValueError, match="val_size must be below the 12,000 training images, got 12,000"):
+        MNISTDataModule(source="synthetic", val_size=12_000).setup()

@@ -1,0 +1,201 @@
+"""Models to convert, and their conventional twins with given masks: what a conversion must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Masks:
+    """Replays the patterns of a converted model's sites as masks, in order of use."""
+
+    def __init__(self, report) -> None:
+        self._uses: dict[str, Iterator] = {row.name: iter(row.site.last_patterns) for row in report if row.site}
+        self._scale = {row.name: row.site.scale for row in report if row.site}
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        pattern = next(self._uses[name])
+        return x * (pattern.mask(*x.shape[:-1]).to(x) * self._scale[name])
+
+
+class MaskedDropout(nn.Module):
+    """In nn.Dropout's place in the twin."""
+
+    def __init__(self, masks: Masks, name: str) -> None:
+        super().__init__()
+        self.masks, self.name = masks, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.masks(self.name, x)
+
+
+class MaskedLSTM(nn.Module):
+    """In nn.LSTM's place in the twin: stock layers one after the other, masked in between."""
+
+    def __init__(self, masks: Masks, name: str, lstm: nn.LSTM) -> None:
+        super().__init__()
+        self.masks, self.name, self.lstm = masks, name, lstm
+
+    def forward(self, x: Tensor, hx=None):
+        lstm, states = self.lstm, []
+        if hx is None:
+            shape = (lstm.num_layers, x.shape[0 if lstm.batch_first else 1], lstm.hidden_size)
+            hx = (x.new_zeros(shape), x.new_zeros(shape)) if x.dim() == 3 else (x.new_zeros(shape[0], shape[2]),) * 2
+        batched = x.dim() == 3
+        if not batched:
+            dim = 0 if lstm.batch_first else 1
+            x, hx = x.unsqueeze(dim), tuple(h.unsqueeze(1) for h in hx)
+        for layer in range(lstm.num_layers):
+            if layer and lstm.dropout:
+                x = self.masks(f"{self.name} (after layer {layer - 1})", x)
+            names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if lstm.bias else [])]
+            weights = [getattr(lstm, f"{name}_l{layer}") for name in names]
+            state = tuple(h[layer : layer + 1].contiguous() for h in hx)
+            x, h, c = torch._VF.lstm(x, state, weights, lstm.bias, 1, 0.0, False, False, lstm.batch_first)
+            states.append((h[0], c[0]))
+        h, c = (torch.stack(part) for part in zip(*states, strict=True))
+        return (x, (h, c)) if batched else (x.squeeze(dim), (h.squeeze(1), c.squeeze(1)))
+
+
+def twin(model: nn.Module, report) -> nn.Module:
+    """Put masks in the place of the dropout of an unconverted copy."""
+    masks = Masks(report)
+    names = {row.name for row in report if row.site}
+    for name, module in list(model.named_modules()):
+        if name in names and isinstance(module, nn.Dropout):
+            _replace(model, name, MaskedDropout(masks, name))
+        elif isinstance(module, nn.LSTM):
+            _replace(model, name, MaskedLSTM(masks, name, module))
+    return model
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+class Shared(nn.Module):
+    """One nn.Dropout at two places: each use has a pattern of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(9, 14), nn.Linear(14, 11), nn.Linear(11, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(torch.tanh(self.second(self.drop(F.gelu(self.first(x)))))))
+
+
+class Residual(nn.Module):
+    """What is dropped is read elsewhere too: a residual sum, a normalisation, a second consumer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.query, self.key = (
+            nn.Linear(12, 12),
+            nn.LayerNorm(12),
+            nn.Linear(12, 8),
+            nn.Linear(12, 8),
+        )
+        self.a, self.b = nn.Dropout(0.5), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        x = self.norm(x + self.a(hidden)) + hidden
+        x = self.b(x)
+        return self.query(x) * self.key(x)
+
+
+class InPlace(nn.Module):
+    """In-place activations, views and arbitrary Python in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(10, 16), nn.Linear(16, 4)
+        self.relu, self.drop = nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.relu(self.up(x) * 2.0)
+        if hidden.shape[-1] != 16 or hidden.dim() != x.dim():
+            raise AssertionError("a lazy tensor shows its full shape")
+        hidden = self.drop(hidden.view(-1, 16))
+        return self.down(hidden.reshape(*x.shape[:-1], 16) / 3.0)
+
+
+class Metric(nn.Module):
+    """Somebody looks at a pending output without gradients, then in place, before the loss does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.drop, self.down = nn.Linear(10, 16), nn.Dropout(0.5), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        with torch.no_grad():
+            self.seen = hidden.mean()
+        out = self.down(self.drop(hidden))
+        with torch.no_grad():
+            self.best = out.argmax(-1)
+        out += 1.0
+        return out
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, tied: bool = False, **options) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 12)
+        self.before, self.after = nn.Dropout(0.5), nn.Dropout(0.5)
+        self.lstm = nn.LSTM(12, 12, 2, dropout=0.5, **options)
+        self.decoder = nn.Linear(12, 30)
+        if tied:
+            self.decoder.weight = self.embedding.weight
+        self.state: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, words: Tensor) -> Tensor:
+        y, _ = self.lstm(self.before(self.embedding(words)), self.state)
+        return self.decoder(self.after(y)).flatten(0, -2)
+
+
+def mlp(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
+    """Ordinary, nested, two activations in a row, dropout with nothing before it."""
+    return nn.Sequential(
+        nn.Dropout(0.5),
+        nn.Sequential(nn.Linear(20, 33), activation(), nn.Tanh(), nn.Dropout(0.5)),
+        nn.Linear(33, 24),
+        activation(),
+        nn.Dropout(0.5),
+        nn.Linear(24, 10),
+    )
+
+
+def with_state(model: LanguageModel, *shape: int) -> LanguageModel:
+    model.state = (torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64))
+    return model
+
+
+def words(*shape: int) -> Tensor:
+    return torch.randint(30, shape)
+
+
+#: name -> (make the model, make its input)
+GALLERY: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "mlp": (mlp, lambda: torch.randn(13, 20)),
+    "mlp sigmoid, batch of sequences": (lambda: mlp(nn.Sigmoid), lambda: torch.randn(3, 5, 20)),
+    "mlp gelu, one row": (lambda: mlp(nn.GELU), lambda: torch.randn(1, 20)),
+    "mlp, no batch": (mlp, lambda: torch.randn(20)),
+    "dropout object used twice": (Shared, lambda: torch.randn(6, 9)),
+    "residual": (Residual, lambda: torch.randn(4, 3, 12)),
+    "in place": (InPlace, lambda: torch.randn(4, 3, 10)),
+    "metric under no_grad": (Metric, lambda: torch.randn(7, 10)),
+    "lstm": (LanguageModel, lambda: words(7, 5)),
+    "lstm, tied decoder": (lambda: LanguageModel(tied=True), lambda: words(7, 5)),
+    "lstm, batch first": (lambda: LanguageModel(batch_first=True), lambda: words(5, 7)),
+    "lstm, no bias": (lambda: LanguageModel(bias=False), lambda: words(4, 3)),
+    "lstm, one step of one sample": (LanguageModel, lambda: words(1, 1)),
+    "lstm, initial state": (lambda: with_state(LanguageModel(), 2, 5, 12), lambda: words(7, 5)),
+    "lstm, no batch": (LanguageModel, lambda: words(7)),
+    "lstm, no batch, initial state": (lambda: with_state(LanguageModel(), 2, 12), lambda: words(7)),
+}

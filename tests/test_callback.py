@@ -1,0 +1,287 @@
+"""The callback in a real Trainer: converts, draws, logs, resumes, restores."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from approxdrop_lightning import ApproxDropout
+from approxdrop_lightning.models import LSTMLanguageModel, MLPClassifier
+from datamodules.loader import ResumableLoader
+
+
+def loader(n=96, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    data = TensorDataset(torch.randn(n, 1, 4, 5, generator=generator), torch.randint(3, (n,), generator=generator))
+    return DataLoader(data, batch_size=16, shuffle=True)
+
+
+def text(steps=6, batches=5):
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(20, (batches, 2, steps, 4), generator=generator)
+    return DataLoader([tuple(batch) for batch in words], batch_size=None)
+
+
+def mlp():
+    return MLPClassifier(in_features=20, hidden=(64, 64), num_classes=3, rate=0.5)
+
+
+def lstm():
+    return LSTMLanguageModel(vocab_size=20, hidden_size=64, rate=0.5)
+
+
+def trainer(*callbacks, tmp_path=None, **options):
+    checkpointing = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": checkpointing} | options
+    return Trainer(
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        default_root_dir=tmp_path,
+        **options,
+    )
+
+
+class Record(Callback):
+    """Patterns and classes at every step."""
+
+    def __init__(self, callback):
+        self.callback, self.patterns, self.classes = callback, [], []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.patterns.append([p for site in self.callback.report.sites for p in site.last_patterns])
+        self.classes.append({type(m).__name__ for m in module.modules()})
+
+
+@pytest.mark.parametrize(("make", "data", "sites"), [(mlp, loader, 2), (lstm, text, 3)])
+def test_fit_converts_draws_logs_and_restores(make, data, sites, tmp_path):
+    seed_everything(0)
+    callback = ApproxDropout()
+    record = Record(callback)
+    model = make()
+    before = [type(m) for m in model.modules()]
+    run = trainer(callback, record, tmp_path=tmp_path)
+    run.fit(model, data())
+    assert all({"ApproxDropoutSite", "ApproxLinear"} <= names for names in record.classes)
+    assert [type(m) for m in model.modules()] == before
+    assert all(len(patterns) == sites for patterns in record.patterns)
+    assert len(set(map(tuple, record.patterns))) == len(record.patterns)  # another one for each batch
+    assert callback.realised_rate == pytest.approx(0.5)
+    assert run.callback_metrics["dropout/realised_rate"].item() == pytest.approx(0.5)
+    assert all("consumers' columns" in row.skipped for row in callback.report)
+
+
+def test_validation_and_test_are_those_of_the_stock_model(tmp_path):
+    seed_everything(0)
+    model = mlp()
+
+    class Compare(Callback):
+        seen = 0
+
+        def on_validation_batch_end(self, trainer, module, outputs, batch, *_):
+            stock = mlp()
+            stock.load_state_dict(module.state_dict())
+            assert torch.equal(module(batch[0]), stock.eval()(batch[0]))
+            self.seen += 1
+
+    compare = Compare()
+    run = trainer(ApproxDropout(), compare, tmp_path=tmp_path, max_epochs=1)
+    run.fit(model, loader(), loader(seed=1))
+    run.test(model, loader(seed=1), verbose=False)
+    assert compare.seen > 6
+
+
+def test_data_order_initial_weights_and_global_generator_are_as_without(tmp_path):
+    class Batches(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.seen.append((batch[0].clone(), module.net[1].weight.clone() if not self.seen else None))
+
+    runs = []
+    for callbacks in ([], [ApproxDropout()]):
+        seed_everything(7)
+        batches = Batches()
+        model = MLPClassifier(in_features=20, hidden=(64,), num_classes=3, rate=0.5)
+        trainer(batches, *callbacks, tmp_path=tmp_path, max_epochs=1).fit(model, loader())
+        runs.append(batches.seen)
+    for (x, weight), (y, other) in zip(*runs, strict=True):
+        assert torch.equal(x, y)
+        assert weight is None or torch.equal(weight, other)
+
+
+def test_seed_everything_reproduces_training_and_another_seed_does_not(tmp_path):
+    def weights(seed, **options):
+        seed_everything(0)
+        model = mlp()
+        trainer(ApproxDropout(seed=seed, **options), tmp_path=tmp_path).fit(model, loader())
+        return torch.cat([p.detach().view(-1) for p in model.parameters()])
+
+    assert torch.equal(weights(None), weights(None))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def resumable(data):
+    return ResumableLoader(data.dataset, batch_size=data.batch_size)
+
+
+@pytest.mark.parametrize(("make", "data"), [(mlp, loader), (lstm, text)])
+@pytest.mark.parametrize("every_n_steps", [4, 5])  # within the first epoch; the first step of the second (of 5)
+def test_resume_is_bit_identical_to_an_uninterrupted_run(make, data, every_n_steps, tmp_path):
+    def run(max_steps, ckpt_path=None):
+        seed_everything(3)
+        model = make()
+        checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=every_n_steps, save_top_k=-1)
+        callback = ApproxDropout(rate=0.7)
+        run = trainer(callback, checkpoint, tmp_path=tmp_path, max_epochs=3, max_steps=max_steps)
+        run.fit(model, resumable(data()), ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
+        return model, callback
+
+    whole, callback = run(12)
+    run(every_n_steps + 1)
+    torch.manual_seed(99)
+    resumed, resumed_callback = run(12, tmp_path / f"step={every_n_steps}.ckpt")
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert resumed_callback.realised_rate == callback.realised_rate
+
+
+def test_fit_twice_goes_on_with_the_sequence(tmp_path):
+    seed_everything(0)
+    callback, model = ApproxDropout(seed=1), mlp()
+    first, second = Record(callback), Record(callback)
+    trainer(callback, first, tmp_path=tmp_path, max_epochs=1).fit(model, loader())
+    trainer(callback, second, tmp_path=tmp_path, max_epochs=1).fit(model, loader())
+    longer = Record(other := ApproxDropout(seed=1))
+    trainer(other, longer, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader())
+    assert first.patterns + second.patterns == longer.patterns
+
+
+def test_checkpoint_loads_without_the_callback_and_back(tmp_path):
+    seed_everything(0)
+    checkpoint = ModelCheckpoint(tmp_path, "with", save_last=False)
+    trainer(ApproxDropout(), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    path = checkpoint.best_model_path
+    assert list(torch.load(path, weights_only=True)["state_dict"]) == list(mlp().state_dict())
+    MLPClassifier.load_from_checkpoint(path)
+    plain = ModelCheckpoint(tmp_path, "without")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning says that a callback's state was left unused
+        trainer(plain, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=path)
+    callback = ApproxDropout()
+    trainer(callback, tmp_path=tmp_path, max_epochs=3).fit(mlp(), loader(), ckpt_path=plain.best_model_path)
+    assert callback.realised_rate is not None
+
+
+def test_a_checkpoint_of_other_patterns_is_refused_before_training(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, "x")
+    trainer(ApproxDropout(), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    with pytest.raises(MisconfigurationException, match="do not fit this run"):
+        trainer(ApproxDropout(rate=0.7), tmp_path=tmp_path).fit(mlp(), loader(), ckpt_path=checkpoint.best_model_path)
+
+
+def test_an_exception_or_interrupt_leaves_the_stock_model(tmp_path):
+    class Fails(Callback):
+        def __init__(self, error):
+            self.error = error
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                raise self.error
+
+    for error, raised in ((ValueError("x"), ValueError), (KeyboardInterrupt(), (KeyboardInterrupt, SystemExit))):
+        model = mlp()
+        with pytest.raises(raised):
+            trainer(ApproxDropout(), Fails(error), tmp_path=tmp_path).fit(model, loader())
+        assert all("Approx" not in type(m).__name__ for m in model.modules())
+
+
+def test_layers_built_in_configure_model_are_found(tmp_path):
+    class Late(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = None
+
+        def configure_model(self):
+            if self.net is None:
+                self.net = nn.Sequential(nn.Linear(20, 64), nn.Dropout(0.5), nn.Linear(64, 3))
+
+        def training_step(self, batch):
+            return nn.functional.cross_entropy(self.net(batch[0].flatten(1)), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    callback = ApproxDropout()
+    trainer(callback, tmp_path=tmp_path, max_epochs=1).fit(Late(), loader())
+    assert callback.report["net.1"].producer == "net.0"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16-mixed"},
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.5},
+        {"fast_dev_run": True},
+        {"overfit_batches": 2},
+    ],
+)
+def test_trainer_options(options, tmp_path):
+    callback = ApproxDropout()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(callback, tmp_path=tmp_path, **options).fit(lstm(), text())
+        trainer(callback := ApproxDropout(), tmp_path=tmp_path, **options).fit(
+            LSTMLanguageModel(20, 64, rate=0.5), text()
+        )
+    assert callback.realised_rate == pytest.approx(0.5)
+
+
+def test_the_papers_setting():
+    options = ApproxDropout.paper(max_dp=12).options
+    assert (options.interleave, options.shuffle, options.keep, options.concentration) == (False, False, "one", 0.0)
+    assert options.max_dp == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rate": 1.0}, r"ApproxDropout: dropout rate must be a number in \[0, 1\), got 1.0"),
+        ({"rate": 0.95}, "smallest max_dp that serves is 20"),
+        ({"pattern": "stripes"}, "pattern must be 'row', got 'stripes'"),
+        ({"backend": "fpga"}, "backend must be one of 'auto', 'reference', 'compact', got 'fpga'"),
+        ({"search": "guess"}, "search method must be 'maxent' or 'sgd', got 'guess'"),
+        ({"seed": 1.5}, "seed must be an integer or None, got 1.5"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        ApproxDropout(**arguments)
+
+
+def test_a_rate_of_the_model_that_is_not_feasible_is_refused_before_training(tmp_path):
+    model = MLPClassifier(in_features=20, hidden=(64,), num_classes=3, rate=0.95)
+    with pytest.raises(MisconfigurationException, match="smallest max_dp that serves is 20"):
+        trainer(ApproxDropout(), tmp_path=tmp_path).fit(model, loader())
+
+
+def test_two_callbacks_are_refused(tmp_path):
+    # The same pattern family: Lightning refuses, since their states would have one key.
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `ApproxDropout`"):
+        trainer(ApproxDropout(), ApproxDropout(rate=0.3), tmp_path=tmp_path).fit(mlp(), loader())
+
+
+def test_the_callback_can_be_copied_before_and_after_fit(tmp_path):
+    callback = ApproxDropout(seed=1)
+    copy.deepcopy(callback)
+    trainer(callback, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    assert copy.deepcopy(callback).realised_rate == callback.realised_rate

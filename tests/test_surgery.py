@@ -1,0 +1,209 @@
+"""Conversion: right by construction, nothing locked in, nothing silently different."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from gallery import GALLERY, LanguageModel, mlp, twin
+from torch import nn
+
+from approxdrop_lightning import ApproxLinear, ApproxLSTM, approximate, resample, restore
+from approxdrop_lightning.surgery import NoEffectWarning
+
+SETTINGS = {
+    "default": {},
+    "paper": {"interleave": False, "shuffle": False, "keep": "one", "concentration": 0.0},
+    "shared shuffled": {"interleave": False},
+    "interleaved regular, .7": {"shuffle": False, "rate": 0.7},
+    "several kept of dp": {"rate": 0.3, "block_size": 1},
+    "scale dp": {"scale": "dp", "rate": 0.7},
+    "reference": {"backend": "reference"},
+    "masked": {"min_features": 1000},
+}
+
+
+@pytest.mark.parametrize("setting", list(SETTINGS))
+@pytest.mark.parametrize("name", list(GALLERY))
+def test_outputs_and_all_gradients_are_those_of_the_masked_model(name, setting):
+    torch.manual_seed(0)
+    make, make_input = GALLERY[name]
+    model, x = make().double(), make_input()
+    x = x.double() if x.is_floating_point() else x
+    stock = copy.deepcopy(model)
+    report = approximate(model, seed=1, **{"min_features": 0, **SETTINGS[setting]})
+    for step in range(4):
+        resample(model)
+        inputs = [t.clone().requires_grad_() if t.is_floating_point() else t for t in (x, x)]
+        model.zero_grad()
+        found = model(inputs[0])
+        masked = twin(copy.deepcopy(stock), report)
+        expected = masked(inputs[1])
+        direction = torch.randn(expected.shape, dtype=torch.float64)
+        (found * direction).sum().backward()
+        (expected * direction).sum().backward()
+        torch.testing.assert_close(torch.as_tensor(found * 1.0), expected, rtol=0, atol=1e-9)
+        gradients = dict(masked.named_parameters())
+        for key, parameter in model.named_parameters():
+            twin_key = next(k for k in gradients if k == key or k == key.replace("lstm.", "lstm.lstm."))
+            torch.testing.assert_close(parameter.grad, gradients[twin_key].grad, rtol=0, atol=1e-9, msg=f"{step} {key}")
+        if x.is_floating_point():
+            torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", list(GALLERY))
+def test_evaluation_and_state_dict_are_untouched(name):
+    torch.manual_seed(0)
+    make, make_input = GALLERY[name]
+    model, x = make().double(), make_input()
+    x = x.double() if x.is_floating_point() else x
+    stock = copy.deepcopy(model)
+    approximate(model, min_features=0)
+    resample(model)
+    model(x)
+    model.eval(), stock.eval()
+    assert torch.equal(model(x), stock(x))
+    expected = stock.state_dict()
+    assert list(model.state_dict()) == list(expected)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    assert [n for n, _ in model.named_modules()] == [n for n, _ in stock.named_modules()]
+
+
+def test_restore_gives_the_ordinary_classes_back():
+    model = nn.Sequential(mlp(), nn.Dropout2d(0.5))
+    before = [(type(m), set(m.__dict__)) for m in model.modules()]
+    parameters = [id(p) for p in model.parameters()]
+    approximate(model)
+    assert any(isinstance(m, ApproxLinear) for m in model.modules())
+    restore(model)
+    assert [(type(m), set(m.__dict__)) for m in model.modules()] == before
+    assert [id(p) for p in model.parameters()] == parameters
+    approximate(model)  # and once more
+
+
+def test_the_report_says_what_is_skipped_and_why_not():
+    model = nn.Sequential(
+        nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 128), nn.Dropout(0.0), nn.Linear(128, 32),
+        nn.Dropout(0.4), nn.LayerNorm(32), nn.Dropout(1.0), nn.AlphaDropout(0.3),
+    )  # fmt: skip
+    report = approximate(model, min_features=64)
+    assert report["2"].skipped == "not known before the first training batch"
+    resample(model)
+    model(torch.randn(16, 64)).sum().backward()
+    row = report["2"]
+    assert (row.producer, row.consumers, row.skipped) == ("0", ("3",), "producer's rows and consumers' columns")
+    assert "rate is 0" in report["4"].skipped
+    assert "32 features are too few" in report["6"].skipped
+    assert "drops everything" in report["8"].skipped
+    assert "AlphaDropout" in report["9"].skipped
+    assert all(name in str(report) for name in ("2", "producer's rows", "AlphaDropout"))
+
+
+def test_a_linear_layer_that_feeds_no_site_stops_waiting():
+    model = mlp()
+    approximate(model, min_features=0)
+    for _ in range(2):
+        resample(model)
+        model(torch.randn(4, 20)).sum().backward()
+    defers = {m.name: m.defers for m in model.modules() if isinstance(m, ApproxLinear)}
+    assert defers == {"1.0": True, "2": True, "5": False}
+
+
+def test_unsupported_lstms_are_left_alone_by_name():
+    model = nn.ModuleDict(
+        {
+            "both": nn.LSTM(4, 4, 2, dropout=0.5, bidirectional=True),
+            "projected": nn.LSTM(4, 4, 2, dropout=0.5, proj_size=2),
+            "plain": nn.LSTM(4, 4, 2, dropout=0.5),
+        }
+    )
+    report = approximate(model)
+    assert "bidirectional" in report["both (after layer 0)"].skipped
+    assert "proj_size" in report["projected (after layer 0)"].skipped
+    assert [type(m) for m in model.values()] == [nn.LSTM, nn.LSTM, ApproxLSTM]
+
+
+def test_weight_norm_is_left_alone():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Dropout(0.5), nn.Linear(8, 8))
+    kind = type(model[0])
+    approximate(model, min_features=0)
+    assert type(model[0]) is kind
+    assert type(model[2]) is ApproxLinear
+    resample(model)
+    model(torch.randn(4, 8)).sum().backward()
+    assert model[0].parametrizations.weight.original1.grad.any()
+
+
+def test_nothing_to_convert_warns():
+    with pytest.warns(NoEffectWarning, match="no dropout could be converted"):
+        assert len(approximate(nn.Linear(3, 3))) == 0
+
+
+def test_a_converted_model_can_be_copied_pickled_and_saved():
+    model = LanguageModel()
+    approximate(model, min_features=0)
+    x = torch.randint(30, (4, 3))
+    resample(model)
+    model(x).sum().backward()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
+    for m in (model, *copies):
+        resample(m)
+    expected = model(x)
+    for other in copies:
+        assert torch.equal(other(x), expected)  # the sampler's state came along
+
+
+def test_parameters_changed_before_a_pending_output_is_read_raise():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    approximate(model)
+    out = model[0](torch.randn(2, 4))
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="after its parameters were changed"):
+        out.sum()
+
+
+def test_the_global_generator_is_not_used():
+    model = LanguageModel()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    approximate(model)
+    resample(model)
+    model(torch.randint(30, (4, 3), generator=torch.Generator())).sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_misuse_is_named():
+    model = mlp()
+    with pytest.raises(ValueError, match="not converted"):
+        resample(model)
+    with pytest.raises(ValueError, match="not converted"):
+        restore(model)
+    approximate(model)
+    with pytest.raises(ValueError, match="converted already"):
+        approximate(model)
+    other = mlp()
+    for options, message in (
+        ({"pattern": "diagonal"}, "pattern must be 'row', got 'diagonal'"),
+        ({"rate": 1.5}, r"\[0, 1\), got 1.5"),
+        ({"scale": "none"}, "scale must be 'rate' or 'dp'"),
+        ({"backend": "cuda"}, "backend must be one of"),
+        ({"block_size": 0}, "block_size must be an integer >= 1"),
+        ({"interleave": "yes"}, "interleave must be True or False"),
+        ({"rate": 0.95}, "smallest max_dp that serves is 20"),
+        ({"recurrent": True}, "recurrent=True is not available yet"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            approximate(other, **options)
+    assert all("Approx" not in type(m).__name__ for m in other.modules())  # nothing was touched
+
+
+def test_an_infeasible_rate_of_the_model_leaves_it_untouched():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Dropout(0.95))
+    with pytest.raises(ValueError, match="smallest max_dp that serves is 20"):
+        approximate(model)
+    assert [type(m) for m in model] == [nn.Linear, nn.Dropout, nn.Dropout]

@@ -1,0 +1,255 @@
+"""``train.py`` end to end: both models, real slices and synthetic data, resume, Ctrl-C, bad input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, InstantiationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from train import find_checkpoint, train
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = pytest.param(
+    "files",
+    marks=pytest.mark.skipif("APPROXDROP_DATA" not in os.environ, reason="APPROXDROP_DATA is not set"),
+)
+# Small, but wide enough (64 units) that the callback does not leave the layers as they are.
+SMALL = {
+    "mlp": ["model.hidden=[96,64]", "datamodule.val_size=500"],
+    "lstm": [
+        *("model=lstm", "model.hidden_size=64", "model.init_range=0.1"),
+        *("datamodule.batch_size=10", "datamodule.unroll=12"),
+        *("datamodule.vocabulary=300", "datamodule.fraction=0.1"),
+    ],
+}
+SYNTHETIC = "datamodule.source=synthetic"
+QUICK = [
+    *("debug=fast", "trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"),
+    *("callbacks.throughput.warmup_steps=5", "callbacks.throughput.window_size=5"),
+]
+
+
+def config(run_dir, *overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", [f"run_dir={run_dir}", "trainer.accelerator=cpu", *overrides])
+
+
+def command(*overrides):
+    return [sys.executable, str(ROOT / "train.py"), "trainer.accelerator=cpu", *overrides]
+
+
+def weights(objects):
+    return {key: value.cpu() for key, value in objects["model"].state_dict().items()}
+
+
+@pytest.mark.parametrize("dropout", ["row", "standard"])
+@pytest.mark.parametrize("source", [FILES, "synthetic"])
+@pytest.mark.parametrize("model", ["mlp", "lstm"])
+def test_end_to_end(tmp_path, model, source, dropout):
+    overrides = [*SMALL[model], *QUICK, f"dropout={dropout}", f"datamodule.source={source}"]
+    metrics, objects = train(config(tmp_path, *overrides))
+
+    unit = {"mlp": "samples", "lstm": "tokens"}[model]
+    for name in ("train/loss", "val/loss", f"throughput/{unit}_per_sec"):
+        assert metrics[name] > 0, name
+    if model == "mlp":
+        assert 0 < metrics["test/acc"] < 1
+    else:
+        assert metrics["test/ppl"] < 300  # that of guessing
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result == objects["result"]
+    assert result["per_second"] > 0
+    assert result["realised_rate"] == ("nominal" if dropout == "standard" else pytest.approx(0.5, abs=1e-6))
+    assert source in result["data_source"]
+    assert (result["best_perplexity"] is not None) == (model == "lstm" and source == "synthetic")
+    assert Path(result["best_checkpoint"]).is_file()
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert result["data_source"] in (tmp_path / "csv" / "hparams.yaml").read_text()
+    rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").open()))
+    for name in ("train/loss", "val/loss", result["metric"], f"throughput/{unit}_per_sec"):
+        assert any(row[name] for row in rows), name
+
+
+@pytest.mark.parametrize("model", ["mlp", "lstm"])
+def test_it_learns(tmp_path, model):
+    """A few hundred steps on synthetic data, dropout=row."""
+    if model == "mlp":
+        overrides = ["trainer.max_epochs=4", "trainer.limit_train_batches=1.0", "model.optimizer.lr=0.05"]
+    else:
+        overrides = ["trainer.max_epochs=1", "trainer.limit_train_batches=200"]
+    metrics, _ = train(
+        config(tmp_path, *SMALL[model], *QUICK, *overrides, "dropout.rate=0.3", "datamodule.source=synthetic")
+    )
+    if model == "mlp":
+        assert metrics["val/acc"] > 0.6  # of ten classes
+    else:
+        assert metrics["val/ppl"] < 110  # one word at a time, without context, gives about 120
+
+
+def test_resume_goes_on_as_if_never_stopped(tmp_path):
+    """Two epochs at once, or one and another from last.ckpt: sampler and schedule go along."""
+    overrides = [*SMALL["lstm"], *QUICK, SYNTHETIC, "test=false"]
+    _, straight = train(config(tmp_path / "straight", *overrides, "trainer.max_epochs=2"))
+    train(config(tmp_path / "half", *overrides))
+    overrides += ["trainer.max_epochs=2", f"ckpt_path={tmp_path / 'half'}"]
+    _, resumed = train(config(tmp_path / "resumed", *overrides))
+    assert resumed["trainer"].current_epoch == 2
+    torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
+
+
+def test_resume_of_a_finished_run_scores_it(tmp_path):
+    overrides = [*SMALL["mlp"], *QUICK, SYNTHETIC]
+    first, _ = train(config(tmp_path / "a", *overrides))
+    again, objects = train(config(tmp_path / "b", *overrides, "ckpt_path=last"))
+    assert again["test/acc"] == first["test/acc"]
+    assert objects["result"]["per_second"] is None  # not a step was trained
+
+
+def test_find_checkpoint_takes_the_newest_and_prefers_the_end_of_an_epoch(tmp_path):
+    names = ("c/interrupted.ckpt", "b/checkpoints/last.ckpt", "a/checkpoints/last.ckpt")
+    for age, name in enumerate(names):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, times=(time.time() - age, time.time() - age))
+    assert find_checkpoint(None, tmp_path) is None
+    assert find_checkpoint("last", tmp_path) == str(tmp_path / "b/checkpoints/last.ckpt")
+    assert find_checkpoint(str(tmp_path / "a"), tmp_path) == str(tmp_path / "a/checkpoints/last.ckpt")
+    assert find_checkpoint(str(tmp_path / "c"), tmp_path) == str(tmp_path / "c/interrupted.ckpt")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        find_checkpoint(str(tmp_path / "nowhere"), tmp_path)
+
+
+def test_ctrl_c_leaves_checkpoints_and_log(tmp_path):
+    overrides = ["trainer.max_epochs=1000", "trainer.limit_train_batches=40", "trainer.limit_val_batches=1"]
+    arguments = [*SMALL["mlp"], *overrides, SYNTHETIC, f"hydra.run.dir={tmp_path}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, **pipes)
+    try:
+        last, deadline = tmp_path / "checkpoints" / "last.ckpt", time.monotonic() + 90
+        while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    text = output.decode()
+    assert process.returncode == 1, text
+    assert f"checkpoints and logs are in {tmp_path}" in text
+    torch.load(last, weights_only=False)
+    rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").open()))
+    assert any(row["val/acc"] for row in rows)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_crash_leaves_the_state_of_its_step(tmp_path, monkeypatch):
+    from approxdrop_lightning.models import MLPClassifier
+
+    step = MLPClassifier.training_step
+
+    def crash(self, batch, batch_idx):
+        if batch_idx == 7:
+            raise RuntimeError("out of luck")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(MLPClassifier, "training_step", crash)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(config(tmp_path, *SMALL["mlp"], *QUICK, SYNTHETIC))
+    assert torch.load(tmp_path / "checkpoints" / "interrupted.ckpt", weights_only=False)["global_step"] == 7
+    assert (tmp_path / "csv" / "metrics.csv").is_file()
+
+
+@pytest.mark.parametrize(("model", "dropout"), [("mlp", "row"), ("lstm", "paper")])
+def test_command_line_prints_the_result_table(tmp_path, model, dropout):
+    arguments = [*SMALL[model], *QUICK, f"dropout={dropout}", SYNTHETIC, f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = (
+        f"{dropout}, rate 0.5",
+        "per second",
+        "realised dropout rate",
+        "SYNTHETIC",
+        "seed",
+        "epoch00.ckpt",
+    )
+    for expected in rows:
+        assert expected in done.stdout
+    assert ("best possible perplexity" in done.stdout) == (model == "lstm")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["dropout.rate=1.0"], InstantiationException, r"1.0 is outside \[0, 1\)"),
+        (["dropout.rate=-0.5", "dropout=standard"], InstantiationException, r"-0.5 is outside \[0, 1\)"),
+        (["dropout.rate=0.95"], MisconfigurationException, "smallest max_dp that serves is 20"),
+        (["dropout.pattern=foo"], InstantiationException, "'foo'"),
+        (["dropout.backend=foo"], InstantiationException, "'foo'"),
+        (["datamodule.source=moon"], InstantiationException, "'moon'"),
+        (["dropout.colour=red"], ConfigCompositionException, "dropout.colour"),
+        (["run_dir=/dev/null/runs"], OSError, "log folder /dev/null/runs"),
+        (["ckpt_path=nowhere.ckpt"], FileNotFoundError, "nowhere.ckpt"),
+    ],
+)
+def test_bad_input_is_refused_before_training(tmp_path, overrides, error, message):
+    with pytest.raises(error, match=message):
+        train(config(tmp_path, *SMALL["mlp"], *QUICK, SYNTHETIC, *overrides))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_dropout_none_means_none_whatever_the_rate(tmp_path):
+    overrides = ["dropout=none", "dropout.rate=0.7", "test=false"]
+    _, objects = train(config(tmp_path, *SMALL["mlp"], *QUICK, SYNTHETIC, *overrides))
+    assert objects["result"]["rate"] == objects["result"]["realised_rate"] == 0
+    assert objects["model"].hparams.rate == 0
+
+
+def test_rates_per_layer_reach_their_layers(tmp_path):
+    overrides = [*SMALL["mlp"], *QUICK, SYNTHETIC, "dropout.rate=[0.2,0.6]", "test=false"]
+    _, objects = train(config(tmp_path, *overrides))
+    assert [layer.p for layer in objects["model"].net if isinstance(layer, torch.nn.Dropout)] == [0.2, 0.6]
+    assert 0.2 < objects["result"]["realised_rate"] < 0.6
+
+
+def test_the_model_brings_its_data_and_the_command_line_wins():
+    assert "mnist" in config("x").datamodule._target_
+    text = config("x", "model=lstm")
+    assert "ptb" in text.datamodule._target_
+    assert (text.task.monitor, text.task.unit, text.trainer.gradient_clip_val) == ("val/ppl", "tokens", 5.0)
+    assert "mnist" in config("x", "model=lstm", "datamodule=mnist").datamodule._target_
+    assert "mnist" in config("x", "experiment=zaremba_small", "datamodule=mnist").datamodule._target_
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
+def test_every_experiment_makes_its_model(name):
+    from train import make_dropout, make_model
+
+    cfg = config("x", f"experiment={name}")
+
+    class Data:
+        vocab_size = 50
+
+    with torch.device("meta"):
+        model = make_model(cfg.model, Data())
+    assert model.hparams.rate == cfg.dropout.rate
+    assert make_dropout(cfg.dropout).__class__.__name__ == "ApproxDropout"
+    assert ("mlp" if "mnist" in cfg.datamodule._target_ else "lstm") in model.__class__.__name__.lower()
+
+
+def test_published_settings_of_zaremba():
+    """Table of Zaremba et al. 2014, section 4.1; dropout of the small model can be added."""
+    large = config("x", "experiment=zaremba_large")
+    assert (large.model.hidden_size, large.model.full_lr_epochs, large.model.lr_decay) == (1500, 14, 1.15)
+    assert (large.trainer.max_epochs, large.trainer.gradient_clip_val, large.model.rate) == (55, 10.0, 0.65)
+    assert config("x", "experiment=zaremba_small").model.rate == 0
+    assert config("x", "experiment=zaremba_small", "dropout.rate=0.5").model.rate == 0.5
