@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from results import RESULT_FILE, print_table, write_json
+from approxdrop_lightning.results import RESULT_FILE, print_table, write_json
 
 log = logging.getLogger(__name__)
 

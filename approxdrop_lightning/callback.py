@@ -120,9 +120,7 @@ class ApproxDropout(Callback):
         everything = os.environ.get("PL_GLOBAL_SEED")
         return int(everything) if everything else torch.initial_seed()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draw this batch's patterns."""
         self._conversion.resample()
 
@@ -134,9 +132,7 @@ class ApproxDropout(Callback):
         if patterns:
             self._dropped += sum(1 - p.share for p in patterns) / len(patterns)
             self._steps += 1
-            pl_module.log(
-                "dropout/realised_rate", self.realised_rate, on_step=False, on_epoch=True, batch_size=1
-            )
+            pl_module.log("dropout/realised_rate", self.realised_rate, on_step=False, on_epoch=True, batch_size=1)
         if not self._reported:
             self._reported = True
             rank_zero_info(f"ApproxDropout:\n{self.report}")

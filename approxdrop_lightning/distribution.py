@@ -82,17 +82,14 @@ class PatternDistribution:
     @property
     def expected_rate(self) -> float:
         """Dropped share in expectation; equals ``rate`` up to the search's tolerance."""
-        return sum(
-            k * (dp - kept) / dp for k, (dp, kept) in zip(self.probabilities, self.support, strict=True)
-        )
+        return sum(k * (dp - kept) / dp for k, (dp, kept) in zip(self.probabilities, self.support, strict=True))
 
     @property
     def rate_std(self) -> float:
         """Standard deviation of the dropped share from step to step."""
         mean = self.expected_rate
         second = sum(
-            k * ((dp - kept) / dp - mean) ** 2
-            for k, (dp, kept) in zip(self.probabilities, self.support, strict=True)
+            k * ((dp - kept) / dp - mean) ** 2 for k, (dp, kept) in zip(self.probabilities, self.support, strict=True)
         )
         return math.sqrt(max(second, 0.0))
 
@@ -112,11 +109,7 @@ def _check(rate: float, max_dp: int, method: str, keep: str, concentration: floa
         raise ValueError(f"search method must be 'maxent' or 'sgd', got {method!r}")
     if keep not in ("one", "any"):
         raise ValueError(f"keep must be 'one' or 'any', got {keep!r}")
-    if (
-        isinstance(concentration, bool)
-        or not isinstance(concentration, (int, float))
-        or not concentration >= 0
-    ):
+    if isinstance(concentration, bool) or not isinstance(concentration, (int, float)) or not concentration >= 0:
         raise ValueError(f"concentration must be a number >= 0, got {concentration!r}")
     if rate > (max_dp - 1) / max_dp:
         # 1 - 1/dp >= rate; the ceiling is taken with a tolerance since 1 / (1 - 0.9) is 10.000000000000002.
@@ -195,9 +188,7 @@ def _sgd(shares: Sequence[float], rate: float, gamma: float, steps: int = 4_000)
             k = logits.softmax(0)
             slope = 2 * rate_weight * (k @ u - rate) * u + k.clamp_min(1e-300).log() + gamma * (u - rate) ** 2
             gradient = learning_rate * k * (slope - k @ slope)
-            gradient = gradient * (
-                0.02 / gradient.norm().clamp_min(0.02)
-            )  # clipped: far steps saturate the softmax
+            gradient = gradient * (0.02 / gradient.norm().clamp_min(0.02))  # clipped: far steps saturate the softmax
             velocity = 0.95 * velocity - gradient
             logits = logits + velocity
             if step % 100 == 99 and max(errors()) < 5e-4:

@@ -76,9 +76,7 @@ class ThroughputLogger(Callback):
         """Forget the fit before: each warms up anew."""
         self._reset()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
         _wait_for(trainer.strategy.root_device)
         self._started = perf_counter()

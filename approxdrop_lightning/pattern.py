@@ -58,12 +58,8 @@ class RowPattern:
                 raise ValueError(f"RowPattern: {name} must be an integer in [{low}, {high}], got {value!r}")
         if self.order is not None:
             order = torch.as_tensor(self.order, dtype=torch.int64, device="cpu")
-            if order.shape != (self.n_blocks,) or not torch.equal(
-                order.sort().values, torch.arange(self.n_blocks)
-            ):
-                raise ValueError(
-                    f"RowPattern: order must be a permutation of {self.n_blocks} blocks, got {order}"
-                )
+            if order.shape != (self.n_blocks,) or not torch.equal(order.sort().values, torch.arange(self.n_blocks)):
+                raise ValueError(f"RowPattern: order must be a permutation of {self.n_blocks} blocks, got {order}")
             object.__setattr__(self, "order", order)
 
     def __eq__(self, other: object) -> bool:
@@ -145,9 +141,7 @@ class RowPattern:
         if self._flat_index_of and self._flat_index_of[0] == leading_shape:
             return self._flat_index_of[1]
         rows = self.row_groups(leading_shape)
-        index = torch.cat(
-            [(r[:, None] * self.n + c).view(-1) for r, c in zip(rows, self._cells, strict=True)]
-        )
+        index = torch.cat([(r[:, None] * self.n + c).view(-1) for r, c in zip(rows, self._cells, strict=True)])
         self._flat_index_of[:] = [leading_shape, index]
         return index
 

@@ -44,9 +44,7 @@ class Row:
             return f"nothing: {self.site.narrow} features are too few to gain (min_features={self.site.min_features})"
         if not self.site.last_patterns:
             return "not known before the first training batch"
-        parts = (["producer's rows"] if self.producer else []) + (
-            ["consumers' columns"] if self.consumers else []
-        )
+        parts = (["producer's rows"] if self.producer else []) + (["consumers' columns"] if self.consumers else [])
         return " and ".join(parts) or "nothing: no linear layer or LSTM beside it"
 
 
@@ -78,8 +76,7 @@ class Report:
     def __str__(self) -> str:
         # Lines as wide as they are: a log file has no width.
         cells = [_COLUMNS] + [
-            (r.name, f"{r.rate:g}", r.producer or "-", ", ".join(r.consumers) or "-", r.skipped)
-            for r in self.rows
+            (r.name, f"{r.rate:g}", r.producer or "-", ", ".join(r.consumers) or "-", r.skipped) for r in self.rows
         ]
         widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]

@@ -41,9 +41,7 @@ class PatternSampler:
         self.block_size = block_size if shuffle else 1
         self._generator = torch.Generator().manual_seed(seed)
         # Zero-probability pairs are left out so that rounding in the sum can never pick one.
-        pairs = [
-            (s, k) for s, k in zip(distribution.support, distribution.probabilities, strict=True) if k > 0
-        ]
+        pairs = [(s, k) for s, k in zip(distribution.support, distribution.probabilities, strict=True) if k > 0]
         self._support = [s for s, _ in pairs]
         self._cumulative = list(accumulate(k for _, k in pairs))
         self.dp, self.keep = self._support[0]

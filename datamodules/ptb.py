@@ -179,7 +179,8 @@ class PTBDataModule(LightningDataModule):
         # Sorted by frequency, then by name: the same order on every machine.
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
         if self.vocabulary is not None and self.vocabulary < len(ranked):
-            ranked = [word for word in ranked if word != UNKNOWN][: self.vocabulary - 1] + [UNKNOWN]
+            known = [word for word in ranked if word != UNKNOWN]
+            ranked = [*known[: self.vocabulary - 1], UNKNOWN]
         self.vocab = ranked
         index = {word: i for i, word in enumerate(ranked)}
         unknown = index[UNKNOWN]

@@ -41,7 +41,12 @@ def _digit(label: int, dice: random.Random, fonts: list[ImageFont.FreeTypeFont])
     place = (14 + dice.uniform(-3, 3), 14 + dice.uniform(-3, 3))
     strength = dice.randint(90, 255)
     ImageDraw.Draw(image).text(
-        place, str(label), fill=strength, font=dice.choice(fonts), anchor="mm", stroke_width=dice.randint(0, 1)
+        place,
+        str(label),
+        fill=strength,
+        font=dice.choice(fonts),
+        anchor="mm",
+        stroke_width=dice.randint(0, 1),
     )
     image = image.rotate(dice.uniform(-30, 30), Image.Resampling.BILINEAR)
     if dice.random() < 0.5:

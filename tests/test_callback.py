@@ -197,7 +197,10 @@ def test_an_exception_or_interrupt_leaves_the_stock_model(tmp_path):
             if batch_idx == 2:
                 raise self.error
 
-    for error, raised in ((ValueError("x"), ValueError), (KeyboardInterrupt(), (KeyboardInterrupt, SystemExit))):
+    for error, raised in (
+        (ValueError("x"), ValueError),
+        (KeyboardInterrupt(), (KeyboardInterrupt, SystemExit)),
+    ):
         model = mlp()
         with pytest.raises(raised):
             trainer(ApproxDropout(), Fails(error), tmp_path=tmp_path).fit(model, loader())
@@ -248,7 +251,12 @@ def test_trainer_options(options, tmp_path):
 
 def test_the_papers_setting():
     options = ApproxDropout.paper(max_dp=12).options
-    assert (options.interleave, options.shuffle, options.keep, options.concentration) == (False, False, "one", 0.0)
+    assert (options.interleave, options.shuffle, options.keep, options.concentration) == (
+        False,
+        False,
+        "one",
+        0.0,
+    )
     assert options.max_dp == 12
 
 

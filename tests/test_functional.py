@@ -64,7 +64,11 @@ def test_row_linear_is_the_masked_product(in_kind, out_kind, backend):
         in_pattern = None if in_kind is None else make_pattern(n_in, dp, keep, generator, **KINDS[in_kind])
         out_pattern = None if out_kind is None else make_pattern(n_out, dp, keep, generator, **KINDS[out_kind])
         bias = leading != (12,)
-        tensors = [torch.randn(*leading, n_in), torch.randn(n_out, n_in), *([torch.randn(n_out)] if bias else [])]
+        tensors = [
+            torch.randn(*leading, n_in),
+            torch.randn(n_out, n_in),
+            *([torch.randn(n_out)] if bias else []),
+        ]
         tensors = [t.double().requires_grad_() for t in tensors]
         x, weight, b = tensors if bias else (*tensors, None)
         expected = masked_linear(x, weight, b, in_pattern, out_pattern, 1.5)
@@ -219,7 +223,10 @@ def test_lstm_sequence_with_a_pattern_masks_the_recurrent_input():
     [
         (lambda: functional.row_linear(torch.randn(2, 3), torch.randn(4, 5)), r"x must be \[..., 5\]"),
         (lambda: functional.row_linear(torch.randn(2, 5), torch.randn(5)), "weight must be"),
-        (lambda: functional.row_linear(torch.randn(2, 5), torch.randn(4, 5), torch.randn(5)), r"bias must be \[4\]"),
+        (
+            lambda: functional.row_linear(torch.randn(2, 5), torch.randn(4, 5), torch.randn(5)),
+            r"bias must be \[4\]",
+        ),
         (
             lambda: functional.row_linear(torch.randn(2, 5), torch.randn(4, 5), backend="magic"),
             "backend must be one of .*'magic'",

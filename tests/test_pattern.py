@@ -58,7 +58,10 @@ def test_cells_mask_and_counts_follow_the_definition(pattern):
 def test_every_unit_is_dropped_with_exactly_the_rate_for_any_n(n, dp, block_size, interleave):
     """Exact enumeration over offsets, for every row of a batch, also where dp does not divide n."""
     for keep in range(1, dp + 1):
-        for order in (None, torch.randperm(-(-n // block_size), generator=torch.Generator().manual_seed(n * dp))):
+        for order in (
+            None,
+            torch.randperm(-(-n // block_size), generator=torch.Generator().manual_seed(n * dp)),
+        ):
             masks = [RowPattern(n, dp, o, keep, interleave, order, block_size).mask(5) for o in range(dp)]
             kept = torch.stack(masks).sum(0)
             assert {Fraction(int(count), dp) for count in kept.view(-1)} == {Fraction(keep, dp)}
@@ -73,7 +76,10 @@ def test_patterns_without_a_kept_unit():
 
 def test_equal_patterns_are_equal_and_hash_alike():
     order = torch.tensor([2, 0, 1])
-    same = [RowPattern(6, 2, 1, order=order, block_size=2), RowPattern(6, 2, 1, order=order.clone(), block_size=2)]
+    same = [
+        RowPattern(6, 2, 1, order=order, block_size=2),
+        RowPattern(6, 2, 1, order=order.clone(), block_size=2),
+    ]
     assert same[0] == same[1]
     assert len(set(same)) == 1
     assert same[0] != RowPattern(6, 2, 1, order=torch.tensor([0, 1, 2]), block_size=2)

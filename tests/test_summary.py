@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sweep_summary import JOB_FILE, summarise
+from approxdrop_lightning.sweep_summary import JOB_FILE, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG = b"\x89PNG"

@@ -47,7 +47,9 @@ def test_outputs_and_all_gradients_are_those_of_the_masked_model(name, setting):
         gradients = dict(masked.named_parameters())
         for key, parameter in model.named_parameters():
             twin_key = next(k for k in gradients if k == key or k == key.replace("lstm.", "lstm.lstm."))
-            torch.testing.assert_close(parameter.grad, gradients[twin_key].grad, rtol=0, atol=1e-9, msg=f"{step} {key}")
+            torch.testing.assert_close(
+                parameter.grad, gradients[twin_key].grad, rtol=0, atol=1e-9, msg=f"{step} {key}"
+            )
         if x.is_floating_point():
             torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=0, atol=1e-9)
 
@@ -92,7 +94,11 @@ def test_the_report_says_what_is_skipped_and_why_not():
     resample(model)
     model(torch.randn(16, 64)).sum().backward()
     row = report["2"]
-    assert (row.producer, row.consumers, row.skipped) == ("0", ("3",), "producer's rows and consumers' columns")
+    assert (row.producer, row.consumers, row.skipped) == (
+        "0",
+        ("3",),
+        "producer's rows and consumers' columns",
+    )
     assert "rate is 0" in report["4"].skipped
     assert "32 features are too few" in report["6"].skipped
     assert "drops everything" in report["8"].skipped

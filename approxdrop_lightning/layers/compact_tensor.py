@@ -83,9 +83,7 @@ class CompactTensor(LazyTensor):
             return self.linear(*args, **kwargs)
         if func in _SCALES and len(args) == 1 and isinstance(args[0], (int, float)) and not kwargs:
             # inf and 0 divisors make NaN of a dropped zero: let the dense tensor show it.
-            if math.isfinite(args[0]) and (
-                args[0] != 0 or func not in (torch.div, Tensor.div, Tensor.__truediv__)
-            ):
+            if math.isfinite(args[0]) and (args[0] != 0 or func not in (torch.div, Tensor.div, Tensor.__truediv__)):
                 return self._with(func(self.values, *args), tuple(self.shape))
         elif func in KEEPS_ZERO and not has_tensor((*args, *kwargs.values())) and not kwargs.get("inplace"):
             return self._with(func(self.values, *args, **kwargs), tuple(self.shape))

@@ -46,9 +46,7 @@ class LazyTensor(torch.Tensor):
     """Base of the tensors that hold less than they show. A subclass defines ``_compute`` and ``_apply``."""
 
     @staticmethod
-    def __new__(
-        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, **_: Any
-    ) -> LazyTensor:
+    def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, **_: Any) -> LazyTensor:
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=True)
 
     def __init__(self) -> None:
@@ -75,9 +73,7 @@ class LazyTensor(torch.Tensor):
         raise NotImplementedError
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -90,9 +86,7 @@ class LazyTensor(torch.Tensor):
         return func(*tree_map(as_dense, args), **tree_map(as_dense, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         # Reached only past __torch_function__ (a C++ caller), where autograd would lose the way back.
         raise RuntimeError(
             f"{func} reached a {cls.__name__} past PyTorch's function overrides; exclude the dropout before it, "

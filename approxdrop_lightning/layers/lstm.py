@@ -53,9 +53,7 @@ class ApproxLSTM(nn.LSTM):
             x = as_dense(x).unsqueeze(batch_dim)
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         if hx is None:
-            zeros = torch.zeros(
-                self.num_layers, x.shape[batch_dim], self.hidden_size, dtype=x.dtype, device=x.device
-            )
+            zeros = torch.zeros(self.num_layers, x.shape[batch_dim], self.hidden_size, dtype=x.dtype, device=x.device)
             hx = (zeros, zeros)
         else:
             self.check_forward_args(torch.empty(x.shape, dtype=x.dtype, device="meta"), hx, None)

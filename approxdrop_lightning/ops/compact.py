@@ -251,9 +251,7 @@ class _Groups:
         for dy, x, out, units in zip(dys, xs, self.out_units, self.in_units, strict=True):
             if isinstance(out, Tensor) and units is not None:
                 columns = (
-                    units
-                    if isinstance(units, Tensor)
-                    else torch.arange(grad.shape[1], device=grad.device)[units]
+                    units if isinstance(units, Tensor) else torch.arange(grad.shape[1], device=grad.device)[units]
                 )
                 index = (out[:, None], columns)
                 product = dy.t() @ x

@@ -1,6 +1,6 @@
 """Resumable loading, through Lightning's own protocol and by hand."""
 
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch.utils.data import BatchSampler, TensorDataset
@@ -15,7 +15,7 @@ def make(seed=0):
 
 def test_an_epoch_stopped_anywhere_goes_on_with_the_next_batch():
     whole = [batch[0].tolist() for batch in make()]
-    assert sorted(sum(whole, [])) == list(range(23))
+    assert sorted(chain.from_iterable(whole)) == list(range(23))
     for stop in range(len(whole) + 1):
         first = make()
         head = [batch[0].tolist() for batch in islice(first, stop)]

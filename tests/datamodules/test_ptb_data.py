@@ -113,7 +113,9 @@ def test_a_torchtext_cache_is_found(tmp_path):
 def test_a_corrupted_file_is_named_with_both_md5s_and_never_replaced(tmp_path):
     write(tmp_path / "ptb")
     for source in ("files", "auto"):
-        with pytest.raises(ValueError, match=r"ptb.train.txt is not .*f26c4b92c5fdc7b3f8c7cdcb991d8420 expected, \w{32}"):
+        with pytest.raises(
+            ValueError, match=r"ptb.train.txt is not .*f26c4b92c5fdc7b3f8c7cdcb991d8420 expected, \w{32}"
+        ):
             PTBDataModule(tmp_path, source=source).prepare_data()
 
 

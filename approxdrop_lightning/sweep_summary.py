@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from results import RESULT_FILE, write_json
+from approxdrop_lightning.results import RESULT_FILE, write_json
 
 log = logging.getLogger(__name__)
 
