@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 
@@ -143,6 +144,44 @@ class Metric(nn.Module):
         return out
 
 
+class _Twice(torch.autograd.Function):
+    """A derivative of its own, which nothing may replace by that of x * 2."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * 3
+
+
+class PastOverrides(nn.Module):
+    """Callers that PyTorch's function overrides do not see, on pending and on dropped-out tensors."""
+
+    def __init__(self, hooks: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(10, 16), nn.Linear(16, 12), nn.Linear(12, 14), nn.Linear(14, 4)
+        self.relu, self.first, self.second = nn.ReLU(), nn.Dropout(0.5), nn.Dropout(0.5)
+        self.hooks = hooks
+        if hooks:
+            for module in (self.a, self.relu, self.c):
+                module.register_full_backward_hook(_double_input_gradient)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.relu(self.a(x)))
+        if not self.hooks:
+            x = torch.utils.checkpoint.checkpoint(torch.tanh, _Twice.apply(x), use_reentrant=True)
+        x = self.b(x)
+        if not self.hooks:
+            x = torch.vmap(torch.sin)(_Twice.apply(x))
+        return self.d(self.second(self.c(x)))
+
+
+def _double_input_gradient(module, grad_input, grad_output):
+    return tuple(None if g is None else 2 * g for g in grad_input)
+
+
 class LanguageModel(nn.Module):
     def __init__(self, tied: bool = False, **options) -> None:
         super().__init__()
@@ -190,6 +229,8 @@ GALLERY: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "residual": (Residual, lambda: torch.randn(4, 3, 12)),
     "in place": (InPlace, lambda: torch.randn(4, 3, 10)),
     "metric under no_grad": (Metric, lambda: torch.randn(7, 10)),
+    "custom functions": (PastOverrides, lambda: torch.randn(6, 10)),
+    "backward hooks": (lambda: PastOverrides(hooks=True), lambda: torch.randn(6, 10)),
     "lstm": (LanguageModel, lambda: words(7, 5)),
     "lstm, tied decoder": (lambda: LanguageModel(tied=True), lambda: words(7, 5)),
     "lstm, batch first": (lambda: LanguageModel(batch_first=True), lambda: words(5, 7)),

@@ -23,27 +23,23 @@ from approxdrop_lightning.pattern import RowPattern
 _SCALES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__}
 
 
-class CompactTensor(LazyTensor):
-    """Output of dropout. Consumers read :attr:`values`; everybody else sees zeros filled in.
+class Kept:
+    """What a :class:`CompactTensor` holds.
 
     Args:
-        shape: Shape that it shows, ``[..., n]``.
+        shape: Shape that is shown, ``[..., n]``.
         pattern: What is kept of the ``n`` units.
         rows: Leading shape by which the pattern groups the rows; a later view may show another one.
         values: Kept values as :func:`approxdrop_lightning.functional.pack` returns them, scaled.
         source: Instead of values: the dense tensor to drop from, packed only if a consumer asks.
         scale: Factor of the kept entries of ``source``.
-        on_read: Called with the name of whoever reads: the consumer's, or a function's that made it dense.
+        backend: Backend of packing and products.
+        on_read: Called with the name of whoever reads: the consumer's, or that of a function that needs it dense.
     """
-
-    @staticmethod
-    def __new__(cls, shape: tuple[int, ...], like: Tensor, *args: Any, **kwargs: Any) -> CompactTensor:
-        return LazyTensor.__new__(cls, shape, like.dtype, like.device)
 
     def __init__(
         self,
         shape: tuple[int, ...],
-        like: Tensor,
         pattern: RowPattern,
         rows: tuple[int, ...],
         values: Tensor | None = None,
@@ -52,31 +48,40 @@ class CompactTensor(LazyTensor):
         backend: str = "auto",
         on_read: Callable[[str], None] = lambda name: None,
     ) -> None:
-        super().__init__()
-        self.pattern, self.rows = pattern, rows
+        self.shape, self.pattern, self.rows = shape, pattern, rows
         self.backend, self.on_read = backend, on_read
         self._values, self._source, self._scale = values, source, scale
+        like = source if values is None else values
+        self.dtype, self.device = like.dtype, like.device
 
     @property
     def values(self) -> Tensor:
-        """Kept values, scaled: ``[*rows, n_kept]`` if the pattern is shared, else flat, group after group."""
+        """Kept values, scaled."""
         if self._values is None:
             values = functional.pack(self._source, self.pattern, self.backend)
             self._values = values if self._scale == 1.0 else values * self._scale
         return self._values
 
-    def _compute(self) -> Tensor:
-        if self._values is None:
-            mask = self.pattern.mask(*self.rows).to(self._source.device)
-            dense = self._source * (mask.to(self._source.dtype) * self._scale)
-        else:
+    def inputs(self) -> tuple[Tensor]:
+        return (self._values if self._source is None else self._source,)
+
+    def compute(self) -> Tensor:
+        if self._source is None:
             dense = functional.unpack(self._values, self.pattern, self.rows, self.backend)
+        else:
+            mask = self.pattern.mask(*self.rows).to(self._source)
+            dense = self._source * (mask * self._scale)
         return dense.view(self.shape)
 
-    def _with(self, values: Tensor, shape: tuple[int, ...]) -> CompactTensor:
-        return CompactTensor(
-            shape, values, self.pattern, self.rows, values, backend=self.backend, on_read=self.on_read
-        )
+    def with_values(self, values: Tensor, shape: tuple[int, ...]) -> Kept:
+        """The same pattern with other values, shown in another shape."""
+        return Kept(shape, self.pattern, self.rows, values, backend=self.backend, on_read=self.on_read)
+
+
+class CompactTensor(LazyTensor):
+    """Output of dropout. Consumers read what it holds; everybody else sees zeros filled in."""
+
+    held: Kept
 
     def _apply(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func is F.linear:
@@ -84,15 +89,18 @@ class CompactTensor(LazyTensor):
         if func in _SCALES and len(args) == 1 and isinstance(args[0], (int, float)) and not kwargs:
             # inf and 0 divisors make NaN of a dropped zero: let the dense tensor show it.
             if math.isfinite(args[0]) and (args[0] != 0 or func not in (torch.div, Tensor.div, Tensor.__truediv__)):
-                return self._with(func(self.values, *args), tuple(self.shape))
+                return self._with(func(self.held.values, *args), self.held.shape)
         elif func in KEEPS_ZERO and not has_tensor((*args, *kwargs.values())) and not kwargs.get("inplace"):
-            return self._with(func(self.values, *args, **kwargs), tuple(self.shape))
+            return self._with(func(self.held.values, *args, **kwargs), self.held.shape)
         elif func in RESHAPES:
-            shape = reshaped_leading(func, tuple(self.shape), args, kwargs)
+            shape = reshaped_leading(func, self.held.shape, args, kwargs)
             if shape is not None:
-                return self._with(self.values, shape)
-        self.on_read(getattr(func, "__name__", str(func)))
+                return self._with(self.held.values, shape)
+        self.held.on_read(getattr(func, "__name__", str(func)))
         return NotImplemented
+
+    def _with(self, values: Tensor, shape: tuple[int, ...]) -> CompactTensor:
+        return CompactTensor(self.held.with_values(values, shape))
 
     def linear(
         self,
@@ -101,8 +109,9 @@ class CompactTensor(LazyTensor):
         reader: str = "F.linear",
     ) -> Tensor:
         """``F.linear(self, weight, bias)``, reading only the columns of the weight that are kept."""
-        self.on_read(reader)
+        held = self.held
+        held.on_read(reader)
         y = functional.row_linear(
-            self.values, weight, bias, self.pattern, backend=self.backend, leading_shape=self.rows
+            held.values, weight, bias, held.pattern, backend=held.backend, leading_shape=held.rows
         )
-        return y.view(*self.shape[:-1], weight.shape[0])
+        return y.view(*held.shape[:-1], weight.shape[0])

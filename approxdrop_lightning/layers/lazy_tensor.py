@@ -8,11 +8,12 @@ subclass knows is computed on what it holds; to every other function it is the d
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 
@@ -42,14 +43,59 @@ _METADATA = frozenset(
      Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel}  # fmt: skip
 
 
-class LazyTensor(torch.Tensor):
-    """Base of the tensors that hold less than they show. A subclass defines ``_compute`` and ``_apply``."""
+class Held(Protocol):
+    """What a lazy tensor holds instead of its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """Tensors that the values are computed from."""
+
+    def compute(self) -> Tensor:
+        """The dense tensor, as a differentiable function of the inputs."""
+
+
+class _Show(torch.autograd.Function):
+    """Makes the lazy tensor a function of what it holds, for callers that take no detour by Python.
+
+    A gradient arrives here only through such a caller (a custom ``autograd.Function``, a backward hook); all
+    others go on with what is held.
+    """
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, **_: Any) -> LazyTensor:
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=True)
+    def forward(ctx: Any, cls: type, held: Held, *inputs: Tensor | None) -> Tensor:
+        ctx.held = held
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
 
-    def __init__(self) -> None:
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.held.inputs()
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        with torch.enable_grad():
+            dense = ctx.held.compute()
+        found = torch.autograd.grad(dense, [inputs[i] for i in wanted], grad, allow_unused=True)
+        grads: list[Tensor | None] = [None] * len(inputs)
+        for i, gradient in zip(wanted, found, strict=True):
+            grads[i] = gradient
+        return None, None, *grads
+
+
+class LazyTensor(torch.Tensor):
+    """Base of the tensors that hold less than they show. A subclass defines ``_apply``.
+
+    Args:
+        held: What it holds.
+    """
+
+    @staticmethod
+    def __new__(cls, held: Held) -> LazyTensor:
+        return _Show.apply(cls, held, *held.inputs())
+
+    def __init__(self, held: Held) -> None:
+        self.held = held
         self._dense: Tensor | None = None
 
     @property
@@ -62,11 +108,8 @@ class LazyTensor(torch.Tensor):
         if self._dense is None:
             # The first to look may stand under no_grad (a metric), the next one may be the loss.
             with torch.inference_mode(False), torch.enable_grad():
-                self._dense = self._compute()
+                self._dense = self.held.compute()
         return self._dense
-
-    def _compute(self) -> Tensor:
-        raise NotImplementedError
 
     def _apply(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Result of ``func(self, *args, **kwargs)`` without the dense tensor, or NotImplemented."""
@@ -79,7 +122,8 @@ class LazyTensor(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
-        if isinstance(first, LazyTensor) and first.is_lazy:
+        # Under no_grad the result must have no history, but what is held has one: compute it densely.
+        if isinstance(first, LazyTensor) and first.is_lazy and torch.is_grad_enabled():
             result = first._apply(func, args[1:], kwargs)
             if result is not NotImplemented:
                 return result
@@ -87,11 +131,14 @@ class LazyTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        # Reached only past __torch_function__ (a C++ caller), where autograd would lose the way back.
-        raise RuntimeError(
-            f"{func} reached a {cls.__name__} past PyTorch's function overrides; exclude the dropout before it, "
-            "or call .dense() on its output"
-        )
+        """Reached past ``__torch_function__``, below autograd: plain values, history is kept by :class:`_Show`."""
+
+        def values(x: Any) -> Any:
+            if not isinstance(x, LazyTensor):
+                return x
+            return (x.held.compute() if x._dense is None else x._dense).detach()
+
+        return func(*tree_map(values, args), **tree_map(values, kwargs or {}))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"

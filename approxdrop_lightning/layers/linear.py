@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from approxdrop_lightning import functional
-from approxdrop_lightning.layers.compact_tensor import CompactTensor
+from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
 from approxdrop_lightning.layers.lazy_tensor import (
     POINTWISE,
     RESHAPES,
@@ -52,7 +52,7 @@ class ApproxLinear(nn.Linear):
             x = x.dense()
         if self.defers and x.dim() > 0 and x.shape[-1] == self.in_features:
             self.waited = True
-            return PendingLinear(self, x)
+            return PendingLinear(Pending(self, x, (*x.shape[:-1], self.out_features)))
         return self.product(x)
 
     def learn(self) -> None:
@@ -66,83 +66,91 @@ class ApproxLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-class PendingLinear(LazyTensor):
-    """Output of an :class:`ApproxLinear` that nobody has read yet.
+class Pending:
+    """What a :class:`PendingLinear` holds.
 
     Args:
         layer: The layer.
         x: Its input, dense or compact.
-        shape: Shape that it shows, if it was viewed.
+        shape: Shape that is shown; the layer's output may have been viewed.
         chain: Elementwise functions put down so far, as ``(function, arguments, keywords)``.
     """
 
-    @staticmethod
-    def __new__(cls, layer: ApproxLinear, x: Tensor, shape: Any = None, chain: tuple = ()) -> PendingLinear:
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        return LazyTensor.__new__(cls, shape or (*x.shape[:-1], layer.out_features), dtype, x.device)
+    def __init__(self, layer: ApproxLinear, x: Tensor, shape: tuple[int, ...], chain: tuple = ()) -> None:
+        self.layer, self.x, self.shape, self.chain = layer, x, shape, chain
+        self.device = x.device
+        kind = x.device.type
+        self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self.dtype = self._autocast[1] if self._autocast[2] else x.dtype
+        self._versions = self._parameter_versions()
 
-    def __init__(self, layer: ApproxLinear, x: Tensor, shape: Any = None, chain: tuple = ()) -> None:
-        super().__init__()
-        self.layer, self.x, self.chain = layer, x, chain
-        device = x.device.type
-        self._autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        self._versions = (layer.weight._version, layer.bias._version if layer.bias is not None else 0)
+    def _parameter_versions(self) -> list[int]:
+        return [p._version for p in (self.layer.weight, self.layer.bias) if p is not None]
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        x = self.x.held.values if isinstance(self.x, CompactTensor) else self.x
+        return x, self.layer.weight, self.layer.bias
+
+    def compute(self) -> Tensor:
+        with self._context():
+            return self._finish(self.layer.product(self.x).view(self.shape))
 
     def _context(self) -> contextlib.AbstractContextManager:
         """As it was when the layer was called."""
-        layer = self.layer
-        if self._versions != (layer.weight._version, layer.bias._version if layer.bias is not None else 0):
-            raise RuntimeError(f"{layer.name}: its output is read after its parameters were changed in place")
-        device, dtype, enabled = self._autocast
-        if (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) == (dtype, enabled):
+        if self._versions != self._parameter_versions():
+            raise RuntimeError(f"{self.layer.name}: its output is read after its parameters were changed in place")
+        kind, dtype, enabled = self._autocast
+        if (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) == (dtype, enabled):
             return contextlib.nullcontext()
-        return torch.autocast(device, dtype, enabled)
+        return torch.autocast(kind, dtype, enabled)
 
-    def _compute(self) -> Tensor:
-        with self._context():
-            y = self.layer.product(self.x).view(self.shape)
-            for func, args, kwargs in self.chain:
-                y = func(y, *args, **kwargs)
+    def _finish(self, y: Tensor) -> Tensor:
+        for func, args, kwargs in self.chain:
+            y = func(y, *args, **kwargs)
         return y
 
     def kept_values(self, pattern: RowPattern) -> Tensor:
         """Values of the units that a pattern keeps, packed; the others are not computed."""
-        x, rows = self.x, tuple(self.shape[:-1])
-        in_pattern = None
-        if isinstance(x, CompactTensor):
-            x.on_read(self.layer.name)
-            one_grouping = not x.pattern.interleave or not pattern.interleave or x.rows == rows
-            if one_grouping and functional.lines_up(x.pattern, pattern):
-                in_pattern = x.pattern
+        layer, rows = self.layer, self.shape[:-1]
+        compact = self.x.held if isinstance(self.x, CompactTensor) else None
         with self._context():
-            if in_pattern is None and isinstance(x, CompactTensor):
-                # Rows fall into other groups than those of the input: take that side's saving, then select.
-                dense = self.layer.product(x).view(self.shape)
-                values = functional.pack(dense, pattern, self.layer.backend)
-            else:
+            if compact is None:
                 values = functional.row_linear(
-                    x.reshape(*rows, -1) if in_pattern is None else x.values,
-                    self.layer.weight,
-                    self.layer.bias,
-                    in_pattern,
-                    pattern,
-                    backend=self.layer.backend,
+                    self.x.reshape(*rows, layer.in_features),
+                    layer.weight, layer.bias, None, pattern, backend=layer.backend,
+                )  # fmt: skip
+            elif self._one_grouping(compact, pattern):
+                compact.on_read(layer.name)
+                values = functional.row_linear(
+                    compact.values, layer.weight, layer.bias, compact.pattern, pattern, backend=layer.backend,
                     leading_shape=rows,
-                )
-            for func, args, kwargs in self.chain:
-                values = func(values, *args, **kwargs)
-        return values
+                )  # fmt: skip
+            else:
+                # Rows fall into other groups than those of the input: take that side's saving, then select.
+                values = functional.pack(layer.product(self.x).view(self.shape), pattern, layer.backend)
+            return self._finish(values)
+
+    def _one_grouping(self, compact: Kept, pattern: RowPattern) -> bool:
+        """Whether one product can serve the patterns of input and output."""
+        if compact.pattern.interleave and compact.rows != self.shape[:-1]:
+            return False
+        return functional.lines_up(compact.pattern, pattern)
+
+
+class PendingLinear(LazyTensor):
+    """Output of an :class:`ApproxLinear` that nobody has read yet."""
+
+    held: Pending
 
     def _apply(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        held = self.held
         if func in POINTWISE and not has_tensor((*args, *kwargs.values())):
             if kwargs.get("inplace"):
-                self.chain = (*self.chain, (func, args, {**kwargs, "inplace": False}))
+                held.chain = (*held.chain, (func, args, {**kwargs, "inplace": False}))
                 return self
-            return PendingLinear(self.layer, self.x, tuple(self.shape), (*self.chain, (func, args, kwargs)))
+            return PendingLinear(Pending(held.layer, held.x, held.shape, (*held.chain, (func, args, kwargs))))
         if func in RESHAPES:
-            shape = reshaped_leading(func, tuple(self.shape), args, kwargs)
+            shape = reshaped_leading(func, held.shape, args, kwargs)
             if shape is not None:
-                return PendingLinear(self.layer, self.x, shape, self.chain)
+                return PendingLinear(Pending(held.layer, held.x, shape, held.chain))
         return NotImplemented

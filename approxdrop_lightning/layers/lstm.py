@@ -72,20 +72,20 @@ class ApproxLSTM(nn.LSTM):
         """One layer, reading ``x`` dense, compact with a shared pattern, or compact and interleaved."""
         weight_ih, weight_hh = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
         biases = (getattr(self, f"bias_ih_l{layer}"), getattr(self, f"bias_hh_l{layer}")) if self.bias else ()
-        compact = isinstance(x, CompactTensor) and x.is_lazy
-        if compact:
-            x.on_read(self.name if layer == 0 else f"{self.name} (layer {layer})")
-        if compact and x.pattern.interleave:
+        held = x.held if isinstance(x, CompactTensor) and x.is_lazy else None
+        if held is not None:
+            held.on_read(self.name if layer == 0 else f"{self.name} (layer {layer})")
+        if held is not None and held.pattern.interleave:
             gates = functional.row_linear(
-                x.values, weight_ih, sum(biases) if biases else None, x.pattern, backend=self.backend,
-                leading_shape=x.rows,
+                held.values, weight_ih, sum(biases) if biases else None, held.pattern, backend=self.backend,
+                leading_shape=held.rows,
             ).view(*x.shape[:-1], -1)  # fmt: skip
             gates = gates.transpose(0, 1) if self.batch_first else gates
             y, h, c = functional.lstm_sequence(gates, *state, weight_hh)
             return (y.transpose(0, 1) if self.batch_first else y), (h, c)
-        if compact:
-            weight_ih = functional.select_columns(weight_ih, x.pattern)
-            x = x.values.view(*x.shape[:-1], -1)
+        if held is not None:
+            weight_ih = functional.select_columns(weight_ih, held.pattern)
+            x = held.values.view(*held.shape[:-1], held.pattern.n_kept)
         weights = [weight_ih, weight_hh, *biases]
         hx = (state[0].unsqueeze(0), state[1].unsqueeze(0))
         y, h, c = torch._VF.lstm(as_dense(x), hx, weights, self.bias, 1, 0.0, True, False, self.batch_first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from approxdrop_lightning.layers.compact_tensor import CompactTensor
+from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
 from approxdrop_lightning.layers.lazy_tensor import as_dense
 from approxdrop_lightning.layers.linear import PendingLinear
 from approxdrop_lightning.pattern import RowPattern
@@ -76,8 +76,8 @@ class Site:
         pattern = self._pattern(shape[-1])
         pending = isinstance(x, PendingLinear) and x.is_lazy
         if pending:
-            x.layer.feeds_site = True
-            self.producers.add(x.layer.name)
+            x.held.layer.feeds_site = True
+            self.producers.add(x.held.layer.name)
         if pattern.keeps_all:
             return as_dense(x) * self.scale
         if shape[-1] < self.min_features:
@@ -86,10 +86,9 @@ class Site:
             return x * (pattern.mask(*shape[:-1]).to(x) * self.scale)
         common = {"backend": self.backend, "on_read": self.consumers.add}
         if pending:
-            values = x.kept_values(pattern) * self.scale
-            return CompactTensor(shape, values, pattern, shape[:-1], values, **common)
-        x = as_dense(x)
-        return CompactTensor(shape, x, pattern, shape[:-1], source=x, scale=self.scale, **common)
+            values = x.held.kept_values(pattern) * self.scale
+            return CompactTensor(Kept(shape, pattern, shape[:-1], values, **common))
+        return CompactTensor(Kept(shape, pattern, shape[:-1], source=as_dense(x), scale=self.scale, **common))
 
 
 class ApproxDropoutSite(nn.Dropout):
