@@ -89,31 +89,38 @@ class RowPattern:
         return self.keep == self.dp
 
     def cells(self) -> tuple[Tensor, ...]:
-        """Kept indices of each group: ``n_groups`` ascending int64 tensors."""
+        """Kept indices of each group: ``n_groups`` int64 tensors.
+
+        Ascending within a cell; a group that keeps several cells has them one after the other, the first kept one
+        first. Group 0 of a shared pattern is ascending as a whole.
+        """
         return self._cells
 
     @cached_property
     def _cells(self) -> tuple[Tensor, ...]:
+        if not self.interleave:
+            cells = [self.by_cell[(self.offset + i) % self.dp] for i in range(self.keep)]
+            return (torch.cat(cells).sort().values if self.keep > 1 else cells[0],)
+        around = self.by_cell * 2
+        starts = [(self.offset + g) % self.dp for g in range(self.dp)]
+        if self.keep == 1:
+            return tuple(around[start] for start in starts)
+        return tuple(torch.cat(around[start : start + self.keep]) for start in starts)
+
+    @cached_property
+    def by_cell(self) -> tuple[Tensor, ...]:
+        """Units of each of the ``dp`` cells, ascending: int64."""
         if self.order is None:
-            return tuple(
-                _natural_cell(self.n, self.dp, (self.offset + g) % self.dp, self.keep, self.block_size)
-                for g in range(self.n_groups)
-            )
+            return _natural_cells(self.n, self.dp, self.block_size)
         cell = self.order.remainder(self.dp)
         if self.block_size > 1:
             cell = cell.repeat_interleave(self.block_size)[: self.n]
-        if self.interleave and self.keep == 1:
-            # All cells in one pass: a stable sort by cell lists the units of each in ascending order.
-            units = cell.sort(stable=True).indices.split(torch.bincount(cell, minlength=self.dp).tolist())
-            return tuple(units[(self.offset + g) % self.dp] for g in range(self.dp))
-        return tuple(
-            ((cell - self.offset - g).remainder(self.dp) < self.keep).nonzero().squeeze(1)
-            for g in range(self.n_groups)
-        )
+        units = cell.sort(stable=True).indices
+        return units.split(torch.bincount(cell, minlength=self.dp).tolist())
 
     @property
     def kept(self) -> Tensor:
-        """Kept indices of group 0 (of every row, if the pattern is shared): int64, ascending."""
+        """Kept indices of group 0 (of every row, if the pattern is shared): int64."""
         return self._cells[0]
 
     @property
@@ -156,10 +163,10 @@ class RowPattern:
         return mask
 
 
-@lru_cache(maxsize=4096)
-def _natural_cell(n: int, dp: int, first: int, keep: int, block_size: int) -> Tensor:
-    cell = (torch.arange(n) // block_size - first).remainder(dp)
-    return (cell < keep).nonzero().squeeze(1)
+@lru_cache(maxsize=1024)
+def _natural_cells(n: int, dp: int, block_size: int) -> tuple[Tensor, ...]:
+    cell = (torch.arange(n) // block_size).remainder(dp)
+    return tuple((cell == c).nonzero().squeeze(1) for c in range(dp))
 
 
 @lru_cache(maxsize=256)

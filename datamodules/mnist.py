@@ -1,6 +1,7 @@
 """MNIST as whole tensors: loading a batch costs one gather."""
 
 import os
+import struct
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +16,13 @@ from datamodules.loader import EpochSampler, ResumableLoader
 from datamodules.source import check_at_least, check_source, data_folder, obtain
 
 MEAN, STD = 0.1307, 0.3081  # of the training images, on a scale of 0 to 1
-# As torchvision names and the authors publish them: header of 16 or 8 bytes, then one byte per value.
+# As torchvision names and the authors publish them: a header (magic number, then the shape), one byte per value.
+HEADERS = {
+    "train-images-idx3-ubyte": struct.pack(">4I", 0x803, 60_000, 28, 28),
+    "train-labels-idx1-ubyte": struct.pack(">2I", 0x801, 60_000),
+    "t10k-images-idx3-ubyte": struct.pack(">4I", 0x803, 10_000, 28, 28),
+    "t10k-labels-idx1-ubyte": struct.pack(">2I", 0x801, 10_000),
+}
 SIZES = {
     "train-images-idx3-ubyte": 16 + 60_000 * 28 * 28,
     "train-labels-idx1-ubyte": 8 + 60_000,
@@ -90,6 +97,12 @@ class MNISTDataModule(LightningDataModule):
             found = (self._raw / name).stat().st_size
             if found != size:
                 raise ValueError(f"{self._raw / name} is damaged: {size:,} bytes expected, {found:,} found")
+            with (self._raw / name).open("rb") as file:
+                header = file.read(len(HEADERS[name]))
+            if header != HEADERS[name]:
+                raise ValueError(
+                    f"{self._raw / name} is damaged: header {HEADERS[name].hex()} expected, {header.hex()} found"
+                )
         return self.data_dir
 
     def _download(self) -> Path:
@@ -161,10 +174,10 @@ def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _read(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
-    try:
-        data = MNIST(str(folder), train=train)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ValueError(f"{folder / 'MNIST' / 'raw'} does not hold MNIST: {error}") from error
+    data = MNIST(str(folder), train=train)
+    if (highest := int(data.targets.max())) > 9:
+        file = folder / "MNIST" / "raw" / f"{'train' if train else 't10k'}-labels-idx1-ubyte"
+        raise ValueError(f"{file} is damaged: labels from 0 to 9 expected, {highest} found")
     return normalise(data.data), data.targets.to(torch.int64)
 
 

@@ -163,6 +163,9 @@ class PTBDataModule(LightningDataModule):
                 f"batch_size={self.batch_size} streams need at least {2 * self.batch_size} words of training text, "
                 f"there are {self.num_tokens['train']}"
             )
+        for part in ("valid", "test"):
+            if self.num_tokens[part] < 2:
+                raise ValueError(f"ptb.{part}.txt needs at least 2 words to score one, there are {len(texts[part])}")
         self._train = _Streams(*_cut(texts["train"], self.batch_size), self.unroll)
         self._valid, self._test = (
             _Streams(*_cut_padded(texts[part], self.eval_batch_size), self.unroll) for part in ("valid", "test")
@@ -172,8 +175,12 @@ class PTBDataModule(LightningDataModule):
     def _read(self, folder: Path) -> dict[str, Tensor]:
         words = {}
         for part in MD5:
-            with (folder / f"ptb.{part}.txt").open(encoding="utf-8") as file:
-                words[part] = [word for line in file for word in (*line.split(), END)]
+            file = folder / f"ptb.{part}.txt"
+            try:
+                with file.open(encoding="utf-8") as lines:
+                    words[part] = [word for line in lines for word in (*line.split(), END)]
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} is not UTF-8 text: {error}") from error
         counts = Counter(words["train"])
         counts[UNKNOWN] += 0  # a text of one's own may have none
         # Sorted by frequency, then by name: the same order on every machine.

@@ -1,5 +1,6 @@
 """Where data comes from: files, a download, or the embedded stand-in; never silently from the latter."""
 
+import http.client
 import os
 import socket
 import warnings
@@ -62,7 +63,8 @@ def obtain(
     try:
         with _timeout():
             return download()
-    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors, torchvision adds RuntimeError
+    # urllib's errors are OSErrors, but a connection lost halfway is an HTTPException; torchvision adds RuntimeError.
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
         if source == "download":
             raise ConnectionError(f"{name} could not be downloaded: {error}") from error
         warnings.warn(

@@ -74,6 +74,7 @@ class WordSource:
     def make(cls, seed: int, vocabulary: int = 1000, successors: int = 8, memory: float = 0.7) -> "WordSource":
         """Make the source of a seed."""
         generator = torch.Generator().manual_seed(seed)
+        successors = min(successors, vocabulary)
         start = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
         start /= start.sum()
         weights = 1 / torch.arange(1, successors + 1, dtype=torch.float64)

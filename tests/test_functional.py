@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from approxdrop_lightning import RowPattern, functional
-from approxdrop_lightning.ops import compact
+from approxdrop_lightning.ops import groups
 
 KINDS = {
     "shared": {},
@@ -42,11 +42,11 @@ def run(x, weight, bias, in_pattern, out_pattern, scale, backend):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Fresh memory is NaN: an entry that an op forgets to write cannot pass for zero."""
-    new_empty, empty_like, scratch = torch.Tensor.new_empty, torch.empty_like, compact._scratch
+    new_empty, empty_like, scratch = torch.Tensor.new_empty, torch.empty_like, groups._scratch
     fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-    monkeypatch.setattr(compact, "_scratch", lambda *a: fill(scratch(*a)))
+    monkeypatch.setattr(groups, "_scratch", lambda *a: fill(scratch(*a)))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -86,11 +86,12 @@ def test_row_linear_is_the_masked_product(in_kind, out_kind, backend):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-12, msg=lambda m, c=case, n=name: f"{n} {c}: {m}")
 
 
+@pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_gradcheck(kind):
+def test_gradcheck(kind, keep):
     generator = torch.Generator().manual_seed(1)
-    in_pattern = make_pattern(6, 3, 1, generator, **KINDS[kind])
-    out_pattern = make_pattern(5, 3, 1, generator, **KINDS[kind])
+    in_pattern = make_pattern(6, 3, keep, generator, **KINDS[kind])
+    out_pattern = make_pattern(5, 3, keep, generator, **KINDS[kind])
     x, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 4, 6), (5, 6), (5,)))
 
     def function(x, weight, bias):

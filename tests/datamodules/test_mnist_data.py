@@ -81,13 +81,24 @@ def test_a_truncated_file_is_named_and_never_replaced(tmp_path, source):
         MNISTDataModule(tmp_path, source=source).prepare_data()
 
 
-def test_garbage_of_the_right_size_is_refused(tmp_path):
+# Zeros, as a crash leaves them; a type unknown to torchvision; a right header with impossible labels.
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (bytes(60_008), "header 000008010000ea60 expected, 0000000000000000 found"),
+        (b"\0\0\x0a\x01\0\0\xea\x60" + bytes(60_000), "header 000008010000ea60 expected, 00000a010000ea60 found"),
+        (b"\0\0\x08\x01\0\0\xea\x60" + b"\xff" * 60_000, "labels from 0 to 9 expected, 255 found"),
+    ],
+)
+def test_garbage_of_the_right_size_is_refused(tmp_path, content, message):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name, size in mnist_module.SIZES.items():
-        (raw / name).write_bytes(b"\xff" * size)
+        header = mnist_module.HEADERS[name]
+        (raw / name).write_bytes(header + bytes(size - len(header)))
+    (raw / "train-labels-idx1-ubyte").write_bytes(content)
     data = MNISTDataModule(tmp_path, source="files")
-    with pytest.raises(ValueError, match="does not hold MNIST"):
+    with pytest.raises(ValueError, match=f"train-labels-idx1-ubyte is damaged: {message}"):
         data.setup()
 
 

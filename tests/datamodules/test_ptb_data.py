@@ -1,5 +1,6 @@
 """Penn Treebank: every word in its place, every file checked, no fall-back in silence."""
 
+import http.client
 import math
 import os
 import shutil
@@ -131,18 +132,21 @@ def test_no_files_is_said_with_the_folders(tmp_path):
         PTBDataModule(tmp_path, source="files").prepare_data()
 
 
-def test_the_fall_back_is_loud_and_a_demanded_download_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("no network"), http.client.IncompleteRead(b"no network", 9)])
+def test_the_fall_back_is_loud_and_a_demanded_download_fails(tmp_path, monkeypatch, error):
+    message = "no network" if isinstance(error, OSError) else "IncompleteRead"
+
     def refuse(*_, **__):
-        raise OSError("no network")
+        raise error
 
     monkeypatch.setattr(ptb_module.urllib.request, "urlopen", refuse)
     data = PTBDataModule(tmp_path)
-    with pytest.warns(SyntheticDataWarning, match=r"no network.*SYNTHETIC DATA"):
+    with pytest.warns(SyntheticDataWarning, match=f"{message}.*SYNTHETIC DATA"):
         data.prepare_data()
     data.setup()
     assert "synthetic" in data.data_source
     assert data.best_perplexity > 1
-    with pytest.raises(ConnectionError, match="no network"):
+    with pytest.raises(ConnectionError, match=message):
         PTBDataModule(tmp_path, source="download").prepare_data()
     assert not list(tmp_path.rglob("*.part"))
 
@@ -184,18 +188,33 @@ def test_the_synthetic_source_has_the_entropy_that_it_claims():
     assert (counts - source.stationary).abs().max() < 0.02
 
 
+def test_the_best_perplexity_is_that_of_an_oracle_on_the_batches():
+    """The deviation is below 2.5 nats per word (see above): 0.1 is 4 standard errors of 9,999 words."""
+    data = PTBDataModule(source="synthetic")
+    data.setup()
+    inputs, targets = (torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True))
+    scored = targets != -100
+    surprise = -WordSource.make(seed=0).transitions[inputs[scored], targets[scored]].log()
+    assert surprise.mean().item() == pytest.approx(math.log(data.best_perplexity), abs=0.1)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 7])
+def test_the_smallest_vocabularies_have_a_source_too(vocabulary):
+    data = PTBDataModule(source="synthetic", vocabulary=vocabulary)
+    data.setup()
+    assert data.vocab_size == vocabulary
+    assert 1 < data.best_perplexity < vocabulary
+
+
 def test_synthetic_text_is_reproducible_and_private():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    texts = []
-    for _ in range(2):
-        data = PTBDataModule(source="synthetic", vocabulary=100)
+    modules = [PTBDataModule(source="synthetic", vocabulary=100) for _ in range(2)]
+    for data in modules:
         data.setup()
-        texts.append(torch.cat([x for x, _ in data.train_dataloader()]))
-        torch.manual_seed(6)
-        before = torch.get_rng_state()
-    assert torch.equal(*texts)
+    # Checked before any loader is read: reading draws one number, as every DataLoader does.
     assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*(torch.cat([x for x, _ in data.train_dataloader()]) for data in modules))
     assert data.vocab_size == 100
     assert data.best_perplexity < 100
     assert math.isfinite(data.best_perplexity)
@@ -220,3 +239,12 @@ def test_bad_arguments_are_named(arguments, message):
 def test_a_text_too_short_for_the_streams_is_refused(tmp_path):
     with pytest.raises(ValueError, match="batch_size=50 streams need at least 100 words"):
         own(write(tmp_path / "ptb"), batch_size=50)
+
+
+def test_own_files_that_cannot_be_scored_or_read_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"ptb.valid.txt needs at least 2 words to score one, there are 0"):
+        own(write(tmp_path / "empty" / "ptb", valid=""))
+    folder = write(tmp_path / "latin" / "ptb")
+    (folder / "ptb.test.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"ptb.test.txt is not UTF-8 text"):
+        own(folder)
