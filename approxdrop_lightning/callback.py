@@ -15,6 +15,8 @@ from approxdrop_lightning.options import Options
 from approxdrop_lightning.report import Report
 from approxdrop_lightning.surgery import Conversion, convert, restore
 
+_TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+
 
 class ApproxDropout(Callback):
     """Make the dropout of a model skip the work that it drops.
@@ -38,6 +40,11 @@ class ApproxDropout(Callback):
         tile_size: Side of a tile; for ``pattern="tile"``. Not available yet.
         min_features: Sites narrower than this are masked and computed densely.
         backend: ``"auto"``, ``"compact"`` or ``"reference"``.
+        resample: ``"batch"``: patterns are drawn for each batch; ``"step"``: for each optimizer step, so that the
+            batches accumulated for it share them.
+        sync_patterns: Whether the processes of a distributed run draw the same patterns. They always draw the same
+            ``(dp, keep)``, so that none waits for another.
+        untested_strategies: Whether to run under strategies other than a single device and DDP.
         seed: Seed of the patterns; None takes that of ``seed_everything``, else PyTorch's initial seed. The
             global generators are never used.
 
@@ -66,6 +73,9 @@ class ApproxDropout(Callback):
         min_features: int = Options.min_features,
         backend: str = "auto",
         seed: int | None = None,
+        resample: str = "batch",
+        sync_patterns: bool = False,
+        untested_strategies: bool = False,
     ) -> None:
         super().__init__()
         try:
@@ -77,7 +87,10 @@ class ApproxDropout(Callback):
             raise MisconfigurationException(f"ApproxDropout: {error}") from error
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise MisconfigurationException(f"ApproxDropout: seed must be an integer or None, got {seed!r}")
-        self.seed = seed
+        if resample not in ("batch", "step"):
+            raise MisconfigurationException(f"ApproxDropout: resample must be 'batch' or 'step', got {resample!r}")
+        self.seed, self.resample = seed, resample
+        self.sync_patterns, self.untested_strategies = sync_patterns, untested_strategies
         self.report: Report | None = None
         self._conversion: Conversion | None = None
         self._saved: dict[str, Any] | None = None
@@ -104,10 +117,18 @@ class ApproxDropout(Callback):
         """Convert the model, before optimizers and strategy see it."""
         if stage != "fit":
             return
+        strategy = type(trainer.strategy).__name__
+        if strategy not in _TESTED_STRATEGIES and not self.untested_strategies:
+            raise MisconfigurationException(
+                f"ApproxDropout: {strategy} is not among the tested strategies {', '.join(_TESTED_STRATEGIES)}; "
+                "untested_strategies=True tries it all the same"
+            )
         # Layers that are built in configure_model must exist; it is idempotent by Lightning's contract.
         pl_module.configure_model()
         try:
-            self._conversion = convert(pl_module, self.options, self._seed())
+            seed = trainer.strategy.broadcast(self._seed())
+            rank = 0 if self.sync_patterns else trainer.global_rank
+            self._conversion = convert(pl_module, self.options, seed, rank)
         except ValueError as error:
             raise MisconfigurationException(f"ApproxDropout: {error}") from error
         self.report, self._reported = self._conversion.report, False
@@ -122,7 +143,8 @@ class ApproxDropout(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draw this batch's patterns."""
-        self._conversion.resample()
+        fresh = self.resample == "batch" or batch_idx % trainer.accumulate_grad_batches == 0
+        self._conversion.resample(fresh)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -69,6 +69,6 @@ class Options:
         """The distribution over ``(dp, keep)`` for a rate."""
         return PatternDistribution.search(rate, self.max_dp, self.search, self.keep, self.concentration)
 
-    def sampler(self, rate: float, seed: int) -> PatternSampler:
+    def sampler(self, rate: float, seed: int, rank: int = 0) -> PatternSampler:
         """A sampler of patterns of a rate."""
-        return PatternSampler(self.distribution(rate), self.interleave, self.shuffle, self.block_size, seed)
+        return PatternSampler(self.distribution(rate), self.interleave, self.shuffle, self.block_size, seed, rank)

@@ -32,7 +32,7 @@ class Row:
 
     @property
     def consumers(self) -> tuple[str, ...]:
-        """Who has read the output so far: layers by name, other functions by theirs."""
+        """Layers that have read the output so far, its kept units only."""
         return tuple(sorted(self.site.consumers)) if self.site else ()
 
     @property
@@ -45,7 +45,10 @@ class Row:
         if not self.site.last_patterns:
             return "not known before the first training batch"
         parts = (["producer's rows"] if self.producer else []) + (["consumers' columns"] if self.consumers else [])
-        return " and ".join(parts) or "nothing: no linear layer or LSTM beside it"
+        readers = ", ".join(sorted(self.site.dense_readers))
+        if not parts:
+            return f"nothing: no linear layer before it, and read whole by {readers or 'nobody'}"
+        return " and ".join(parts) + (f"; read whole by {readers}" if readers else "")
 
 
 @dataclass

@@ -25,6 +25,8 @@ class PatternSampler:
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
         block_size: Units that are permuted together, >= 1. Without ``shuffle`` it is not used.
         seed: Seed of the private generator.
+        rank: Of this process. Processes of one seed draw the same ``(dp, keep)`` at each step, so that none waits
+            for another, but patterns of their own.
     """
 
     def __init__(
@@ -34,12 +36,17 @@ class PatternSampler:
         shuffle: bool = False,
         block_size: int = 1,
         seed: int = 0,
+        rank: int = 0,
     ) -> None:
         self.distribution = distribution
         self.interleave = interleave
         self.shuffle = shuffle
         self.block_size = block_size if shuffle else 1
-        self._generator = torch.Generator().manual_seed(seed)
+        self.rank = rank
+        self._steps = torch.Generator().manual_seed(seed)
+        # Seeded anew at each step, from the first one: processes cannot drift apart, and a step's patterns do not
+        # depend on how many the steps before it had.
+        self._patterns = torch.Generator()
         # Zero-probability pairs are left out so that rounding in the sum can never pick one.
         pairs = [(s, k) for s, k in zip(distribution.support, distribution.probabilities, strict=True) if k > 0]
         self._support = [s for s, _ in pairs]
@@ -49,24 +56,31 @@ class PatternSampler:
 
     def draw(self) -> tuple[int, int]:
         """Begin a step: draw its ``(dp, keep)``."""
-        u = torch.rand((), generator=self._generator, dtype=torch.float64).item() * self._cumulative[-1]
+        u = torch.rand((), generator=self._steps, dtype=torch.float64).item() * self._cumulative[-1]
         index = min(bisect_right(self._cumulative, u), len(self._support) - 1)
         self.dp, self.keep = self._support[index]
+        seed = int(torch.randint(2**31, (), generator=self._steps))
+        self._patterns.manual_seed((seed + 1_000_003 * self.rank) % 2**32)
         return self.dp, self.keep
 
     def pattern(self, n: int) -> RowPattern:
         """Draw a pattern of ``n`` units with the step's ``(dp, keep)``."""
         if self.keep == self.dp:
             return RowPattern(n, 1, 0)
-        offset = int(torch.randint(self.dp, (), generator=self._generator))
+        offset = int(torch.randint(self.dp, (), generator=self._patterns))
         order = None
         if self.shuffle:
-            order = torch.randperm(-(-n // self.block_size), generator=self._generator)
+            order = torch.randperm(-(-n // self.block_size), generator=self._patterns)
         return RowPattern(n, self.dp, offset, self.keep, self.interleave, order, self.block_size)
 
     def state_dict(self) -> dict[str, Any]:
         """State from which the very same sequence continues; loads under ``weights_only=True``."""
-        return {"generator": self._generator.get_state(), "dp": self.dp, "keep": self.keep}
+        return {
+            "steps": self._steps.get_state(),
+            "patterns": self._patterns.get_state(),
+            "dp": self.dp,
+            "keep": self.keep,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the sequence that :meth:`state_dict` left.
@@ -80,5 +94,6 @@ class PatternSampler:
                 f"the saved pattern state (dp, keep) = {pair} cannot come from this distribution, "
                 f"whose support is {self._support}: rate, max_dp or keep were changed"
             )
-        self._generator.set_state(state["generator"].cpu())
+        self._steps.set_state(state["steps"].cpu())
+        self._patterns.set_state(state["patterns"].cpu())
         self.dp, self.keep = pair

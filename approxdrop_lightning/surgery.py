@@ -27,8 +27,8 @@ class NoEffectWarning(UserWarning):
 class Conversion:
     """What was done to a model: its report, samplers and converted layers."""
 
-    def __init__(self, options: Options, seed: int) -> None:
-        self.options, self.seed = options, seed
+    def __init__(self, options: Options, seed: int, rank: int = 0) -> None:
+        self.options, self.seed, self.rank = options, seed, rank
         self.report = Report()
         self.samplers: dict[float, PatternSampler] = {}
         self.layers: list[nn.Module] = []
@@ -37,7 +37,7 @@ class Conversion:
         """A new site; sites of one rate share a sampler, hence ``(dp, keep)`` of each step."""
         options = self.options
         if rate not in self.samplers:
-            self.samplers[rate] = options.sampler(rate, self.seed + len(self.samplers))
+            self.samplers[rate] = options.sampler(rate, self.seed + len(self.samplers), self.rank)
         site = Site(name, rate, self.samplers[rate], options.scale, options.min_features, options.backend)
         self.report.rows.append(Row(name, rate, site=site))
         return site
@@ -86,17 +86,21 @@ class Conversion:
             sampler.load_state_dict(state[repr(rate)])
 
 
-def convert(model: nn.Module, options: Options, seed: int) -> Conversion:
+def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Conversion:
     """Convert a model in place; see :func:`approximate`."""
     if hasattr(model, _RECORD):
         raise ValueError("the model is converted already; restore(model) first")
-    conversion = Conversion(options, seed)
+    conversion = Conversion(options, seed, rank)
     try:
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 _convert_dropout(conversion, name, module)
             elif type(module) is nn.LSTM:
                 _convert_lstm(conversion, name, module)
+            elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout:
+                what = "attention weights" if isinstance(module, nn.MultiheadAttention) else "between its layers"
+                reason = f"dropout inside {type(module).__name__} is left as it is"
+                conversion.report.rows.append(Row(f"{name} ({what})", module.dropout, reason))
     except ValueError:  # a rate of the model's that no pattern serves
         conversion.restore()
         raise

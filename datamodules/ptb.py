@@ -148,6 +148,10 @@ class PTBDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and number all words, once."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            raise ValueError(
+                f"PTBDataModule reads one text in its order: it serves 1 process, got {self.trainer.world_size}"
+            )
         if self.data_source is not None:
             return
         folder = self._folder

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import MLPBlock, VisionTransformer
+from torchvision.ops import MLP
 
 
 class Masks:
@@ -198,6 +200,48 @@ class LanguageModel(nn.Module):
         return self.decoder(self.after(y)).flatten(0, -2)
 
 
+class Attention(nn.Module):
+    """One dropout that query, key and value read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.query, self.key, self.value = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(x)
+        return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+
+
+class Convolutional(nn.Module):
+    """A VGG-like network: features, flatten, classifier head with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2))
+        self.classifier = nn.Sequential(
+            nn.Linear(16, 20), nn.ReLU(True), nn.Dropout(), nn.Linear(20, 24), nn.ReLU(True), nn.Dropout(),
+            nn.Linear(24, 5),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+class Transformer(nn.Module):
+    """Stock encoder and decoder layers; their attention's own dropout is random, so it is off."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(12, 2, 20, 0.5, **options)
+        self.decoder = nn.TransformerDecoderLayer(12, 2, 20, 0.5, **options)
+        for attention in (self.encoder.self_attn, self.decoder.self_attn, self.decoder.multihead_attn):
+            attention.dropout = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(x, self.encoder(x))
+
+
 def mlp(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
     """Ordinary, nested, two activations in a row, dropout with nothing before it."""
     return nn.Sequential(
@@ -231,6 +275,19 @@ GALLERY: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "metric under no_grad": (Metric, lambda: torch.randn(7, 10)),
     "custom functions": (PastOverrides, lambda: torch.randn(6, 10)),
     "backward hooks": (lambda: PastOverrides(hooks=True), lambda: torch.randn(6, 10)),
+    "query, key and value": (Attention, lambda: torch.randn(3, 5, 12)),
+    "convolutions before a head": (Convolutional, lambda: torch.randn(3, 3, 8, 8)),
+    "transformer layers": (Transformer, lambda: torch.randn(4, 3, 12)),
+    "transformer layers, norm first, batch first": (
+        lambda: Transformer(norm_first=True, batch_first=True, activation="gelu"),
+        lambda: torch.randn(3, 4, 12),
+    ),
+    "torchvision MLP": (lambda: MLP(12, [16, 20, 6], dropout=0.5), lambda: torch.randn(5, 12)),
+    "torchvision MLPBlock": (lambda: MLPBlock(12, 24, 0.5), lambda: torch.randn(5, 3, 12)),
+    "torchvision ViT": (
+        lambda: VisionTransformer(16, 8, 2, 2, 16, 32, dropout=0.3, num_classes=5),
+        lambda: torch.randn(3, 3, 16, 16),
+    ),
     "lstm": (LanguageModel, lambda: words(7, 5)),
     "lstm, tied decoder": (lambda: LanguageModel(tied=True), lambda: words(7, 5)),
     "lstm, batch first": (lambda: LanguageModel(batch_first=True), lambda: words(5, 7)),

@@ -107,3 +107,20 @@ def test_steps_that_drop_nothing_have_the_trivial_pattern():
     sampler = make(0.0)
     sampler.draw()
     assert sampler.pattern(5).keeps_all
+
+
+def test_ranks_share_the_period_and_differ_in_the_rest():
+    samplers = [make(shuffle=True, interleave=True, rank=rank) for rank in (0, 1)]
+    draws = [[(s.draw(), s.pattern(64)) for _ in range(300)] for s in samplers]
+    assert [pair for pair, _ in draws[0]] == [pair for pair, _ in draws[1]]
+    dropping = [(a, b) for (_, a), (_, b) in zip(*draws, strict=True) if not a.keeps_all]
+    assert sum(a == b for a, b in dropping) == 0  # 64! orders: never by chance
+
+
+def test_a_step_does_not_depend_on_how_many_patterns_the_last_one_had():
+    few, many = make(shuffle=True), make(shuffle=True)
+    for uses in range(1, 6):
+        few.draw(), many.draw()
+        assert few.pattern(16) == many.pattern(16)
+        for _ in range(uses):
+            many.pattern(16)

@@ -34,7 +34,7 @@ class Kept:
         source: Instead of values: the dense tensor to drop from, packed only if a consumer asks.
         scale: Factor of the kept entries of ``source``.
         backend: Backend of packing and products.
-        on_read: Called with the name of whoever reads: the consumer's, or that of a function that needs it dense.
+        on_read: Called with the name of whoever reads, and whether kept values are enough for it.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Kept:
         source: Tensor | None = None,
         scale: float = 1.0,
         backend: str = "auto",
-        on_read: Callable[[str], None] = lambda name: None,
+        on_read: Callable[[str, bool], None] = lambda name, compact: None,
     ) -> None:
         self.shape, self.pattern, self.rows = shape, pattern, rows
         self.backend, self.on_read = backend, on_read
@@ -96,8 +96,10 @@ class CompactTensor(LazyTensor):
             shape = reshaped_leading(func, self.held.shape, args, kwargs)
             if shape is not None:
                 return self._with(self.held.values, shape)
-        self.held.on_read(getattr(func, "__name__", str(func)))
         return NotImplemented
+
+    def _read_by(self, name: str) -> None:
+        self.held.on_read(name, False)
 
     def _with(self, values: Tensor, shape: tuple[int, ...]) -> CompactTensor:
         return CompactTensor(self.held.with_values(values, shape))
@@ -110,7 +112,7 @@ class CompactTensor(LazyTensor):
     ) -> Tensor:
         """``F.linear(self, weight, bias)``, reading only the columns of the weight that are kept."""
         held = self.held
-        held.on_read(reader)
+        held.on_read(reader, True)
         y = functional.row_linear(
             held.values, weight, bias, held.pattern, backend=held.backend, leading_shape=held.rows
         )

@@ -115,6 +115,9 @@ class LazyTensor(torch.Tensor):
         """Result of ``func(self, *args, **kwargs)`` without the dense tensor, or NotImplemented."""
         raise NotImplementedError
 
+    def _read_by(self, name: str) -> None:
+        """Called before a function of that name reads the dense tensor."""
+
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -127,7 +130,13 @@ class LazyTensor(torch.Tensor):
             result = first._apply(func, args[1:], kwargs)
             if result is not NotImplemented:
                 return result
-        return func(*tree_map(as_dense, args), **tree_map(as_dense, kwargs))
+
+        def read(x: Any) -> Any:
+            if isinstance(x, LazyTensor):
+                x._read_by(getattr(func, "__name__", str(func)))
+            return as_dense(x)
+
+        return func(*tree_map(read, args), **tree_map(read, kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

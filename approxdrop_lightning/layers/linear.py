@@ -120,7 +120,7 @@ class Pending:
                     layer.weight, layer.bias, None, pattern, backend=layer.backend,
                 )  # fmt: skip
             elif self._one_grouping(compact, pattern):
-                compact.on_read(layer.name)
+                compact.on_read(layer.name, True)
                 values = functional.row_linear(
                     compact.values, layer.weight, layer.bias, compact.pattern, pattern, backend=layer.backend,
                     leading_shape=rows,

@@ -74,7 +74,7 @@ class ApproxLSTM(nn.LSTM):
         biases = (getattr(self, f"bias_ih_l{layer}"), getattr(self, f"bias_hh_l{layer}")) if self.bias else ()
         held = x.held if isinstance(x, CompactTensor) and x.is_lazy else None
         if held is not None:
-            held.on_read(self.name if layer == 0 else f"{self.name} (layer {layer})")
+            held.on_read(self.name if layer == 0 else f"{self.name} (layer {layer})", True)
         if held is not None and held.pattern.interleave:
             gates = functional.row_linear(
                 held.values, weight_ih, sum(biases) if biases else None, held.pattern, backend=self.backend,

@@ -39,6 +39,7 @@ class Site:
         self.scale_by, self.min_features, self.backend = scale, min_features, backend
         self.producers: set[str] = set()
         self.consumers: set[str] = set()
+        self.dense_readers: set[str] = set()
         self.narrow: int | None = None
         self._patterns: list[RowPattern] = []
         self._uses = 0
@@ -68,6 +69,9 @@ class Site:
         self._uses += 1
         return self._patterns[self._uses - 1]
 
+    def _read(self, name: str, compact: bool) -> None:
+        (self.consumers if compact else self.dense_readers).add(name)
+
     def drop(self, x: Tensor) -> Tensor:
         """Dropout of ``x`` (``[..., n]``) by the next pattern; what it drops of a pending product is not computed."""
         if x.dim() == 0 or x.numel() == 0:
@@ -84,7 +88,7 @@ class Site:
             self.narrow = shape[-1]
             x = as_dense(x)
             return x * (pattern.mask(*shape[:-1]).to(x) * self.scale)
-        common = {"backend": self.backend, "on_read": self.consumers.add}
+        common = {"backend": self.backend, "on_read": self._read}
         if pending:
             values = x.held.kept_values(pattern) * self.scale
             return CompactTensor(Kept(shape, pattern, shape[:-1], values, **common))
