@@ -15,13 +15,13 @@ class Row:
 
     Attributes:
         name: Its name in the model.
-        rate: Its rate.
+        rate: Its rate; None if it is not known.
         reason: Why nothing is skipped, known before training; None if the dropout became a site.
         site: The site, if it became one.
     """
 
     name: str
-    rate: float
+    rate: float | None
     reason: str | None = None
     site: Site | None = None
 
@@ -42,7 +42,9 @@ class Row:
             return f"nothing: {self.reason}"
         if self.site.narrow:
             return f"nothing: {self.site.narrow} features are too few to gain (min_features={self.site.min_features})"
-        if not self.site.last_patterns:
+        if not self.site.last_patterns and not self.site.producers | self.site.consumers | self.site.dense_readers:
+            if self.site.steps > 1:
+                return "nothing: it was not called in training mode"
             return "not known before the first training batch"
         parts = (["producer's rows"] if self.producer else []) + (["consumers' columns"] if self.consumers else [])
         readers = ", ".join(sorted(self.site.dense_readers))
@@ -79,7 +81,14 @@ class Report:
     def __str__(self) -> str:
         # Lines as wide as they are: a log file has no width.
         cells = [_COLUMNS] + [
-            (r.name, f"{r.rate:g}", r.producer or "-", ", ".join(r.consumers) or "-", r.skipped) for r in self.rows
+            (
+                r.name,
+                "?" if r.rate is None else f"{r.rate:g}",
+                r.producer or "-",
+                ", ".join(r.consumers) or "-",
+                r.skipped,
+            )
+            for r in self.rows
         ]
         widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]

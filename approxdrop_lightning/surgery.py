@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from approxdrop_lightning.inspection import functional_dropouts
 from approxdrop_lightning.layers import ApproxDropoutSite, ApproxLinear, ApproxLSTM, Site
 from approxdrop_lightning.options import Options
 from approxdrop_lightning.report import Report, Row
@@ -101,6 +102,8 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
                 what = "attention weights" if isinstance(module, nn.MultiheadAttention) else "between its layers"
                 reason = f"dropout inside {type(module).__name__} is left as it is"
                 conversion.report.rows.append(Row(f"{name} ({what})", module.dropout, reason))
+        for name, place in functional_dropouts(model):
+            conversion.report.rows.append(Row(f"{name or 'the model'} ({place})", None, "a function, not a module"))
     except ValueError:  # a rate of the model's that no pattern serves
         conversion.restore()
         raise

@@ -92,6 +92,17 @@ class Shared(nn.Module):
         return self.last(self.drop(torch.tanh(self.second(self.drop(F.gelu(self.first(x)))))))
 
 
+class Reused(nn.Module):
+    """One linear layer between two dropouts, and used twice: what it reads and makes differs by use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.a, self.b, self.out = nn.Linear(12, 12), nn.Dropout(0.5), nn.Dropout(0.7), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.b(self.layer(self.a(self.layer(x).relu())))) + self.layer(x)[..., :3]
+
+
 class Residual(nn.Module):
     """What is dropped is read elsewhere too: a residual sum, a normalisation, a second consumer."""
 
@@ -270,6 +281,7 @@ GALLERY: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "mlp gelu, one row": (lambda: mlp(nn.GELU), lambda: torch.randn(1, 20)),
     "mlp, no batch": (mlp, lambda: torch.randn(20)),
     "dropout object used twice": (Shared, lambda: torch.randn(6, 9)),
+    "one layer, two sites of different rates": (Reused, lambda: torch.randn(7, 12)),
     "residual": (Residual, lambda: torch.randn(4, 3, 12)),
     "in place": (InPlace, lambda: torch.randn(4, 3, 10)),
     "metric under no_grad": (Metric, lambda: torch.randn(7, 10)),

@@ -6,8 +6,10 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from gallery import GALLERY, LanguageModel, mlp, twin
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from approxdrop_lightning import ApproxLinear, ApproxLSTM, approximate, resample, restore
 from approxdrop_lightning.surgery import NoEffectWarning
@@ -104,6 +106,93 @@ def test_the_report_says_what_is_skipped_and_why_not():
     assert "drops everything" in report["8"].skipped
     assert "AlphaDropout" in report["9"].skipped
     assert all(name in str(report) for name in ("2", "producer's rows", "AlphaDropout"))
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.drop, self.down = nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = F.dropout(self.drop(self.up(x)), 0.2, self.training)
+        return self.down(nn.functional.dropout1d(x, 0.1))
+
+
+def test_functional_dropout_and_dropout_inside_other_layers_are_named():
+    model = nn.Sequential(Functional(), nn.MultiheadAttention(8, 2, dropout=0.1), nn.GRU(8, 8, 2, dropout=0.2))
+    report = approximate(model, min_features=0)
+    lines = {row.name: row.skipped for row in report}
+    calls = [name for name in lines if "test_surgery.py:" in name]
+    assert len(calls) == 2
+    assert all(name.startswith("0 (") and "a function" in lines[name] for name in calls)
+    assert "MultiheadAttention is left as it is" in lines["1 (attention weights)"]
+    assert "GRU is left as it is" in lines["2 (between its layers)"]
+    resample(model)
+    model[0](torch.randn(2, 5, 8)).sum().backward()  # dropout of a dropped-out tensor: dense, and it runs
+
+
+def test_a_dropout_that_is_not_used_in_training_is_reported():
+    model = mlp()
+    report = approximate(model, min_features=0)
+    model[0].eval()
+    for _ in range(2):
+        resample(model)
+        model(torch.randn(4, 20)).sum().backward()
+    assert "not called in training mode" in report["0"].skipped
+
+
+def test_conversion_after_the_optimizer_was_built():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = [p.clone() for p in model.parameters()]
+    approximate(model, min_features=0)
+    resample(model)
+    model(torch.randn(4, 20)).sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_site_whose_width_changes_between_batches_draws_another_pattern():
+    model = nn.Dropout(0.5)
+    approximate(model, min_features=0)
+    for width in (16, 24, 16):
+        resample(model)
+        x = torch.ones(6, width, requires_grad=True)
+        torch.testing.assert_close(model(x) * 1.0, model.last_patterns[0].mask(6) * 2.0)
+        assert len(model.last_patterns) == 1
+
+
+def test_the_restored_model_can_be_exported():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    approximate(model)
+    restore(model)
+    x = torch.randn(3, 8)
+    exported = torch.export.export(model.eval(), (x,))
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual", "lstm"])
+def test_under_torch_compile_the_number_of_graphs_is_bounded_and_values_are_right(name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    make, make_input = GALLERY[name]
+    model, x = make(), make_input()
+    approximate(model, min_features=0, rate=0.7, seed=0)
+    eager = copy.deepcopy(model)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    graphs = []
+    for _ in range(24):  # some twenty different patterns, two periods
+        resample(model), resample(eager)
+        model.zero_grad(), eager.zero_grad()
+        out, expected = compiled(x), eager(x)
+        torch.testing.assert_close(out * 1.0, expected * 1.0)
+        out.sum().backward(), expected.sum().backward()
+        for a, b in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+        graphs.append(counter.frame_count)
+    assert graphs[-1] <= 8
+    assert graphs[-1] == graphs[6]  # none for a pattern that comes later
 
 
 def test_a_linear_layer_that_feeds_no_site_stops_waiting():

@@ -43,6 +43,11 @@ _METADATA = frozenset(
      Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel}  # fmt: skip
 
 
+#: The layers here, and functions of lazy tensors, run eagerly under ``torch.compile``: a visible graph break. Tracing
+#: would make constants of the patterns, hence a new graph for each until the limit, and then silence.
+run_eagerly = torch.compiler.disable(reason="patterns change with every batch")
+
+
 class Held(Protocol):
     """What a lazy tensor holds instead of its values."""
 
@@ -119,6 +124,7 @@ class LazyTensor(torch.Tensor):
         """Called before a function of that name reads the dense tensor."""
 
     @classmethod
+    @run_eagerly
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:

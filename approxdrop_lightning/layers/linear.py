@@ -19,6 +19,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     as_dense,
     has_tensor,
     reshaped_leading,
+    run_eagerly,
 )
 from approxdrop_lightning.pattern import RowPattern
 
@@ -44,6 +45,7 @@ class ApproxLinear(nn.Linear):
     waited: bool
     feeds_site: bool
 
+    @run_eagerly
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         if not (self.training and torch.is_grad_enabled()):

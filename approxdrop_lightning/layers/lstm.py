@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from approxdrop_lightning import functional
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
-from approxdrop_lightning.layers.lazy_tensor import as_dense
+from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
 from approxdrop_lightning.layers.site import Site
 
 _State = tuple[Tensor, Tensor]
@@ -41,6 +41,7 @@ class ApproxLSTM(nn.LSTM):
             return "an LSTM with projections (proj_size) is not supported"
         return None
 
+    @run_eagerly
     def forward(self, x: Tensor | PackedSequence, hx: _State | None = None) -> tuple[Tensor, _State]:
         """As ``nn.LSTM``: ``[T, B, input]`` (``[B, T, input]`` if ``batch_first``, ``[T, input]`` unbatched)."""
         if not self.training or isinstance(x, PackedSequence):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
-from approxdrop_lightning.layers.lazy_tensor import as_dense
+from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
 from approxdrop_lightning.layers.linear import PendingLinear
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.sampler import PatternSampler
@@ -37,10 +37,12 @@ class Site:
     ) -> None:
         self.name, self.rate, self.sampler = name, rate, sampler
         self.scale_by, self.min_features, self.backend = scale, min_features, backend
+        #: What was seen so far: layers before it and after it, functions that read it whole, steps begun.
         self.producers: set[str] = set()
         self.consumers: set[str] = set()
         self.dense_readers: set[str] = set()
         self.narrow: int | None = None
+        self.steps = 0
         self._patterns: list[RowPattern] = []
         self._uses = 0
 
@@ -59,6 +61,7 @@ class Site:
     def begin(self, fresh: bool = True) -> None:
         """Begin a forward pass: with fresh patterns, or with those of the last one again."""
         self._uses = 0
+        self.steps += 1
         if fresh:
             self._patterns.clear()
 
@@ -114,6 +117,7 @@ class ApproxDropoutSite(nn.Dropout):
         """Factor of the kept values in this step."""
         return self.site.scale
 
+    @run_eagerly
     def forward(self, x: Tensor) -> Tensor:
         """``[..., n]`` to ``[..., n]``."""
         if not self.training:
