@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from approxdrop_lightning.layers.site import Site
 
-_COLUMNS = ("dropout", "rate", "producer", "consumers", "skipped")
+_COLUMNS = ("dropout", "rate", "producer", "consumers", "saves", "skipped")
 
 
 @dataclass
@@ -62,6 +63,24 @@ class Report:
     """
 
     rows: list[Row] = field(default_factory=list)
+    #: Of each linear layer and LSTM: multiplies of its dense products, by the sites before and after.
+    work: list[dict] = field(default_factory=list)
+
+    def _products(self) -> list[tuple[int, float]]:
+        """Multiplies and expected executed share of each product of the last step."""
+        return [(n, _executed(*sites)) for work in self.work for sites, n in work.items()]
+
+    @property
+    def saved(self) -> float:
+        """Share of the multiplies of all linear layers and LSTMs that is saved in expectation, in [0, 1)."""
+        total = sum(n for n, _ in self._products())
+        return sum(n * (1 - share) for n, share in self._products()) / total if total else 0.0
+
+    def saved_by(self, row: Row) -> float:
+        """What one dropout alone would save of them. Shares overlap: two dropouts may skip the same multiply."""
+        total = sum(n for n, _ in self._products())
+        own = sum(n for work in self.work for sites, n in work.items() if row.site and row.site in sites)
+        return own * row.site.rate / total if own else 0.0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,10 +105,23 @@ class Report:
                 "?" if r.rate is None else f"{r.rate:g}",
                 r.producer or "-",
                 ", ".join(r.consumers) or "-",
+                f"{self.saved_by(r):.0%}",
                 r.skipped,
             )
             for r in self.rows
         ]
         widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-        return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+        total = f"saved in expectation: {self.saved:.0%} of the multiplies of linear layers and LSTMs"
+        return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:], total])
+
+
+def _executed(before: Site | None, after: Site | None) -> float:
+    """Expected share of a product that is executed between two sites."""
+    sites = [site for site in (before, after) if site is not None]
+    if len(sites) == 2 and sites[0].sampler is sites[1].sampler:
+        # One (dp, keep) for both: the mean of the square, not the square of the mean.
+        distribution = sites[0].sampler.distribution
+        pairs = zip(distribution.support, distribution.probabilities, strict=True)
+        return sum(k * (keep / dp) ** 2 for (dp, keep), k in pairs)
+    return math.prod(1 - site.rate for site in sites)

@@ -17,7 +17,7 @@ from approxdrop_lightning.sampler import PatternSampler
 #: Attribute of a converted model that holds what was done to it. No module, so not a part of the model.
 _RECORD = "_approxdrop"
 #: Attributes that conversion puts on layers; a restored layer has none of them.
-_ATTRIBUTES = ("site", "sites", "name", "backend", "defers", "waited", "feeds_site")
+_ATTRIBUTES = ("site", "sites", "name", "backend", "defers", "waited", "feeds_site", "work")
 _STOCK: dict[type, type] = {ApproxDropoutSite: nn.Dropout, ApproxLinear: nn.Linear, ApproxLSTM: nn.LSTM}
 
 
@@ -33,6 +33,7 @@ class Conversion:
         self.report = Report()
         self.samplers: dict[float, PatternSampler] = {}
         self.layers: list[nn.Module] = []
+        self.ledgers: list[tuple[nn.Module, dict]] = []
 
     def site(self, name: str, rate: float) -> Site:
         """A new site; sites of one rate share a sampler, hence ``(dp, keep)`` of each step."""
@@ -50,6 +51,9 @@ class Conversion:
             # Past nn.Module.__setattr__: nothing of ours may be registered or saved.
             object.__setattr__(module, name, value)
         self.layers.append(module)
+        if "work" in attributes:
+            self.report.work.append(attributes["work"])
+            self.ledgers.append((module, attributes["work"]))
 
     def resample(self, fresh: bool = True) -> None:
         """Begin a training step: with the next patterns, or with those of the last step again."""
@@ -58,6 +62,12 @@ class Conversion:
                 sampler.draw()
         for site in self.report.sites:
             site.begin(fresh)
+        # A step that drops nothing shows no site; what it notes is thrown away.
+        typical = all(sampler.keep < sampler.dp for sampler in self.samplers.values())
+        for layer, work in self.ledgers:
+            if typical:
+                work.clear()
+            object.__setattr__(layer, "work", work if typical else {})
         for layer in self.layers:
             if isinstance(layer, ApproxLinear) and layer.defers:
                 layer.learn()
@@ -118,6 +128,7 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
                     defers=True,
                     waited=False,
                     feeds_site=False,
+                    work={},
                 )
     else:
         warnings.warn(f"no dropout could be converted:\n{conversion.report}", NoEffectWarning, stacklevel=3)
@@ -152,7 +163,7 @@ def _convert_lstm(conversion: Conversion, name: str, module: nn.LSTM) -> None:
         conversion.report.rows += [Row(f"{name} (after layer {i})", rate, reason) for i in inner]
         return
     sites = [conversion.site(f"{name} (after layer {i})", rate) for i in inner]
-    conversion.swap(module, ApproxLSTM, name=name, backend=conversion.options.backend, sites=sites)
+    conversion.swap(module, ApproxLSTM, name=name, backend=conversion.options.backend, sites=sites, work={})
 
 
 def approximate(model: nn.Module, *, seed: int | None = None, **options: Any) -> Report:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from gallery import GALLERY, LanguageModel, mlp, twin
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
 
 from approxdrop_lightning import ApproxLinear, ApproxLSTM, approximate, resample, restore
 from approxdrop_lightning.surgery import NoEffectWarning
@@ -193,6 +194,26 @@ def test_under_torch_compile_the_number_of_graphs_is_bounded_and_values_are_righ
         graphs.append(counter.frame_count)
     assert graphs[-1] <= 8
     assert graphs[-1] == graphs[6]  # none for a pattern that comes later
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.7])
+def test_the_report_counts_what_is_saved_in_expectation(rate):
+    """Two dropouts of one rate share their period: the mean of the square, counted here over many steps."""
+    model = nn.Sequential(
+        nn.Linear(60, 240), nn.ReLU(), nn.Dropout(rate), nn.Linear(240, 120), nn.Dropout(rate), nn.Linear(120, 60)
+    )
+    report = approximate(model, seed=0)
+    dense = 60 * 240 + 240 * 120 + 120 * 60
+    executed = []
+    for _ in range(300):
+        resample(model)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(12, 60))
+        executed.append(counter.get_total_flops() / (2 * 12 * dense))
+    spread = torch.tensor(executed).std().item() / 300**0.5
+    assert report.saved == pytest.approx(1 - sum(executed) / 300, abs=max(4 * spread, 1e-9))
+    assert report.saved_by(report["2"]) == pytest.approx(rate * (60 * 240 + 240 * 120) / dense)
+    assert report.saved_by(report["4"]) == pytest.approx(rate * (240 * 120 + 120 * 60) / dense)
 
 
 def test_a_linear_layer_that_feeds_no_site_stops_waiting():

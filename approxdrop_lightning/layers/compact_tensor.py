@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,18 @@ from approxdrop_lightning.pattern import RowPattern
 _SCALES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__}
 
 
+class Reader(Protocol):
+    """The site, as seen from here: told who reads what it has dropped from."""
+
+    backend: str
+
+    def read_kept(self, name: str) -> None:
+        """A layer of that name reads kept values only."""
+
+    def read_whole(self, name: str) -> None:
+        """A function of that name reads the dense tensor."""
+
+
 class Kept:
     """What a :class:`CompactTensor` holds.
 
@@ -33,8 +45,7 @@ class Kept:
         values: Kept values as :func:`approxdrop_lightning.functional.pack` returns them, scaled.
         source: Instead of values: the dense tensor to drop from, packed only if a consumer asks.
         scale: Factor of the kept entries of ``source``.
-        backend: Backend of packing and products.
-        on_read: Called with the name of whoever reads, and whether kept values are enough for it.
+        site: The site that drops; it is told who reads.
     """
 
     def __init__(
@@ -42,14 +53,12 @@ class Kept:
         shape: tuple[int, ...],
         pattern: RowPattern,
         rows: tuple[int, ...],
+        site: Reader,
         values: Tensor | None = None,
         source: Tensor | None = None,
         scale: float = 1.0,
-        backend: str = "auto",
-        on_read: Callable[[str, bool], None] = lambda name, compact: None,
     ) -> None:
-        self.shape, self.pattern, self.rows = shape, pattern, rows
-        self.backend, self.on_read = backend, on_read
+        self.shape, self.pattern, self.rows, self.site = shape, pattern, rows, site
         self._values, self._source, self._scale = values, source, scale
         like = source if values is None else values
         self.dtype, self.device = like.dtype, like.device
@@ -58,7 +67,7 @@ class Kept:
     def values(self) -> Tensor:
         """Kept values, scaled."""
         if self._values is None:
-            values = functional.pack(self._source, self.pattern, self.backend)
+            values = functional.pack(self._source, self.pattern, self.site.backend)
             self._values = values if self._scale == 1.0 else values * self._scale
         return self._values
 
@@ -67,7 +76,7 @@ class Kept:
 
     def compute(self) -> Tensor:
         if self._source is None:
-            dense = functional.unpack(self._values, self.pattern, self.rows, self.backend)
+            dense = functional.unpack(self._values, self.pattern, self.rows, self.site.backend)
         else:
             mask = self.pattern.mask(*self.rows).to(self._source)
             dense = self._source * (mask * self._scale)
@@ -75,7 +84,7 @@ class Kept:
 
     def with_values(self, values: Tensor, shape: tuple[int, ...]) -> Kept:
         """The same pattern with other values, shown in another shape."""
-        return Kept(shape, self.pattern, self.rows, values, backend=self.backend, on_read=self.on_read)
+        return Kept(shape, self.pattern, self.rows, self.site, values)
 
 
 class CompactTensor(LazyTensor):
@@ -99,7 +108,7 @@ class CompactTensor(LazyTensor):
         return NotImplemented
 
     def _read_by(self, name: str) -> None:
-        self.held.on_read(name, False)
+        self.held.site.read_whole(name)
 
     def _with(self, values: Tensor, shape: tuple[int, ...]) -> CompactTensor:
         return CompactTensor(self.held.with_values(values, shape))
@@ -112,8 +121,8 @@ class CompactTensor(LazyTensor):
     ) -> Tensor:
         """``F.linear(self, weight, bias)``, reading only the columns of the weight that are kept."""
         held = self.held
-        held.on_read(reader, True)
+        held.site.read_kept(reader)
         y = functional.row_linear(
-            held.values, weight, bias, held.pattern, backend=held.backend, leading_shape=held.rows
+            held.values, weight, bias, held.pattern, backend=held.site.backend, leading_shape=held.rows
         )
         return y.view(*held.shape[:-1], weight.shape[0])

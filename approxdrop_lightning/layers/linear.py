@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,9 @@ from approxdrop_lightning.layers.lazy_tensor import (
 )
 from approxdrop_lightning.pattern import RowPattern
 
+#: (site before, site after) -> multiplies of the dense product.
+Work = dict[tuple[Any, Any], int]
+
 
 class ApproxLinear(nn.Linear):
     """``nn.Linear`` that computes only the rows of its weight that the following dropout keeps.
@@ -37,6 +41,7 @@ class ApproxLinear(nn.Linear):
         defers: Whether outputs wait for a site.
         waited: Whether an output has waited yet.
         feeds_site: Whether a site was reached yet.
+        work: Dense multiplies of its last products, by the sites before and after it.
     """
 
     name: str
@@ -44,6 +49,7 @@ class ApproxLinear(nn.Linear):
     defers: bool
     waited: bool
     feeds_site: bool
+    work: Work
 
     @run_eagerly
     def forward(self, x: Tensor) -> Tensor:
@@ -57,12 +63,18 @@ class ApproxLinear(nn.Linear):
             return PendingLinear(Pending(self, x, (*x.shape[:-1], self.out_features)))
         return self.product(x)
 
+    def record(self, x: Tensor, after: Any) -> None:
+        """Note a product: of ``x``, between the site that made it, if any, and the site ``after`` it, if any."""
+        before = x.held.site if isinstance(x, CompactTensor) and x.is_lazy else None
+        self.work[before, after] = math.prod(x.shape) * self.out_features
+
     def learn(self) -> None:
         """Stop waiting once a step has shown that no site comes; what is wrong about that costs speed only."""
         self.defers = self.feeds_site or not self.waited
 
     def product(self, x: Tensor) -> Tensor:
         """The dense output."""
+        self.record(x, None)
         if isinstance(x, CompactTensor):
             return x.linear(self.weight, self.bias, reader=self.name)
         return F.linear(x, self.weight, self.bias)
@@ -111,18 +123,20 @@ class Pending:
             y = func(y, *args, **kwargs)
         return y
 
-    def kept_values(self, pattern: RowPattern) -> Tensor:
-        """Values of the units that a pattern keeps, packed; the others are not computed."""
+    def kept_values(self, pattern: RowPattern, site: Any) -> Tensor:
+        """Values of the units that a site's pattern keeps, packed; the others are not computed."""
         layer, rows = self.layer, self.shape[:-1]
         compact = self.x.held if isinstance(self.x, CompactTensor) else None
         with self._context():
             if compact is None:
+                layer.record(self.x, site)
                 values = functional.row_linear(
                     self.x.reshape(*rows, layer.in_features),
                     layer.weight, layer.bias, None, pattern, backend=layer.backend,
                 )  # fmt: skip
             elif self._one_grouping(compact, pattern):
-                compact.on_read(layer.name, True)
+                layer.record(self.x, site)
+                compact.site.read_kept(layer.name)
                 values = functional.row_linear(
                     compact.values, layer.weight, layer.bias, compact.pattern, pattern, backend=layer.backend,
                     leading_shape=rows,

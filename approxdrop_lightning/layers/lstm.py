@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from approxdrop_lightning import functional
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
+from approxdrop_lightning.layers.linear import Work
 from approxdrop_lightning.layers.site import Site
 
 _State = tuple[Tensor, Tensor]
@@ -26,11 +27,13 @@ class ApproxLSTM(nn.LSTM):
         name: Name in the model, for the report.
         backend: Backend of its products.
         sites: Dropout on the output of each layer but the last; empty without ``dropout``.
+        work: Dense multiplies of its last products, by the site before; recurrent products have none.
     """
 
     name: str
     backend: str
     sites: list[Site]
+    work: Work
 
     @staticmethod
     def unsupported(layer: nn.LSTM) -> str | None:
@@ -74,8 +77,13 @@ class ApproxLSTM(nn.LSTM):
         weight_ih, weight_hh = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
         biases = (getattr(self, f"bias_ih_l{layer}"), getattr(self, f"bias_hh_l{layer}")) if self.bias else ()
         held = x.held if isinstance(x, CompactTensor) and x.is_lazy else None
+        rows = x.shape[0] * x.shape[1]
+        if layer == 0:
+            self.work.clear()
+        for before, inputs in ((held and held.site, x.shape[-1]), (None, self.hidden_size)):
+            self.work[before, None] = self.work.get((before, None), 0) + rows * inputs * 4 * self.hidden_size
         if held is not None:
-            held.on_read(self.name if layer == 0 else f"{self.name} (layer {layer})", True)
+            held.site.read_kept(self.name if layer == 0 else f"{self.name} (layer {layer})")
         if held is not None and held.pattern.interleave:
             gates = functional.row_linear(
                 held.values, weight_ih, sum(biases) if biases else None, held.pattern, backend=self.backend,

@@ -72,8 +72,13 @@ class Site:
         self._uses += 1
         return self._patterns[self._uses - 1]
 
-    def _read(self, name: str, compact: bool) -> None:
-        (self.consumers if compact else self.dense_readers).add(name)
+    def read_kept(self, name: str) -> None:
+        """A layer of that name reads kept units only."""
+        self.consumers.add(name)
+
+    def read_whole(self, name: str) -> None:
+        """A function of that name reads everything, zeros too."""
+        self.dense_readers.add(name)
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout of ``x`` (``[..., n]``) by the next pattern; what it drops of a pending product is not computed."""
@@ -91,11 +96,10 @@ class Site:
             self.narrow = shape[-1]
             x = as_dense(x)
             return x * (pattern.mask(*shape[:-1]).to(x) * self.scale)
-        common = {"backend": self.backend, "on_read": self._read}
         if pending:
-            values = x.held.kept_values(pattern) * self.scale
-            return CompactTensor(Kept(shape, pattern, shape[:-1], values, **common))
-        return CompactTensor(Kept(shape, pattern, shape[:-1], source=as_dense(x), scale=self.scale, **common))
+            values = x.held.kept_values(pattern, self) * self.scale
+            return CompactTensor(Kept(shape, pattern, shape[:-1], self, values))
+        return CompactTensor(Kept(shape, pattern, shape[:-1], self, source=as_dense(x), scale=self.scale))
 
 
 class ApproxDropoutSite(nn.Dropout):
