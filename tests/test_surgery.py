@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from gallery import GALLERY, LanguageModel, mlp, twin
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from approxdrop_lightning import ApproxLinear, ApproxLSTM, approximate, resample, restore
 from approxdrop_lightning.surgery import NoEffectWarning
@@ -196,6 +197,18 @@ def test_under_torch_compile_the_number_of_graphs_is_bounded_and_values_are_righ
     assert graphs[-1] == graphs[6]  # none for a pattern that comes later
 
 
+class Flops(TorchDispatchMode):
+    """FlopCounterMode's formulas without its module hooks, which look into every output and so make it dense."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 @pytest.mark.parametrize("rate", [0.5, 0.7])
 def test_the_report_counts_what_is_saved_in_expectation(rate):
     """Two dropouts of one rate share their period: the mean of the square, counted here over many steps."""
@@ -207,10 +220,11 @@ def test_the_report_counts_what_is_saved_in_expectation(rate):
     executed = []
     for _ in range(300):
         resample(model)
-        with FlopCounterMode(display=False) as counter:
+        with Flops() as counter:
             model(torch.randn(12, 60))
-        executed.append(counter.get_total_flops() / (2 * 12 * dense))
+        executed.append(counter.total / (2 * 12 * dense))
     spread = torch.tensor(executed).std().item() / 300**0.5
+    assert report.saved > 0.5
     assert report.saved == pytest.approx(1 - sum(executed) / 300, abs=max(4 * spread, 1e-9))
     assert report.saved_by(report["2"]) == pytest.approx(rate * (60 * 240 + 240 * 120) / dense)
     assert report.saved_by(report["4"]) == pytest.approx(rate * (240 * 120 + 120 * 60) / dense)
