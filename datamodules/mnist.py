@@ -115,7 +115,7 @@ class MNISTDataModule(LightningDataModule):
             return
         folder = self._folder
         if folder is None:
-            parts = synthetic.digits(self.seed)
+            parts = [(normalise(images), labels) for images, labels in synthetic.digits(self.seed)]
             source = "synthetic (rendered digits)"
         else:
             parts = [_read(folder, train) for train in (True, False)]
@@ -182,5 +182,5 @@ def _read(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """``uint8[N, 28, 28]`` to float32 ``[N, 1, 28, 28]`` of mean 0 and deviation 1, as MNIST's are."""
+    """``[N, 28, 28]`` from 0 to 255 to float32 ``[N, 1, 28, 28]`` of mean 0 and deviation 1, as MNIST's are."""
     return (images.to(torch.float32).unsqueeze(1) / 255 - MEAN) / STD

@@ -22,16 +22,14 @@ def digits(seed: int, train: int = 12_000, test: int = 2_000) -> tuple[Part, Par
         test: Number of test images.
 
     Returns:
-        ``((images, labels), (images, labels))``: normalised float32 ``[N, 1, 28, 28]`` and int64 ``[N]``.
+        ``((images, labels), (images, labels))``: float32 ``[N, 28, 28]`` from 0 to 255, and int64 ``[N]``.
     """
-    from datamodules.mnist import normalise
-
     dice = random.Random(seed)
     fonts = [ImageFont.load_default(size) for size in range(14, 27, 2)]
     labels = [dice.randrange(10) for _ in range(train + test)]
     images = torch.stack([_digit(label, dice, fonts) for label in labels])
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-    images = normalise((images + 35 * noise).clamp(0, 255))
+    images = (images + 35 * noise).clamp(0, 255)
     targets = torch.tensor(labels)
     return (images[:train], targets[:train]), (images[train:], targets[train:])
 
