@@ -134,7 +134,7 @@ class _SelectColumns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.shape).index_copy_(1, kept, grad), None
+        return grad.new_zeros(ctx.shape).scatter_(1, kept.expand(grad.shape), grad), None
 
 
 def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:

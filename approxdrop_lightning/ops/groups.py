@@ -174,23 +174,22 @@ class Groups:
 
     def weight_grad(self, dys: list[Tensor], xs: list[Tensor]) -> Tensor:
         """Dense gradient, each group's product written straight into the units it has kept."""
-        grad = self._new_grad(dys[0], self.shape)
+        grad = self._new_grad(dys[0])
         for dy, x, out, units in zip(dys, xs, self.out_units, self.in_units, strict=True):
-            if isinstance(out, Tensor) and units is not None:
-                columns = (
-                    units if isinstance(units, Tensor) else torch.arange(grad.shape[1], device=grad.device)[units]
-                )
-                grad[out[:, None], columns] = dy.t() @ x
-            elif isinstance(out, Tensor):
-                grad.index_copy_(0, out, dy.t() @ x)
-            elif isinstance(units, Tensor):
-                target = grad if out is None else grad[out]
-                target.index_copy_(1, units, dy.t() @ x)
-            elif units is not None:
-                target = grad[:, units] if out is None else grad[out, units]
-                target.copy_(dy.t() @ x)
+            if isinstance(out, Tensor):
+                # Copying whole rows is cheaper than writing single entries. Where a row is one group's only, what
+                # that group leaves out of it is zero.
+                own = self.count == 1 or self._by_group(self.out_pattern)
+                size = (dy.shape[1], self.shape[1])
+                rows = _scratch(grad, size, "rows") if own else grad.index_select(0, out)
+                _write_columns(rows, units, dy.t() @ x, clear=own)
+                grad.index_copy_(0, out, rows)
+            elif out is None:
+                _write_columns(grad, units, dy.t() @ x, clear=False)
+            elif units is None:
+                torch.mm(dy.t(), x, out=grad[out])
             else:
-                torch.mm(dy.t(), x, out=grad if out is None else grad[out])
+                _write_columns(grad[out], units, dy.t() @ x, clear=False)
         return grad
 
     def add_bias(self, ys: list[Tensor], bias: Tensor) -> None:
@@ -209,8 +208,25 @@ class Groups:
                 grad[out] += dy.sum(0)
         return grad
 
-    def _new_grad(self, like: Tensor, shape: torch.Size) -> Tensor:
-        """Empty where the groups together write every entry once: one side, all cells; else zeros."""
-        patterns = [p for p in (self.in_pattern, self.out_pattern) if p is not None]
-        covered = len(patterns) == 1 and patterns[0].interleave and patterns[0].keep == 1
-        return like.new_empty(shape) if covered else like.new_zeros(shape)
+    def _new_grad(self, like: Tensor) -> Tensor:
+        """Dense gradient of the weight: empty where the groups together write every entry, else zeros."""
+        outside, inside = self.out_pattern, self.in_pattern
+        if outside is not None and outside.interleave and outside.keep == 1:
+            # Every row is some group's; written as a whole, unless it is addressed by a stride.
+            covered = inside is None or outside.stride(0) is None
+        else:
+            covered = outside is None and inside is not None and inside.interleave and inside.keep == 1
+        return like.new_empty(self.shape) if covered else like.new_zeros(self.shape)
+
+
+def _write_columns(target: Tensor, units: Tensor | slice | None, values: Tensor, clear: bool = True) -> None:
+    """Write columns of a matrix; with ``clear`` the others become zero."""
+    if units is None:
+        target.copy_(values)
+        return
+    if clear:
+        target.zero_()
+    if isinstance(units, Tensor):
+        target.scatter_(1, units.expand(values.shape), values)  # twice as fast as index_copy_ along a row
+    else:
+        target[:, units] = values
