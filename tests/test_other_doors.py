@@ -1,0 +1,148 @@
+"""Other ways in: a plain loop, LightningCLI, any Hydra application, the installed wheel."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from approxdrop_lightning import approximate, resample, restore
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code, *arguments, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_a_plain_loop():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 2))
+    x = torch.randn(256, 16)
+    y = (x.sum(1) > 0).long()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    report = approximate(model, seed=0)
+    for _ in range(60):
+        resample(model)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    restore(model)
+    assert report.saved == pytest.approx(0.5)
+    assert (model.eval()(x).argmax(1) == y).float().mean() > 0.95
+
+
+CLI = """
+import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule
+import approxdrop_lightning  # makes the callback known by its bare name
+from lightning import LightningModule
+class Net(LightningModule):
+    def __init__(self, rate: float = 0.5):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Dropout(rate), torch.nn.Linear(64, 2))
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+if __name__ == "__main__":
+    cli = LightningCLI(Net, BoringDataModule)
+    (callback,) = [c for c in cli.trainer.callbacks if type(c).__name__ == "ApproxDropout"]
+    print("REALISED", round(callback.realised_rate, 2))
+"""
+QUIET = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu"]
+
+
+def test_lightning_cli(tmp_path):
+    added = [
+        "--trainer.callbacks+=ApproxDropout",
+        "--trainer.callbacks.rate=0.75",
+        "--trainer.callbacks.concentration=.inf",
+    ]
+    run = python(CLI, "fit", *QUIET, "--trainer.max_epochs=1", *added, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "REALISED 0.75\n" in run.stdout
+
+
+def test_lightning_cli_help_is_the_docstring(tmp_path):
+    run = python(CLI, "fit", "--trainer.callbacks.help=ApproxDropout", cwd=tmp_path)
+    assert "Dropout rate of all sites" in " ".join(run.stdout.split())
+
+
+HYDRA = """
+import hydra, sys
+assert "torch" not in sys.modules
+from hydra import compose, initialize_config_dir
+from hydra.core.plugins import Plugins
+Plugins.instance()
+assert "torch" not in sys.modules, "the plugin imports torch"
+with initialize_config_dir(sys.argv[1], version_base="1.3"):
+    cfg = compose("config", [f"callbacks={sys.argv[2]}", "callbacks.approx_dropout.rate=0.3"])
+callback = hydra.utils.instantiate(cfg.callbacks)["approx_dropout"]
+print(callback.options)
+"""
+
+
+@pytest.mark.parametrize(("name", "interleave"), [("approx_dropout", True), ("approx_dropout_paper", False)])
+def test_any_hydra_application(tmp_path, name, interleave):
+    (tmp_path / "config.yaml").write_text("defaults:\n  - callbacks: null\n")
+    run = python(HYDRA, str(tmp_path), name, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert f"rate=0.3, pattern='row', interleave={interleave}" in run.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, as ``python -m build`` makes it."""
+    out = tmp_path_factory.mktemp("wheel")
+    build = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    if build.returncode and "No matching distribution" in build.stdout + build.stderr:
+        pytest.skip("the build backend is not installed and no package index can be reached")
+    assert build.returncode == 0, build.stdout[-2000:] + build.stderr[-2000:]
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package_and_nothing_of_the_application(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for wanted in ("approxdrop_lightning/callback.py", "approxdrop_lightning/py.typed",
+                   "approxdrop_lightning/conf/callbacks/approx_dropout.yaml",
+                   "hydra_plugins/approxdrop_lightning/__init__.py"):  # fmt: skip
+        assert wanted in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "hydra_plugins/__init__.py" not in names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        "approxdrop_lightning",
+        "hydra_plugins",
+    }
+
+
+def test_the_installed_wheel_works_without_triton_and_gpu(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+before = set(sys.modules)
+import approxdrop_lightning
+assert approxdrop_lightning.__file__.startswith(sys.argv[1]), approxdrop_lightning.__file__
+model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 2))
+approxdrop_lightning.approximate(model)
+approxdrop_lightning.resample(model)
+model(torch.randn(4, 8)).sum().backward()
+print("fine")
+"""
+    site = str(tmp_path / "site")
+    run = python(code, site, cwd=tmp_path, PYTHONPATH=site, CUDA_VISIBLE_DEVICES="")
+    assert "fine" in run.stdout, run.stderr[-2000:]
