@@ -66,6 +66,13 @@ class Site:
             self._patterns.clear()
 
     def _pattern(self, n: int) -> RowPattern:
+        if torch._C._current_graph_task_id() != -1:  # within a backward pass: activations are computed again
+            if self._uses != 1:
+                raise RuntimeError(
+                    f"{self.name}: activation checkpointing recomputes a dropout that was used {self._uses} times in "
+                    "this forward; which pattern is meant cannot be told"
+                )
+            return self._patterns[0]
         if self._uses == len(self._patterns) or self._patterns[self._uses].n != n:
             del self._patterns[self._uses :]
             self._patterns.append(self.sampler.pattern(n))

@@ -73,7 +73,8 @@ class _RowLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         groups: Groups = ctx.groups
-        xs, weights = ctx.saved_tensors[: groups.count], ctx.saved_tensors[groups.count :]
+        saved = ctx.saved_tensors
+        xs, weights = saved[: groups.count], saved[groups.count :]
         dys = groups.output_grads(grad)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
