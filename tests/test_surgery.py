@@ -329,14 +329,24 @@ def test_a_converted_model_can_be_copied_pickled_and_saved():
         assert torch.equal(other(x), expected)  # the sampler's state came along
 
 
-def test_parameters_changed_before_a_pending_output_is_read_raise():
+@pytest.mark.parametrize("changed", ["weight", "input"])
+def test_what_a_pending_output_needs_must_not_change_before_it_is_read(changed):
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     approximate(model)
-    out = model[0](torch.randn(2, 4))
+    x = torch.randn(2, 4)
+    out = model[0](x)
     with torch.no_grad():
-        model[0].weight.mul_(2)
-    with pytest.raises(RuntimeError, match="after its parameters were changed"):
+        (model[0].weight if changed == "weight" else x).mul_(2)
+    with pytest.raises(RuntimeError, match="after its input or parameters were changed"):
         out.sum()
+
+
+def test_functional_call_reads_the_parameters_that_it_was_given():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3))
+    approximate(model, min_features=0)
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    resample(model)
+    assert not torch.func.functional_call(model, zeros, (torch.randn(2, 4),)).any()
 
 
 def test_the_global_generator_is_not_used():

@@ -61,7 +61,7 @@ class ApproxLinear(nn.Linear):
         if self.defers and x.dim() > 0 and x.shape[-1] == self.in_features:
             self.waited = True
             return PendingLinear(Pending(self, x, (*x.shape[:-1], self.out_features)))
-        return self.product(x)
+        return self.product(x, self.weight, self.bias)
 
     def record(self, x: Tensor, after: Any) -> None:
         """Note a product: of ``x``, between the site that made it, if any, and the site ``after`` it, if any."""
@@ -72,12 +72,12 @@ class ApproxLinear(nn.Linear):
         """Stop waiting once a step has shown that no site comes; what is wrong about that costs speed only."""
         self.defers = self.feeds_site or not self.waited
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The dense output."""
         self.record(x, None)
         if isinstance(x, CompactTensor):
-            return x.linear(self.weight, self.bias, reader=self.name)
-        return F.linear(x, self.weight, self.bias)
+            return x.linear(weight, bias, reader=self.name)
+        return F.linear(x, weight, bias)
 
 
 class Pending:
@@ -92,27 +92,35 @@ class Pending:
 
     def __init__(self, layer: ApproxLinear, x: Tensor, shape: tuple[int, ...], chain: tuple = ()) -> None:
         self.layer, self.x, self.shape, self.chain = layer, x, shape, chain
+        # Those of the call: torch.func.functional_call, for one, puts others in their place for its duration.
+        self.weight, self.bias = layer.weight, layer.bias
         self.device = x.device
         kind = x.device.type
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self.dtype = self._autocast[1] if self._autocast[2] else x.dtype
-        self._versions = self._parameter_versions()
+        self._versions = self._input_versions()
 
-    def _parameter_versions(self) -> list[int]:
-        return [p._version for p in (self.layer.weight, self.layer.bias) if p is not None]
+    def _input_versions(self) -> list[int]:
+        return [t._version for t in self.inputs() if t is not None]
 
     def inputs(self) -> tuple[Tensor | None, ...]:
         x = self.x.held.values if isinstance(self.x, CompactTensor) else self.x
-        return x, self.layer.weight, self.layer.bias
+        return x, self.weight, self.bias
 
     def compute(self) -> Tensor:
         with self._context():
-            return self._finish(self.layer.product(self.x).view(self.shape))
+            return self._finish(self._dense_product())
+
+    def _dense_product(self) -> Tensor:
+        return self.layer.product(self.x, self.weight, self.bias).view(self.shape)
 
     def _context(self) -> contextlib.AbstractContextManager:
         """As it was when the layer was called."""
-        if self._versions != self._parameter_versions():
-            raise RuntimeError(f"{self.layer.name}: its output is read after its parameters were changed in place")
+        if self._versions != self._input_versions():
+            raise RuntimeError(
+                f"{self.layer.name}: its output is read for the first time after its input or parameters were changed "
+                "in place; read it before, e.g. by `output + 0`, or exclude the layer's dropout"
+            )
         kind, dtype, enabled = self._autocast
         if (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) == (dtype, enabled):
             return contextlib.nullcontext()
@@ -132,18 +140,18 @@ class Pending:
                 layer.record(self.x, site)
                 values = functional.row_linear(
                     self.x.reshape(*rows, layer.in_features),
-                    layer.weight, layer.bias, None, pattern, backend=layer.backend,
+                    self.weight, self.bias, None, pattern, backend=layer.backend,
                 )  # fmt: skip
             elif self._one_grouping(compact, pattern):
                 layer.record(self.x, site)
                 compact.site.read_kept(layer.name)
                 values = functional.row_linear(
-                    compact.values, layer.weight, layer.bias, compact.pattern, pattern, backend=layer.backend,
+                    compact.values, self.weight, self.bias, compact.pattern, pattern, backend=layer.backend,
                     leading_shape=rows,
                 )  # fmt: skip
             else:
                 # Rows fall into other groups than those of the input: take that side's saving, then select.
-                values = functional.pack(layer.product(self.x).view(self.shape), pattern, layer.backend)
+                values = functional.pack(self._dense_product(), pattern, layer.backend)
             return self._finish(values)
 
     def _one_grouping(self, compact: Kept, pattern: RowPattern) -> bool:
