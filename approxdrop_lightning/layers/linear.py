@@ -119,7 +119,7 @@ class Pending:
         if self._versions != self._input_versions():
             raise RuntimeError(
                 f"{self.layer.name}: its output is read for the first time after its input or parameters were changed "
-                "in place; read it before, e.g. by `output + 0`, or exclude the layer's dropout"
+                "in place; read it before that"
             )
         kind, dtype, enabled = self._autocast
         if (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) == (dtype, enabled):
