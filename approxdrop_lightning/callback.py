@@ -39,6 +39,8 @@ class ApproxDropout(Callback):
         recurrent: Whether recurrent connections are dropped too. Not available yet.
         tile_size: Side of a tile; for ``pattern="tile"``. Not available yet.
         min_features: Sites narrower than this are masked and computed densely.
+        min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense: their vendor kernel gains
+            more than skipping would.
         backend: ``"auto"``, ``"compact"`` or ``"reference"``.
         resample: ``"batch"``: patterns are drawn for each batch; ``"step"``: for each optimizer step, so that the
             batches accumulated for it share them.
@@ -71,6 +73,7 @@ class ApproxDropout(Callback):
         recurrent: bool = False,
         tile_size: int = 32,
         min_features: int = Options.min_features,
+        min_hidden: int = Options.min_hidden,
         backend: str = "auto",
         seed: int | None = None,
         resample: str = "batch",
@@ -81,7 +84,7 @@ class ApproxDropout(Callback):
         try:
             self.options = Options(
                 rate, pattern, interleave, shuffle, block_size, max_dp, keep, concentration, search, scale,
-                recurrent, tile_size, min_features, backend,
+                recurrent, tile_size, min_features, min_hidden, backend,
             )  # fmt: skip
         except ValueError as error:
             raise MisconfigurationException(f"ApproxDropout: {error}") from error

@@ -17,7 +17,7 @@ from approxdrop_lightning.sampler import PatternSampler
 #: Attribute of a converted model that holds what was done to it. No module, so not a part of the model.
 _RECORD = "_approxdrop"
 #: Attributes that conversion puts on layers; a restored layer has none of them.
-_ATTRIBUTES = ("site", "sites", "name", "backend", "defers", "waited", "feeds_site", "work")
+_ATTRIBUTES = ("site", "sites", "name", "backend", "defers", "waited", "feeds_site", "sequence", "work")
 _STOCK: dict[type, type] = {ApproxDropoutSite: nn.Dropout, ApproxLinear: nn.Linear, ApproxLSTM: nn.LSTM}
 
 
@@ -163,7 +163,10 @@ def _convert_lstm(conversion: Conversion, name: str, module: nn.LSTM) -> None:
         conversion.report.rows += [Row(f"{name} (after layer {i})", rate, reason) for i in inner]
         return
     sites = [conversion.site(f"{name} (after layer {i})", rate) for i in inner]
-    conversion.swap(module, ApproxLSTM, name=name, backend=conversion.options.backend, sites=sites, work={})
+    options = conversion.options
+    # Narrower ones run the vendor's kernel on the masked input.
+    sequence = module.hidden_size >= options.min_hidden
+    conversion.swap(module, ApproxLSTM, name=name, backend=options.backend, sites=sites, sequence=sequence, work={})
 
 
 def approximate(model: nn.Module, *, seed: int | None = None, **options: Any) -> Report:

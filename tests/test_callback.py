@@ -63,7 +63,7 @@ class Record(Callback):
 @pytest.mark.parametrize(("make", "data", "sites"), [(mlp, loader, 2), (lstm, text, 3)])
 def test_fit_converts_draws_logs_and_restores(make, data, sites, tmp_path):
     seed_everything(0)
-    callback = ApproxDropout()
+    callback = ApproxDropout(min_hidden=0)
     record = Record(callback)
     model = make()
     before = [type(m) for m in model.modules()]
@@ -140,7 +140,7 @@ def test_resume_is_bit_identical_to_an_uninterrupted_run(make, data, every_n_ste
         seed_everything(3)
         model = make()
         checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=every_n_steps, save_top_k=-1)
-        callback = ApproxDropout(rate=0.7)
+        callback = ApproxDropout(rate=0.7, min_hidden=0)
         run = trainer(callback, checkpoint, tmp_path=tmp_path, max_epochs=3, max_steps=max_steps)
         run.fit(model, resumable(data()), ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
         return model, callback

@@ -195,6 +195,25 @@ def test_lstm_sequence_is_nn_lstm(batch, steps, bias):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_lstm_sequence_with_a_packed_weight_is_nn_lstm(enabled):
+    """Wide enough for the packed product, in single precision: errors of sums of 416 products."""
+    torch.manual_seed(0)
+    lstm = nn.LSTM(8, 416)
+    x, state = torch.randn(6, 5, 8), [torch.randn(5, 416, requires_grad=True) for _ in range(2)]
+    expected = lstm(x, (state[0][None], state[1][None]))[0]
+    inputs = [*state, *lstm.parameters()]
+    direction = torch.randn_like(expected)
+    want = torch.autograd.grad((expected * direction).sum(), inputs)
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        gates = functional.row_linear(x, lstm.weight_ih_l0, lstm.bias_ih_l0 + lstm.bias_hh_l0)
+        found = functional.lstm_sequence(gates, *state, lstm.weight_hh_l0)[0]
+        got = torch.autograd.grad((found * direction).sum(), inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_lstm_sequence_gradcheck_with_and_without_recurrent_pattern():
     gates, h, c, weight = (
         torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 16), (2, 4), (2, 4), (16, 4))

@@ -118,8 +118,8 @@ class Pending:
         """As it was when the layer was called."""
         if self._versions != self._input_versions():
             raise RuntimeError(
-                f"{self.layer.name}: its output is read for the first time after its input or parameters were changed "
-                "in place; read it before that"
+                f"{self.layer.name}: its output is read for the first time after its input or parameters were "
+                "changed in place; read it before that"
             )
         kind, dtype, enabled = self._autocast
         if (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) == (dtype, enabled):

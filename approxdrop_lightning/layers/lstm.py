@@ -27,12 +27,14 @@ class ApproxLSTM(nn.LSTM):
         name: Name in the model, for the report.
         backend: Backend of its products.
         sites: Dropout on the output of each layer but the last; empty without ``dropout``.
+        sequence: Whether interleaved inputs are read compact, by a recurrence of our own; else they are masked.
         work: Dense multiplies of its last products, by the site before; recurrent products have none.
     """
 
     name: str
     backend: str
     sites: list[Site]
+    sequence: bool
     work: Work
 
     @staticmethod
@@ -77,6 +79,9 @@ class ApproxLSTM(nn.LSTM):
         weight_ih, weight_hh = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
         biases = (getattr(self, f"bias_ih_l{layer}"), getattr(self, f"bias_hh_l{layer}")) if self.bias else ()
         held = x.held if isinstance(x, CompactTensor) and x.is_lazy else None
+        if held is not None and held.pattern.interleave and not self.sequence:
+            held.site.read_whole(f"{self.name} (hidden size below min_hidden)")
+            x, held = x.dense(), None
         rows = x.shape[0] * x.shape[1]
         if layer == 0:
             self.work.clear()
