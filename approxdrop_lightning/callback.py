@@ -155,9 +155,11 @@ class ApproxDropout(Callback):
         """Log the realised rate; print the report once the first batch has shown what is skipped."""
         patterns = [p for site in self.report.sites for p in site.last_patterns]
         if patterns:
-            self._dropped += sum(1 - p.share for p in patterns) / len(patterns)
+            dropped = sum(1 - p.share for p in patterns) / len(patterns)
+            self._dropped += dropped
             self._steps += 1
-            pl_module.log("dropout/realised_rate", self.realised_rate, on_step=False, on_epoch=True, batch_size=1)
+            # This step's share: Lightning takes the mean over the epoch.
+            pl_module.log("dropout/realised_rate", dropped, on_step=False, on_epoch=True, batch_size=1)
         if not self._reported:
             self._reported = True
             rank_zero_info(f"ApproxDropout:\n{self.report}")

@@ -197,7 +197,7 @@ def test_two_processes_stay_in_step(sync, tmp_path):
         assert torch.equal(value, second["weights"][key])
 
 
-def test_a_frozen_model_and_no_grad_forwards_in_training_mode(tmp_path):
+def test_no_grad_forwards_in_training_mode_have_no_history(tmp_path):
     """Statistics taken in training mode under no_grad are masked like a training forward, without history."""
     model = Net()
     callback = ApproxDropout(seed=0)

@@ -16,7 +16,7 @@ from approxdrop_lightning.pattern import RowPattern
 class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pattern: RowPattern) -> Tensor:
-        ctx.pattern, ctx.shape = pattern, x.shape
+        ctx.shape = x.shape
         index = pattern.flat_index(tuple(x.shape[:-1])).to(x.device)
         ctx.save_for_backward(index)
         return x.reshape(-1).index_select(0, index)
