@@ -153,6 +153,7 @@ class ApproxDropout(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the realised rate; print the report once the first batch has shown what is skipped."""
+        self._conversion.end()
         patterns = [p for site in self.report.sites for p in site.last_patterns]
         if patterns:
             dropped = sum(1 - p.share for p in patterns) / len(patterns)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from approxdrop_lightning.layers.site import Site
+from approxdrop_lightning.work import Ledger
 
 _COLUMNS = ("dropout", "rate", "producer", "consumers", "saves", "skipped")
 
@@ -17,6 +18,7 @@ class Row:
     Attributes:
         name: Its name in the model.
         rate: Its rate; None if it is not known.
+        own_rate: The model's rate, if another one was asked for.
         reason: Why nothing is skipped, known before training; None if the dropout became a site.
         site: The site, if it became one.
     """
@@ -25,6 +27,7 @@ class Row:
     rate: float | None
     reason: str | None = None
     site: Site | None = None
+    own_rate: float | None = None
 
     @property
     def producer(self) -> str | None:
@@ -41,11 +44,13 @@ class Row:
         """What is skipped, or why nothing is."""
         if self.site is None:
             return f"nothing: {self.reason}"
+        if self.site.rate == 0:
+            return "nothing: the rate is 0"
         if self.site.narrow:
             return f"nothing: {self.site.narrow} features are too few to gain (min_features={self.site.min_features})"
         if not self.site.last_patterns and not self.site.producers | self.site.consumers | self.site.dense_readers:
-            if self.site.steps > 1:
-                return "nothing: it was not called in training mode"
+            if self.site.steps:
+                return "nothing: not called in training mode so far (frozen or not used)"
             return "not known before the first training batch"
         parts = (["producer's rows"] if self.producer else []) + (["consumers' columns"] if self.consumers else [])
         readers = ", ".join(sorted(self.site.dense_readers))
@@ -63,8 +68,10 @@ class Report:
     """
 
     rows: list[Row] = field(default_factory=list)
-    #: Of each linear layer and LSTM: multiplies of its dense products, by the sites before and after.
-    work: list[dict] = field(default_factory=list)
+    #: Multiplies of the converted layers.
+    work: list[Ledger] = field(default_factory=list)
+    #: Multiplies of all other layers.
+    elsewhere: int = 0
 
     def _products(self) -> list[tuple[int, float]]:
         """Multiplies and expected executed share of each product of the last step."""
@@ -72,15 +79,22 @@ class Report:
 
     @property
     def saved(self) -> float:
-        """Share of the multiplies of all linear layers and LSTMs that is saved in expectation, in [0, 1)."""
-        total = sum(n for n, _ in self._products())
-        return sum(n * (1 - share) for n, share in self._products()) / total if total else 0.0
+        """Share of the model's multiplies that is saved in expectation, in [0, 1).
+
+        Counted are linear, convolutional, recurrent and attention layers; products that the model's own
+        code forms by functions of PyTorch are not.
+        """
+        return sum(n * (1 - share) for n, share in self._products()) / self.multiplies if self.multiplies else 0.0
+
+    @property
+    def multiplies(self) -> int:
+        """Multiplies of one training forward of the unconverted model, as far as they are counted."""
+        return self.elsewhere + sum(n for n, _ in self._products())
 
     def saved_by(self, row: Row) -> float:
         """What one dropout alone would save of them. Shares overlap: two dropouts may skip the same multiply."""
-        total = sum(n for n, _ in self._products())
         own = sum(n for work in self.work for sites, n in work.items() if row.site and row.site in sites)
-        return own * row.site.rate / total if own else 0.0
+        return own * row.site.rate / self.multiplies if own else 0.0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,7 +116,7 @@ class Report:
         cells = [_COLUMNS] + [
             (
                 r.name,
-                "?" if r.rate is None else f"{r.rate:g}",
+                "?" if r.rate is None else f"{r.rate:g}" + ("" if r.own_rate is None else f" (own: {r.own_rate:g})"),
                 r.producer or "-",
                 ", ".join(r.consumers) or "-",
                 f"{self.saved_by(r):.0%}",
@@ -112,7 +126,7 @@ class Report:
         ]
         widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-        total = f"saved in expectation: {self.saved:.0%} of the multiplies of linear layers and LSTMs"
+        total = f"saved in expectation: {self.saved:.0%} of the model's multiplies"
         return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:], total])
 
 

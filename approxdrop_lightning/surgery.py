@@ -13,11 +13,14 @@ from approxdrop_lightning.layers import ApproxDropoutSite, ApproxLinear, ApproxL
 from approxdrop_lightning.options import Options
 from approxdrop_lightning.report import Report, Row
 from approxdrop_lightning.sampler import PatternSampler
+from approxdrop_lightning.work import Count, Ledger
 
 #: Attribute of a converted model that holds what was done to it. No module, so not a part of the model.
 _RECORD = "_approxdrop"
 #: Attributes that conversion puts on layers; a restored layer has none of them.
-_ATTRIBUTES = ("site", "sites", "name", "backend", "defers", "waited", "feeds_site", "sequence", "work")
+_ATTRIBUTES = (
+    "site", "sites", "name", "backend", "defers", "waited", "dropped_by", "read_whole_too", "sequence", "work",
+)  # fmt: skip
 _STOCK: dict[type, type] = {ApproxDropoutSite: nn.Dropout, ApproxLinear: nn.Linear, ApproxLSTM: nn.LSTM}
 
 
@@ -33,15 +36,24 @@ class Conversion:
         self.report = Report()
         self.samplers: dict[float, PatternSampler] = {}
         self.layers: list[nn.Module] = []
-        self.ledgers: list[tuple[nn.Module, dict]] = []
+        self.others: list[nn.Module] = []
+        self._count: Count | None = None
 
-    def site(self, name: str, rate: float) -> Site:
+    def rate(self, own: float) -> float:
+        """The rate asked for, else the model's own."""
+        return own if self.options.rate is None else self.options.rate
+
+    def left(self, name: str, own: float | None, reason: str) -> None:
+        """Report a dropout that stays as it is."""
+        self.report.rows.append(Row(name, own, reason))
+
+    def site(self, name: str, own: float) -> Site:
         """A new site; sites of one rate share a sampler, hence ``(dp, keep)`` of each step."""
-        options = self.options
+        options, rate = self.options, self.rate(own)
         if rate not in self.samplers:
             self.samplers[rate] = options.sampler(rate, self.seed + len(self.samplers), self.rank)
         site = Site(name, rate, self.samplers[rate], options.scale, options.min_features, options.backend)
-        self.report.rows.append(Row(name, rate, site=site))
+        self.report.rows.append(Row(name, rate, site=site, own_rate=None if own == rate else own))
         return site
 
     def swap(self, module: nn.Module, cls: type, **attributes: Any) -> None:
@@ -53,27 +65,37 @@ class Conversion:
         self.layers.append(module)
         if "work" in attributes:
             self.report.work.append(attributes["work"])
-            self.ledgers.append((module, attributes["work"]))
 
     def resample(self, fresh: bool = True) -> None:
         """Begin a training step: with the next patterns, or with those of the last step again."""
         if fresh:
             for sampler in self.samplers.values():
                 sampler.draw()
+        first = not any(site.steps for site in self.report.sites)
         for site in self.report.sites:
             site.begin(fresh)
-        # A step that drops nothing shows no site; what it notes is thrown away.
-        typical = all(sampler.keep < sampler.dp for sampler in self.samplers.values())
-        for layer, work in self.ledgers:
-            if typical:
-                work.clear()
-            object.__setattr__(layer, "work", work if typical else {})
+        self.end()
+        if first:
+            self._count = Count(self.others, self._note)
+        typical = all(sampler.keep < sampler.dp for rate, sampler in self.samplers.items() if rate)
+        for ledger in self.report.work:
+            ledger.begin(typical)
+
+    def _note(self, multiplies: int) -> None:
+        self.report.elsewhere += multiplies
+
+    def end(self) -> None:
+        """End the training step: layers learn from it."""
         for layer in self.layers:
             if isinstance(layer, ApproxLinear) and layer.defers:
                 layer.learn()
+        if self._count is not None:
+            self._count.stop()
+            self._count = None
 
     def restore(self) -> None:
         """Give the stock classes back."""
+        self.end()
         for layer in self.layers:
             layer.__class__ = _STOCK[type(layer)]
             for name in _ATTRIBUTES:
@@ -111,13 +133,13 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
             elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout:
                 what = "attention weights" if isinstance(module, nn.MultiheadAttention) else "between its layers"
                 reason = f"dropout inside {type(module).__name__} is left as it is"
-                conversion.report.rows.append(Row(f"{name} ({what})", module.dropout, reason))
+                conversion.left(f"{name} ({what})", module.dropout, reason)
         for name, place in functional_dropouts(model):
-            conversion.report.rows.append(Row(f"{name or 'the model'} ({place})", None, "a function, not a module"))
+            conversion.left(f"{name or 'the model'} ({place})", None, "a function, not a module")
     except ValueError:  # a rate of the model's that no pattern serves
         conversion.restore()
         raise
-    if conversion.report.sites:
+    if any(site.rate for site in conversion.report.sites):
         for name, module in model.named_modules():
             if type(module) is nn.Linear and "weight" in module._parameters:
                 conversion.swap(
@@ -127,9 +149,11 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
                     backend=options.backend,
                     defers=True,
                     waited=False,
-                    feeds_site=False,
-                    work={},
+                    dropped_by=set(),
+                    read_whole_too=False,
+                    work=Ledger(),
                 )
+        conversion.others = [m for m in model.modules() if not isinstance(m, (ApproxLinear, ApproxLSTM))]
     else:
         warnings.warn(f"no dropout could be converted:\n{conversion.report}", NoEffectWarning, stacklevel=3)
     object.__setattr__(model, _RECORD, conversion)
@@ -137,36 +161,39 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
 
 
 def _convert_dropout(conversion: Conversion, name: str, module: nn.Module) -> None:
-    rate = module.p if conversion.options.rate is None else conversion.options.rate
-    reason = None
     if type(module) is not nn.Dropout:
-        reason = f"{type(module).__name__} drops other things than units"
-    elif rate == 0:
-        reason = "the rate is 0"
-    elif rate >= 1:
-        reason = "it drops everything"
-    if reason:
-        conversion.report.rows.append(Row(name, rate, reason))
+        conversion.left(name, module.p, f"{type(module).__name__} drops other things than units")
+    elif conversion.rate(module.p) == module.p == 0:
+        conversion.left(name, 0.0, "the rate is 0")
+    elif conversion.rate(module.p) >= 1:
+        conversion.left(name, module.p, "it drops everything")
     else:
-        conversion.swap(module, ApproxDropoutSite, site=conversion.site(name, rate))
+        conversion.swap(module, ApproxDropoutSite, site=conversion.site(name, module.p))
 
 
 def _convert_lstm(conversion: Conversion, name: str, module: nn.LSTM) -> None:
-    inner = range(module.num_layers - 1) if module.dropout else ()
-    rate = module.dropout if conversion.options.rate is None else conversion.options.rate
+    inner = [f"{name} (after layer {i})" for i in range(module.num_layers - 1)] if module.dropout else []
     reason = ApproxLSTM.unsupported(module)
     if reason is None and "weight_ih_l0" not in module._parameters:
         reason = "its weights are parametrized"
-    if reason is None and inner and not 0 < rate < 1:
-        reason = f"the rate is {rate:g}"
+    if reason is None and inner and conversion.rate(module.dropout) >= 1:
+        reason = "it drops everything"
     if reason:
-        conversion.report.rows += [Row(f"{name} (after layer {i})", rate, reason) for i in inner]
+        for site in inner:
+            conversion.left(site, module.dropout, reason)
         return
-    sites = [conversion.site(f"{name} (after layer {i})", rate) for i in inner]
+    sites = [conversion.site(site, module.dropout) for site in inner]
     options = conversion.options
-    # Narrower ones run the vendor's kernel on the masked input.
-    sequence = module.hidden_size >= options.min_hidden
-    conversion.swap(module, ApproxLSTM, name=name, backend=options.backend, sites=sites, sequence=sequence, work={})
+    conversion.swap(
+        module,
+        ApproxLSTM,
+        name=name,
+        backend=options.backend,
+        sites=sites,
+        # Narrower ones run the vendor's kernel on the masked input.
+        sequence=module.hidden_size >= options.min_hidden,
+        work=Ledger(),
+    )
 
 
 def approximate(model: nn.Module, *, seed: int | None = None, **options: Any) -> Report:

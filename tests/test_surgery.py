@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from gallery import GALLERY, LanguageModel, mlp, twin
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -78,6 +79,30 @@ def test_evaluation_and_state_dict_are_untouched(name):
     assert [n for n, _ in model.named_modules()] == [n for n, _ in stock.named_modules()]
 
 
+@pytest.mark.parametrize("name", ["alexnet", "vgg11"])
+def test_torchvision_classifier_heads(name):
+    """The published networks themselves, on small images; float32, for their size."""
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(num_classes=10)
+    model.features.requires_grad_(False)
+    report = approximate(model, seed=0)
+    resample(model)
+    x = torch.randn(4, 3, 80, 80)
+    found = model(x)
+    found.square().sum().backward()
+    gradients = [p.grad for p in model.classifier.parameters()]
+    assert all("consumers' columns" in row.skipped for row in report)
+    assert report[-1].producer == report[-2].consumers[0]
+    assert 0.05 < report.saved < 0.5
+    restore(model)
+    model.zero_grad()
+    expected = twin(model, report)(x)
+    expected.square().sum().backward()
+    torch.testing.assert_close(torch.as_tensor(found * 1.0), expected)
+    for gradient, parameter in zip(gradients, model.classifier.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_restore_gives_the_ordinary_classes_back():
     model = nn.Sequential(mlp(), nn.Dropout2d(0.5))
     before = [(type(m), set(m.__dict__)) for m in model.modules()]
@@ -127,7 +152,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("options", [{}, {"interleave": False}, {"rate": 0.3}])
 def test_activation_checkpointing_computes_again_with_the_same_patterns(options):
     found = []
-    for reentrant in (None, True):
+    for reentrant in (None, True, False):
         torch.manual_seed(0)
         model = Checkpointed(reentrant).double()
         approximate(model, min_features=0, min_hidden=0, seed=0, **options)
@@ -176,14 +201,76 @@ def test_functional_dropout_and_dropout_inside_other_layers_are_named():
     model[0](torch.randn(2, 5, 8)).sum().backward()  # dropout of a dropped-out tensor: dense, and it runs
 
 
-def test_a_dropout_that_is_not_used_in_training_is_reported():
+def test_a_frozen_part_is_reported():
+    """As LightningModule.freeze leaves it: in evaluation mode, without gradients."""
     model = mlp()
     report = approximate(model, min_features=0, min_hidden=0)
-    model[0].eval()
+    model[1].eval().requires_grad_(False)
+    resample(model)
+    model(torch.randn(4, 20)).sum().backward()
+    assert report["1.3"].skipped == "nothing: not called in training mode so far (frozen or not used)"
+    assert report["0"].consumers == ()  # layer 1.0 evaluates, so it reads everything
+    assert "producer's rows and consumers' columns" in report["4"].skipped
+
+
+def test_a_rate_that_is_not_the_models_is_shown_beside_it():
+    model = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 64), nn.Dropout(0.0), nn.Linear(64, 2))
+    assert "0.7 (own: 0.5)" in str(report := approximate(model, rate=0.7))
+    assert (report["3"].rate, report["3"].own_rate) == (0.7, 0.0)
+    restore(model)
+    assert "own:" not in str(approximate(model, rate=None))
+
+
+def test_rate_0_turns_the_models_dropout_off():
+    model = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.LSTM(64, 64, 2, dropout=0.5))
+    stock = copy.deepcopy(model).eval()
+    with pytest.warns(NoEffectWarning):
+        report = approximate(model, rate=0.0)
+    resample(model)
+    x = torch.randn(3, 5, 8)
+    torch.testing.assert_close(model(x)[0], stock(x)[0])
+    assert [row.skipped for row in report] == ["nothing: the rate is 0"] * 2
+
+
+class Mixed(nn.Module):
+    """Layers of every counted kind, on each way of being called."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2)
+        self.attention = nn.MultiheadAttention(64, 2, batch_first=True, kdim=32, vdim=16)
+        self.norm = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+        self.mlp = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 64))
+
+    def forward(self, x):  # [5, 4, 4, 4]
+        x = self.up(self.conv(x)).flatten(1).unflatten(1, (4, 64))
+        y, _ = self.attention(x, value=x[..., :16], key=x[..., 32:])
+        return self.mlp(self.norm(y))
+
+
+def test_the_saved_share_is_one_of_the_whole_model():
+    model = Mixed()
+    with Flops() as dense:
+        model(torch.randn(5, 4, 4, 4))
+    report = approximate(model, seed=0)
     for _ in range(2):
         resample(model)
-        model(torch.randn(4, 20)).sum().backward()
-    assert "not called in training mode" in report["0"].skipped
+        with Flops() as executed:
+            model(torch.randn(5, 4, 4, 4)).sum()
+        assert report.multiplies == dense.total / 2
+        assert report.saved == pytest.approx(1 - executed.total / dense.total)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_layers_that_cannot_be_converted_count_too():
+    model = nn.ModuleList([nn.GRU(8, 16, 2, bidirectional=True), nn.Sequential(nn.Linear(32, 64), nn.Dropout(0.5))])
+    report = approximate(model)
+    resample(model)
+    y, _ = model[0](torch.randn(3, 5, 8))
+    model[1](y).sum().backward()
+    gates = 3 * 16 * 2 * 15  # of both directions, for 15 rows
+    assert report.elsewhere == gates * (8 + 16) + gates * (32 + 16)
 
 
 def test_conversion_after_the_optimizer_was_built():
@@ -283,6 +370,48 @@ def test_a_linear_layer_that_feeds_no_site_stops_waiting():
     assert defers == {"1.0": True, "2": True, "5": False}
 
 
+def test_a_linear_layer_that_is_read_whole_as_well_stops_waiting():
+    """It would compute its kept units once more."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.drop, self.down = nn.Linear(20, 64), nn.Dropout(0.5), nn.Linear(64, 20)
+
+        def forward(self, x):
+            hidden = self.up(x).tanh()
+            return self.down(self.drop(hidden)).square().sum() + hidden.square().sum()
+
+    model = Both()
+    with Flops() as dense:
+        model(torch.randn(4, 20))
+    report = approximate(model, seed=0)
+    for step in range(3):
+        resample(model)
+        with Flops() as executed:
+            model(torch.randn(4, 20)).backward()
+            if step:
+                assert executed.total == pytest.approx(
+                    0.75 * 3 * dense.total - 2 * 4 * 20 * 64
+                )  # x needs no gradient
+    assert report["drop"].skipped == "consumers' columns"
+    assert report.saved == pytest.approx(0.25)
+
+
+def test_the_paper_setting_goes_on_waiting_where_the_first_step_drops_nothing():
+    model = nn.Sequential(nn.Linear(20, 64), nn.Dropout(0.5), nn.Linear(64, 2))
+    report = approximate(model, interleave=False, shuffle=False, keep="one", concentration=0.0, seed=0)
+    sampler = report["1"].site.sampler
+    while sampler.dp > 1:  # until the next step is such a one
+        state = sampler.state_dict()
+        sampler.draw()
+    sampler.load_state_dict(state)
+    for _ in range(9):
+        resample(model)
+        model(torch.randn(4, 20)).sum().backward()
+    assert report.saved == pytest.approx(0.5)
+
+
 def test_unsupported_lstms_are_left_alone_by_name():
     model = nn.ModuleDict(
         {
@@ -340,6 +469,57 @@ def test_what_a_pending_output_needs_must_not_change_before_it_is_read(changed):
         (model[0].weight if changed == "weight" else x).mul_(2)
     with pytest.raises(RuntimeError, match="after its input or parameters were"):
         out.sum()
+
+
+@pytest.mark.parametrize("change", [lambda h: F.relu(h, inplace=True), lambda h: h.mul_(3), lambda h: h.__iadd__(1)])
+@pytest.mark.parametrize("whose", ["view", "base"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_change_in_place_is_seen_by_all_views(change, whose, layers):
+    """Of a waiting output (one layer) and of a dropped-out one (two)."""
+
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.drop, self.down = nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)
+
+        def forward(self, x):
+            base = self.up(x) if layers == 1 else self.drop(self.up(x))
+            view = base.view(-1, 8)
+            changed = change(view if whose == "view" else base)
+            parts = [changed, base, view] if layers == 2 else [self.drop(changed), base, view]
+            return torch.cat([self.down(part).flatten() for part in parts])
+
+    torch.manual_seed(0)
+    model, x = Views().double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    stock = copy.deepcopy(model)
+    report = approximate(model, min_features=0)
+    resample(model)
+    found = model(x)
+    expected = twin(stock, report)(x)
+    torch.testing.assert_close(found * 1.0, expected, rtol=0, atol=1e-9)
+    expected.square().sum().backward(), found.square().sum().backward()
+    for a, b in zip(model.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-9)
+
+
+def test_a_function_outside_of_the_layers_autocast_is_not_drawn_into_it():
+    model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5))
+    approximate(model, seed=0)
+    resample(model)
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model[0](x)
+        low = inside.relu()
+        widened = inside.exp()
+    high = torch.exp(inside)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = F.linear(x, model[0].weight, model[0].bias)
+        expected = [plain, plain.relu(), plain.exp()]
+    for lazy, eager in zip([inside, low, widened, high], [*expected, torch.exp(plain)], strict=True):
+        assert lazy.dtype == eager.dtype == (lazy * 1).dtype
+        assert torch.equal(torch.as_tensor(lazy * 1), eager)
+    dropped = model[1](low)
+    assert dropped.dtype == (dropped * 1).dtype == torch.bfloat16
 
 
 def test_functional_call_reads_the_parameters_that_it_was_given():

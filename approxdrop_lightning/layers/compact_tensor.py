@@ -17,6 +17,8 @@ from approxdrop_lightning.layers.lazy_tensor import (
     LazyTensor,
     has_tensor,
     reshaped_leading,
+    saving_as_where,
+    saving_hooks,
 )
 from approxdrop_lightning.pattern import RowPattern
 
@@ -62,25 +64,28 @@ class Kept:
         self._values, self._source, self._scale = values, source, scale
         like = source if values is None else values
         self.dtype, self.device = like.dtype, like.device
+        self._hooks = saving_hooks()
 
     @property
     def values(self) -> Tensor:
         """Kept values, scaled."""
         if self._values is None:
-            values = functional.pack(self._source, self.pattern, self.site.backend)
-            self._values = values if self._scale == 1.0 else values * self._scale
+            with saving_as_where(self._hooks):
+                values = functional.pack(self._source, self.pattern, self.site.backend)
+                self._values = values if self._scale == 1.0 else values * self._scale
         return self._values
 
     def inputs(self) -> tuple[Tensor]:
         return (self._values if self._source is None else self._source,)
 
     def compute(self) -> Tensor:
-        if self._source is None:
-            dense = functional.unpack(self._values, self.pattern, self.rows, self.site.backend)
-        else:
-            mask = self.pattern.mask(*self.rows).to(self._source)
-            dense = self._source * (mask * self._scale)
-        return dense.view(self.shape)
+        with saving_as_where(self._hooks):
+            if self._source is None:
+                dense = functional.unpack(self._values, self.pattern, self.rows, self.site.backend)
+            else:
+                mask = self.pattern.mask(*self.rows).to(self._source)
+                dense = self._source * (mask * self._scale)
+            return dense.view(self.shape)
 
     def with_values(self, values: Tensor, shape: tuple[int, ...]) -> Kept:
         """The same pattern with other values, shown in another shape."""
@@ -98,20 +103,20 @@ class CompactTensor(LazyTensor):
         if func in _SCALES and len(args) == 1 and isinstance(args[0], (int, float)) and not kwargs:
             # inf and 0 divisors make NaN of a dropped zero: let the dense tensor show it.
             if math.isfinite(args[0]) and (args[0] != 0 or func not in (torch.div, Tensor.div, Tensor.__truediv__)):
-                return self._with(func(self.held.values, *args), self.held.shape)
+                return self._with(func(self.held.values, *args))
         elif func in KEEPS_ZERO and not has_tensor((*args, *kwargs.values())) and not kwargs.get("inplace"):
-            return self._with(func(self.held.values, *args, **kwargs), self.held.shape)
+            return self._with(func(self.held.values, *args, **kwargs))
         elif func in RESHAPES:
             shape = reshaped_leading(func, self.held.shape, args, kwargs)
             if shape is not None:
-                return self._with(self.held.values, shape)
+                return CompactTensor(self.held.with_values(self.held.values, shape), view_of=self)
         return NotImplemented
 
     def _read_by(self, name: str) -> None:
         self.held.site.read_whole(name)
 
-    def _with(self, values: Tensor, shape: tuple[int, ...]) -> CompactTensor:
-        return CompactTensor(self.held.with_values(values, shape))
+    def _with(self, values: Tensor) -> CompactTensor:
+        return CompactTensor(self.held.with_values(values, self.held.shape))
 
     def linear(
         self,

@@ -7,6 +7,8 @@ subclass knows is computed on what it holds; to every other function it is the d
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -46,6 +48,26 @@ _METADATA = frozenset(
 #: The layers here, and functions of lazy tensors, run eagerly under ``torch.compile``: a visible graph break. Tracing
 #: would make constants of the patterns, hence a new graph for each until the limit, and then silence.
 run_eagerly = torch.compiler.disable(reason="patterns change with every batch")
+
+
+def saving_hooks() -> Any:
+    """Who packs the tensors that autograd saves at this point; None: nobody."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def saving_as_where(hooks: Any) -> contextlib.AbstractContextManager:
+    """Save past hooks that were not there when what is computed now was called for.
+
+    Non-reentrant checkpointing counts what is saved between the ends of a segment, and must find the same when it
+    computes the segment again: what began to wait before the segment is none of its.
+    """
+    if saving_hooks() == hooks:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
+
+
+def _identity(x: Any) -> Any:
+    return x
 
 
 class Held(Protocol):
@@ -88,33 +110,53 @@ class _Show(torch.autograd.Function):
         return None, None, *grads
 
 
+class _Storage:
+    """What views of one lazy tensor have in common: the dense values, once somebody has asked for them."""
+
+    def __init__(self) -> None:
+        self.dense: Tensor | None = None
+        self._views: list[weakref.ref] = []
+
+    def add(self, view: LazyTensor) -> None:
+        self._views = [ref for ref in self._views if ref() is not None] + [weakref.ref(view)]
+
+    @property
+    def shared(self) -> bool:
+        """Whether a change in place would be seen by more than one tensor."""
+        return sum(ref() is not None for ref in self._views) > 1
+
+
 class LazyTensor(torch.Tensor):
     """Base of the tensors that hold less than they show. A subclass defines ``_apply``.
 
     Args:
         held: What it holds.
+        view_of: The lazy tensor of which it shows the same values in another shape, if any.
     """
 
     @staticmethod
-    def __new__(cls, held: Held) -> LazyTensor:
+    def __new__(cls, held: Held, view_of: LazyTensor | None = None) -> LazyTensor:
         return _Show.apply(cls, held, *held.inputs())
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: Held, view_of: LazyTensor | None = None) -> None:
         self.held = held
-        self._dense: Tensor | None = None
+        self._storage = _Storage() if view_of is None else view_of._storage
+        self._storage.add(self)
 
     @property
     def is_lazy(self) -> bool:
-        """Whether nobody has asked for the dense tensor yet."""
-        return self._dense is None
+        """Whether nobody has asked for the dense tensor, or for that of a view of it, yet."""
+        return self._storage.dense is None
 
     def dense(self) -> Tensor:
         """The ordinary tensor. Computed once: whatever changes it in place is seen by all later readers."""
-        if self._dense is None:
+        storage = self._storage
+        if storage.dense is None:
             # The first to look may stand under no_grad (a metric), the next one may be the loss.
             with torch.inference_mode(False), torch.enable_grad():
-                self._dense = self.held.compute()
-        return self._dense
+                storage.dense = self.held.compute()
+        dense = storage.dense
+        return dense if dense.shape == self.held.shape else dense.view(self.held.shape)
 
     def _apply(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Result of ``func(self, *args, **kwargs)`` without the dense tensor, or NotImplemented."""
@@ -151,7 +193,7 @@ class LazyTensor(torch.Tensor):
         def values(x: Any) -> Any:
             if not isinstance(x, LazyTensor):
                 return x
-            return (x.held.compute() if x._dense is None else x._dense).detach()
+            return (x.held.compute() if x.is_lazy else x.dense()).detach()
 
         return func(*tree_map(values, args), **tree_map(values, kwargs or {}))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from approxdrop_lightning.layers.lazy_tensor import (
     has_tensor,
     reshaped_leading,
     run_eagerly,
+    saving_as_where,
+    saving_hooks,
 )
 from approxdrop_lightning.pattern import RowPattern
-
-#: (site before, site after) -> multiplies of the dense product.
-Work = dict[tuple[Any, Any], int]
+from approxdrop_lightning.work import Ledger
 
 
 class ApproxLinear(nn.Linear):
@@ -40,16 +41,18 @@ class ApproxLinear(nn.Linear):
         backend: Backend of its products.
         defers: Whether outputs wait for a site.
         waited: Whether an output has waited yet.
-        feeds_site: Whether a site was reached yet.
-        work: Dense multiplies of its last products, by the sites before and after it.
+        dropped_by: Sites reached so far.
+        read_whole_too: Whether an output was read whole after a site had its kept units computed.
+        work: Multiplies of its last products.
     """
 
     name: str
     backend: str
     defers: bool
     waited: bool
-    feeds_site: bool
-    work: Work
+    dropped_by: set[Any]
+    read_whole_too: bool
+    work: Ledger
 
     @run_eagerly
     def forward(self, x: Tensor) -> Tensor:
@@ -58,26 +61,24 @@ class ApproxLinear(nn.Linear):
             return super().forward(as_dense(x))
         if isinstance(x, LazyTensor) and not (isinstance(x, CompactTensor) and x.is_lazy):
             x = x.dense()
-        if self.defers and x.dim() > 0 and x.shape[-1] == self.in_features:
-            self.waited = True
-            return PendingLinear(Pending(self, x, (*x.shape[:-1], self.out_features)))
-        return self.product(x, self.weight, self.bias)
-
-    def record(self, x: Tensor, after: Any) -> None:
-        """Note a product: of ``x``, between the site that made it, if any, and the site ``after`` it, if any."""
-        before = x.held.site if isinstance(x, CompactTensor) and x.is_lazy else None
-        self.work[before, after] = math.prod(x.shape) * self.out_features
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            return super().forward(as_dense(x))  # it raises nn.Linear's own error
+        pending = Pending(self, x, (*x.shape[:-1], self.out_features))
+        if not self.defers:
+            return pending.compute()
+        self.waited = True
+        return PendingLinear(pending)
 
     def learn(self) -> None:
         """Stop waiting once a step has shown that no site comes; what is wrong about that costs speed only."""
-        self.defers = self.feeds_site or not self.waited
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The dense output."""
-        self.record(x, None)
-        if isinstance(x, CompactTensor):
-            return x.linear(weight, bias, reader=self.name)
-        return F.linear(x, weight, bias)
+        if self.read_whole_too:
+            self.defers = False
+            for site in self.dropped_by:
+                site.producers.discard(self.name)
+            for before, after in [sites for sites in self.work if sites[1] is not None]:
+                del self.work[before, after]
+        elif self.waited:
+            self.defers = bool(self.dropped_by)
 
 
 class Pending:
@@ -86,18 +87,23 @@ class Pending:
     Args:
         layer: The layer.
         x: Its input, dense or compact.
-        shape: Shape that is shown; the layer's output may have been viewed.
-        chain: Elementwise functions put down so far, as ``(function, arguments, keywords)``.
+        shape: Shape of its output.
     """
 
-    def __init__(self, layer: ApproxLinear, x: Tensor, shape: tuple[int, ...], chain: tuple = ()) -> None:
-        self.layer, self.x, self.shape, self.chain = layer, x, shape, chain
+    def __init__(self, layer: ApproxLinear, x: Tensor, shape: tuple[int, ...]) -> None:
+        self.layer, self.x, self.shape = layer, x, shape
+        #: Elementwise functions put down so far, as ``(function, arguments, keywords)``.
+        self.chain: tuple = ()
+        #: Sites that had kept units of this very output computed; common to all that is derived from it.
+        self.readers: list[Any] = []
+        self.name, self.backend, self._work = layer.name, layer.backend, layer.work
         # Those of the call: torch.func.functional_call, for one, puts others in their place for its duration.
         self.weight, self.bias = layer.weight, layer.bias
         self.device = x.device
         kind = x.device.type
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self.dtype = self._autocast[1] if self._autocast[2] else x.dtype
+        self._hooks = saving_hooks()
         self._versions = self._input_versions()
 
     def _input_versions(self) -> list[int]:
@@ -107,24 +113,51 @@ class Pending:
         x = self.x.held.values if isinstance(self.x, CompactTensor) else self.x
         return x, self.weight, self.bias
 
+    def derived(self, **changed: Any) -> Pending:
+        """The same product, in another shape or with another chain."""
+        other = copy.copy(self)
+        vars(other).update(changed)
+        return other
+
+    def followed_by(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Pending | None:
+        """With one more function at the end of the chain; None if it is called in another autocast than the layer."""
+        kind = self.device.type
+        if self._autocast != (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)):
+            return None
+        dtype = self.dtype
+        if self._autocast[2]:  # which takes some functions to float32
+            dtype = func(torch.empty(0, dtype=dtype, device=self.device), *args, **kwargs).dtype
+        return self.derived(chain=(*self.chain, (func, args, kwargs)), dtype=dtype)
+
     def compute(self) -> Tensor:
         with self._context():
             return self._finish(self._dense_product())
 
     def _dense_product(self) -> Tensor:
-        return self.layer.product(self.x, self.weight, self.bias).view(self.shape)
+        self._note(after=None)
+        if isinstance(self.x, CompactTensor):
+            y = self.x.linear(self.weight, self.bias, reader=self.name)
+        else:
+            y = F.linear(self.x, self.weight, self.bias)
+        return y.view(self.shape)
 
-    def _context(self) -> contextlib.AbstractContextManager:
+    def _note(self, after: Any) -> None:
+        """Note the product: between the site that made ``x``, if any, and the site ``after`` it, if any."""
+        before = self.x.held.site if isinstance(self.x, CompactTensor) and self.x.is_lazy else None
+        self._work.note(before, after, math.prod(self.x.shape) * self.weight.shape[0])
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
         """As it was when the layer was called."""
         if self._versions != self._input_versions():
             raise RuntimeError(
-                f"{self.layer.name}: its output is read for the first time after its input or parameters were "
+                f"{self.name}: its output is read for the first time after its input or parameters were "
                 "changed in place; read it before that"
             )
         kind, dtype, enabled = self._autocast
-        if (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) == (dtype, enabled):
-            return contextlib.nullcontext()
-        return torch.autocast(kind, dtype, enabled)
+        same = (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) == (dtype, enabled)
+        with saving_as_where(self._hooks), contextlib.nullcontext() if same else torch.autocast(kind, dtype, enabled):
+            yield
 
     def _finish(self, y: Tensor) -> Tensor:
         for func, args, kwargs in self.chain:
@@ -133,25 +166,26 @@ class Pending:
 
     def kept_values(self, pattern: RowPattern, site: Any) -> Tensor:
         """Values of the units that a site's pattern keeps, packed; the others are not computed."""
-        layer, rows = self.layer, self.shape[:-1]
+        rows = self.shape[:-1]
+        self.readers.append(site)
         compact = self.x.held if isinstance(self.x, CompactTensor) else None
         with self._context():
             if compact is None:
-                layer.record(self.x, site)
+                self._note(site)
                 values = functional.row_linear(
-                    self.x.reshape(*rows, layer.in_features),
-                    self.weight, self.bias, None, pattern, backend=layer.backend,
+                    self.x.reshape(*rows, self.x.shape[-1]),
+                    self.weight, self.bias, None, pattern, backend=self.backend,
                 )  # fmt: skip
             elif self._one_grouping(compact, pattern):
-                layer.record(self.x, site)
-                compact.site.read_kept(layer.name)
+                self._note(site)
+                compact.site.read_kept(self.name)
                 values = functional.row_linear(
-                    compact.values, self.weight, self.bias, compact.pattern, pattern, backend=layer.backend,
+                    compact.values, self.weight, self.bias, compact.pattern, pattern, backend=self.backend,
                     leading_shape=rows,
                 )  # fmt: skip
             else:
                 # Rows fall into other groups than those of the input: take that side's saving, then select.
-                values = functional.pack(self._dense_product(), pattern, layer.backend)
+                values = functional.pack(self._dense_product(), pattern, self.backend)
             return self._finish(values)
 
     def _one_grouping(self, compact: Kept, pattern: RowPattern) -> bool:
@@ -169,12 +203,22 @@ class PendingLinear(LazyTensor):
     def _apply(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         held = self.held
         if func in POINTWISE and not has_tensor((*args, *kwargs.values())):
-            if kwargs.get("inplace"):
-                held.chain = (*held.chain, (func, args, {**kwargs, "inplace": False}))
+            in_place = kwargs.get("inplace", False)
+            if in_place and self._storage.shared:
+                return NotImplemented
+            longer = held.followed_by(func, args, {**kwargs, "inplace": False} if in_place else kwargs)
+            if longer is None or (in_place and longer.dtype != held.dtype):
+                return NotImplemented
+            if in_place:
+                held.chain = longer.chain
                 return self
-            return PendingLinear(Pending(held.layer, held.x, held.shape, (*held.chain, (func, args, kwargs))))
+            return PendingLinear(longer)
         if func in RESHAPES:
             shape = reshaped_leading(func, held.shape, args, kwargs)
             if shape is not None:
-                return PendingLinear(Pending(held.layer, held.x, shape, held.chain))
+                return PendingLinear(held.derived(shape=shape), view_of=self)
         return NotImplemented
+
+    def _read_by(self, name: str) -> None:
+        if self.is_lazy and self.held.readers and torch.is_grad_enabled():  # not for a metric that looks now and then
+            self.held.layer.read_whole_too = True

@@ -9,8 +9,8 @@ from torch.nn.utils.rnn import PackedSequence
 from approxdrop_lightning import functional
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
-from approxdrop_lightning.layers.linear import Work
 from approxdrop_lightning.layers.site import Site
+from approxdrop_lightning.work import Ledger
 
 _State = tuple[Tensor, Tensor]
 
@@ -28,14 +28,14 @@ class ApproxLSTM(nn.LSTM):
         backend: Backend of its products.
         sites: Dropout on the output of each layer but the last; empty without ``dropout``.
         sequence: Whether interleaved inputs are read compact, by a recurrence of our own; else they are masked.
-        work: Dense multiplies of its last products, by the site before; recurrent products have none.
+        work: Multiplies of its last products.
     """
 
     name: str
     backend: str
     sites: list[Site]
     sequence: bool
-    work: Work
+    work: Ledger
 
     @staticmethod
     def unsupported(layer: nn.LSTM) -> str | None:
@@ -83,10 +83,8 @@ class ApproxLSTM(nn.LSTM):
             held.site.read_whole(f"{self.name} (hidden size below min_hidden)")
             x, held = x.dense(), None
         rows = x.shape[0] * x.shape[1]
-        if layer == 0:
-            self.work.clear()
-        for before, inputs in ((held and held.site, x.shape[-1]), (None, self.hidden_size)):
-            self.work[before, None] = self.work.get((before, None), 0) + rows * inputs * 4 * self.hidden_size
+        self.work.note(held and held.site, None, rows * x.shape[-1] * 4 * self.hidden_size)
+        self.work.note(None, None, rows * self.hidden_size * 4 * self.hidden_size)
         if held is not None:
             held.site.read_kept(self.name if layer == 0 else f"{self.name} (layer {layer})")
         if held is not None and held.pattern.interleave:

@@ -95,7 +95,7 @@ class Site:
         pattern = self._pattern(shape[-1])
         pending = isinstance(x, PendingLinear) and x.is_lazy
         if pending:
-            x.held.layer.feeds_site = True
+            x.held.layer.dropped_by.add(self)
             self.producers.add(x.held.layer.name)
         if pattern.keeps_all:
             return as_dense(x) * self.scale
