@@ -194,6 +194,43 @@ def test_checkpoint_loads_without_the_callback_and_back(tmp_path):
     assert callback.realised_rate is not None
 
 
+class Groups(MLPClassifier):
+    """Two parameter groups, moments, and a schedule: what an optimizer's state can hold."""
+
+    def configure_optimizers(self):
+        matrices = [p for p in self.parameters() if p.dim() > 1]
+        vectors = [p for p in self.parameters() if p.dim() == 1]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "lr": 0.003}]
+        optimizer = torch.optim.AdamW(groups, lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_optimizer_state_goes_from_a_run_with_the_callback_to_one_without_and_back(first, tmp_path):
+    seed_everything(0)
+    state = {}
+
+    class Look(Callback):
+        def on_train_start(self, trainer, module):
+            state["found"] = copy.deepcopy(trainer.optimizers[0].state_dict())
+
+    def run(with_callback, epochs, ckpt_path=None):
+        model = Groups(in_features=20, hidden=(64, 64), num_classes=3, rate=0.5)
+        checkpoint = ModelCheckpoint(tmp_path, f"{epochs}")
+        callbacks = [ApproxDropout()] if with_callback else []
+        run = trainer(*callbacks, checkpoint, Look(), tmp_path=tmp_path, max_epochs=epochs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Lightning says that a callback's state was left unused
+            run.fit(model, loader(), ckpt_path=ckpt_path)
+        return checkpoint.best_model_path, run.optimizers[0].state_dict()
+
+    path, left = run(first, 1)
+    run(not first, 2, path)
+    assert len(left["param_groups"]) == 2
+    assert left["state"]
+    torch.testing.assert_close(state["found"], left, rtol=0, atol=0)
+
+
 def test_a_checkpoint_of_other_patterns_is_refused_before_training(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "x")
     trainer(ApproxDropout(), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -128,21 +129,63 @@ def test_the_wheel_holds_the_package_and_nothing_of_the_application(wheel):
     }
 
 
-def test_the_installed_wheel_works_without_triton_and_gpu(wheel, tmp_path):
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = """
+USE = """
 import sys
-sys.modules["triton"] = None
+if "-no-triton" in sys.argv:
+    sys.modules["triton"] = None
 import torch
+from lightning import Trainer
 before = set(sys.modules)
 import approxdrop_lightning
-assert approxdrop_lightning.__file__.startswith(sys.argv[1]), approxdrop_lightning.__file__
-model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 2))
-approxdrop_lightning.approximate(model)
-approxdrop_lightning.resample(model)
-model(torch.randn(4, 8)).sum().backward()
-print("fine")
+assert approxdrop_lightning.__file__.startswith(sys.prefix), approxdrop_lightning.__file__
+assert "triton" not in set(sys.modules) - before
+from lightning.pytorch.demos.boring_classes import BoringModel
+class Net(BoringModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 2))
+callback = approxdrop_lightning.ApproxDropout()
+options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+Trainer(max_steps=3, accelerator="cpu", callbacks=[callback], **options).fit(Net())
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+with initialize_config_module("hydra.conf", version_base="1.3"):
+    config = compose(overrides=["+callbacks=approx_dropout"])
+print(type(instantiate(config.callbacks.approx_dropout)).__name__, "saved", round(callback.report.saved, 2))
 """
-    site = str(tmp_path / "site")
-    run = python(code, site, cwd=tmp_path, PYTHONPATH=site, CUDA_VISIBLE_DEVICES="")
-    assert "fine" in run.stdout, run.stderr[-2000:]
+
+
+def install(wheel, venv, *options):
+    """Python of a new environment in which pip has installed the wheel."""
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, timeout=120)
+    python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
+    pip = subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", *options, str(wheel)],
+        capture_output=True, text=True, timeout=1800, check=False,
+    )  # fmt: skip
+    assert pip.returncode == 0, pip.stderr[-2000:]
+    return python
+
+
+def use(python, cwd, *arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [python, "-c", USE, *arguments],
+        cwd=cwd, env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_the_installed_wheel_works_without_triton_and_gpu(wheel, tmp_path):
+    """Installed by pip; what it depends on is borrowed from this environment, to save downloading it."""
+    python = install(wheel, tmp_path / "venv", "--no-deps")
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    run = use(python, tmp_path, "-no-triton")
+    assert "ApproxDropout saved 0.5" in run.stdout, run.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_all_it_needs_to_an_empty_environment(wheel, tmp_path):
+    run = use(install(wheel, tmp_path / "venv"), tmp_path)
+    assert "ApproxDropout saved 0.5" in run.stdout, run.stderr[-2000:]

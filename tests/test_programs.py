@@ -29,4 +29,4 @@ def test_program(name, tmp_path):
     before, after = map(float, re.search(r"val_loss (\S+) -> (\S+)", output).groups())
     assert after < 0.8 * before
     saved = int(re.search(r"saved in expectation: (\d+)%", output).group(1))
-    assert saved >= (1 if name == "lstm" else 20)  # a decoder to 50 words is small beside the LSTM
+    assert saved >= (1 if name == "lstm" else 15)  # a decoder to 50 words is small beside the LSTM
