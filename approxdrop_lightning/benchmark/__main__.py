@@ -1,0 +1,173 @@
+"""Command line of the benchmark: verify, time in turn, print one table, append to a CSV."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from approxdrop_lightning.benchmark import contenders, measure, ops
+from approxdrop_lightning.benchmark.contenders import BASELINES, PATTERNS, Workload
+from approxdrop_lightning.functional import BACKENDS
+
+COLUMNS = (
+    "workload", "rate", "contender", "median_ms", "first_quartile_ms", "third_quartile_ms", "to_conventional",
+    "to_none", "ceiling", "of_ceiling", "peak_mb",
+)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    """Run the benchmark; returns the rows of its table."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    torch.set_default_dtype(getattr(torch, options.dtype))
+    torch.set_default_device(options.device)
+    rows = []
+    kinds = ("mlp", "lstm", "ops") if options.kind == "all" else (options.kind,)
+    for kind in kinds:
+        if kind == "ops":
+            rows += ops.rows(options)
+            continue
+        for rate in options.rate:
+            rows += _compare(_workload(kind, options), rate, options)
+    surroundings = measure.surroundings(options.device)
+    _show(rows, surroundings)
+    if options.csv:
+        _append(options.csv, [row | surroundings for row in rows])
+    if options.plot:
+        _plot(rows, options.plot)
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m approxdrop_lightning.benchmark",
+        description="Whole training steps (draw, forward, loss, backward, optimizer), all contenders taking turns.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("kind", choices=("mlp", "lstm", "ops", "all"))
+    parser.add_argument("--hidden", type=int, nargs="+", help="widths of the MLP's hidden layers; the LSTM's hidden size")
+    parser.add_argument("--batch", type=int, help="samples per batch (MLP: 128, LSTM: 20)")
+    parser.add_argument("--layers", type=int, default=2, help="LSTM layers")
+    parser.add_argument("--steps", type=int, default=35, help="LSTM time steps")
+    parser.add_argument("--vocabulary", type=int, default=10_000)
+    parser.add_argument("--rate", type=float, nargs="+", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--pattern", nargs="*", choices=tuple(PATTERNS), default=["row", "shared"])
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["auto"])
+    parser.add_argument("--baseline", nargs="*", choices=BASELINES, default=["none", "narrow"],
+                        help="beside conventional dropout, which always runs")  # fmt: skip
+    parser.add_argument("--min-hidden", type=int, help="as of ApproxDropout")
+    parser.add_argument("--min-features", type=int, help="as of ApproxDropout")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
+    parser.add_argument("--threads", type=int, help="PyTorch's own choice if not given")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", action="store_true", help="print where each contender's step spends its time")
+    parser.add_argument("--csv", type=Path, help="file to append the rows to")
+    parser.add_argument("--plot", type=Path, help="picture of the ratios to conventional dropout")
+    return parser
+
+
+def _workload(kind: str, options: argparse.Namespace) -> Workload:
+    torch.manual_seed(options.seed)
+    if kind == "mlp":
+        return contenders.mlp([784, *(options.hidden or [2048, 2048]), 10], options.batch or 128)
+    hidden = (options.hidden or [650])[0]
+    return contenders.lstm(hidden, options.layers, options.steps, options.batch or 20, options.vocabulary)
+
+
+def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> list[dict]:
+    """Rows of one workload and rate."""
+    settings = {
+        key: value
+        for key, value in (("min_hidden", options.min_hidden), ("min_features", options.min_features))
+        if value is not None
+    }
+    steps = {"conventional": contenders.contender(workload, "conventional", rate, options.seed)}
+    for name in options.baseline:
+        if name in ("sliced", "sliceout") and workload.sliced is None:
+            continue
+        steps[name] = contenders.contender(workload, name, rate, options.seed)
+    for pattern in options.pattern:
+        for backend in options.backend:
+            step = contenders.contender(workload, pattern, rate, options.seed, backend=backend, **settings)
+            if options.dtype in ("float32", "float64"):
+                contenders.verify(step, rate, options.seed, backend=backend, **settings)
+            steps[pattern if backend == "auto" else f"{pattern} ({backend})"] = step
+    seconds = measure.interleaved(steps, options.repeats)
+    rows = []
+    for name, step in steps.items():
+        first, median, third = measure.quartiles(seconds[name])
+        faster = measure.ratio(seconds["conventional"], seconds[name])
+        ceiling = 1 / (1 - step.report.saved) if step.report else None
+        rows.append(
+            {
+                "workload": workload.name,
+                "rate": rate,
+                "contender": name,
+                "median_ms": median * 1e3,
+                "first_quartile_ms": first * 1e3,
+                "third_quartile_ms": third * 1e3,
+                "to_conventional": faster,
+                "to_none": measure.ratio(seconds["none"], seconds[name]) if "none" in seconds else None,
+                "ceiling": ceiling,
+                "of_ceiling": faster / ceiling if ceiling else None,
+                "peak_mb": measure.peak_memory(step),
+            }
+        )
+        if options.profile:
+            print(f"\n{workload.name}, rate {rate:g}: {name}\n{measure.where_time_goes(step)}")
+    return rows
+
+
+def _show(rows: list[dict], surroundings: dict[str, str]) -> None:
+    table = Table(*(c.replace("_", " ") for c in COLUMNS), caption=", ".join(surroundings.values()))
+    for i, row in enumerate(rows):
+        last = i + 1 == len(rows) or (row["workload"], row["rate"]) != (rows[i + 1]["workload"], rows[i + 1]["rate"])
+        table.add_row(*(_text(row.get(c)) for c in COLUMNS), end_section=last)
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def _text(value: float | str | None) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _append(path: Path, rows: list[dict]) -> None:
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(workloads), figsize=(5 * len(workloads), 4), squeeze=False)
+    for axis, workload in zip(axes[0], workloads, strict=True):
+        mine = [row for row in rows if row["workload"] == workload]
+        for name in dict.fromkeys(row["contender"] for row in mine):
+            points = [(row["rate"], row["to_conventional"]) for row in mine if row["contender"] == name]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(title=workload, xlabel="dropout rate", ylabel="times as fast as conventional dropout")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

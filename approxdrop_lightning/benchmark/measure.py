@@ -1,0 +1,109 @@
+"""Times and memory of steps that take turns in one process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from itertools import accumulate
+from pathlib import Path
+from statistics import quantiles
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Step = Callable[[], None]
+
+
+def interleaved(steps: dict[str, Step], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds of each step, ``repeats`` times: each round runs every step once, so that noise falls on all alike.
+
+    Args:
+        steps: Name to what is timed.
+        repeats: Rounds that count, >= 1.
+        warmup: Rounds before them.
+
+    Returns:
+        Name to the seconds of each round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(warmup + repeats):
+        for name, step in steps.items():
+            _synchronize()
+            start = time.perf_counter()
+            step()
+            _synchronize()
+            if index >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    return tuple(quantiles(values, n=4, method="inclusive")) if len(values) > 1 else (values[0],) * 3
+
+
+def ratio(baseline: list[float], other: list[float]) -> float:
+    """How many times faster ``other`` is: median of the ratios of the same rounds."""
+    return quartiles([a / b for a, b in zip(baseline, other, strict=True)])[1]
+
+
+def peak_memory(step: Step) -> float:
+    """Peak of what a step allocates beyond what stood before it, in MB (2^20 bytes): activations and temporaries.
+
+    Run it on a second step, when gradients, optimizer state and buffers that are kept have their place; gradients are
+    freed and made again within the step, so they count in every contender.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(accumulate((e.nbytes() for e in events), initial=0)) / 2**20
+
+
+def where_time_goes(step: Step, rows: int = 14) -> str:
+    """Table of the functions in which a step spends its time, its own time first."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(3):
+            step()
+    return recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=44)
+
+
+def surroundings(device: str) -> dict[str, str]:
+    """Where and with what a figure was measured."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu()
+    return {
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

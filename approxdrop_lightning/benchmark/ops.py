@@ -1,0 +1,110 @@
+"""Single operations, forward and backward, and the callback's own time per step."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from approxdrop_lightning import functional
+from approxdrop_lightning.benchmark import measure
+from approxdrop_lightning.benchmark.contenders import PATTERNS
+from approxdrop_lightning.options import Options
+from approxdrop_lightning.surgery import approximate, resample
+
+
+def rows(options: argparse.Namespace) -> list[dict]:
+    """Rows of the benchmark's table: products of one width, the recurrence, and drawing."""
+    width, batch = (options.hidden or [2048])[0], options.batch or 128
+    found = []
+    for rate in options.rate:
+        for pattern in options.pattern:
+            for sides in ("in", "out", "in and out"):
+                found += _linear(width, batch, rate, pattern, sides, options)
+    found += _recurrence(options)
+    return found + _drawing(options)
+
+
+def _linear(n: int, batch: int, rate: float, name: str, sides: str, options: argparse.Namespace) -> list[dict]:
+    settings = PATTERNS[name]
+    sampler = Options(rate=rate, **settings).sampler(rate, options.seed)
+    weight, bias = torch.randn(n, n, requires_grad=True), torch.randn(n, requires_grad=True)
+    x = torch.randn(batch, n, requires_grad=True)
+
+    def run(backend: str) -> list[Tensor]:
+        inside = sampler.pattern(n) if "in" in sides.split() else None
+        outside = sampler.pattern(n) if "out" in sides else None
+        packed = x if inside is None else functional.pack(x, inside).detach().requires_grad_()
+        y = functional.row_linear(packed, weight, bias, inside, outside, backend=backend, leading_shape=(batch,))
+        return torch.autograd.grad(y, (weight, bias, packed), y.detach())
+
+    def dense() -> None:
+        y = F.linear(x, weight, bias)
+        torch.autograd.grad(y, (weight, bias, x), y.detach())
+
+    def step(backend: str) -> Callable[[], None]:
+        def one() -> None:
+            sampler.draw()
+            run(backend)
+
+        return one
+
+    sampler.draw()
+    state = sampler.state_dict()
+    gradients = []
+    for backend in ("compact", "reference"):
+        sampler.load_state_dict(state)
+        gradients.append(run(backend))
+    for mine, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-2 * wanted.abs().max().item())
+    title = f"linear {n}x{n}, batch {batch}, {sides}"
+    return _timed(title, rate, {"dense": dense} | {f"{name} ({b})": step(b) for b in options.backend}, options)
+
+
+def _recurrence(options: argparse.Namespace) -> list[dict]:
+    hidden, steps, batch = (options.hidden or [650])[0], options.steps, 20
+    vendor = nn.LSTM(hidden, hidden)
+    gates = torch.randn(steps, batch, 4 * hidden, requires_grad=True)
+    x = torch.randn(steps, batch, hidden, requires_grad=True)
+    zeros = torch.zeros(batch, hidden)
+
+    def ours() -> None:
+        weight = vendor.weight_hh_l0
+        inputs = F.linear(x, vendor.weight_ih_l0, vendor.bias_ih_l0 + vendor.bias_hh_l0)
+        functional.lstm_sequence(inputs, zeros, zeros, weight)[0].sum().backward()
+
+    def theirs() -> None:
+        vendor(x)[0].sum().backward()
+
+    del gates
+    title = f"LSTM layer {hidden}, T={steps}, B={batch}"
+    return _timed(title, 0.0, {"dense": theirs, "lstm_sequence": ours}, options)
+
+
+def _drawing(options: argparse.Namespace) -> list[dict]:
+    model = nn.Sequential(*(layer for _ in range(10) for layer in (nn.Linear(650, 650), nn.Dropout(0.5))))
+    approximate(model, seed=options.seed)
+    return _timed("what the callback does per step, ten sites", 0.5, {"resample": lambda: resample(model)}, options)
+
+
+def _timed(workload: str, rate: float, steps: dict[str, Callable[[], None]], options: argparse.Namespace) -> list[dict]:
+    seconds = measure.interleaved(steps, options.repeats)
+    found = []
+    for name, values in seconds.items():
+        first, median, third = measure.quartiles(values)
+        found.append(
+            {
+                "workload": workload,
+                "rate": rate,
+                "contender": name,
+                "median_ms": median * 1e3,
+                "first_quartile_ms": first * 1e3,
+                "third_quartile_ms": third * 1e3,
+                "to_conventional": measure.ratio(seconds["dense"], values) if "dense" in seconds else None,
+                "peak_mb": measure.peak_memory(steps[name]),
+            }
+        )
+    return found
