@@ -14,9 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-#: Patterns that keep more than one cell are drawn up to this period: a group then reads
-#: ``(keep/dp)^2`` of a weight and there are ``dp`` groups, so packing costs ``keep^2/dp`` of it.
-MAX_DP_OF_MANY_KEPT = 4
 #: Above this concentration the distribution equals its limit to float64.
 _STEADIEST = 1e6
 
@@ -55,8 +52,8 @@ class PatternDistribution:
             max_dp: Largest period (the paper's N), at least 1.
             method: ``"maxent"``, the closed form; ``"sgd"``, the paper's search (section 3.3): softmax
                 parameters descend on ``lambda1 (sum k u - p)^2 + lambda2 sum k log k``.
-            keep: ``"one"``: patterns keep 1 of ``dp`` cells, as in the paper. ``"any"``: patterns with
-                ``dp <= 4`` may keep several, so that rates below .5 are met without steps that drop nothing.
+            keep: ``"one"``: patterns keep 1 of ``dp`` cells, as in the paper. ``"any"``: they may keep several, so
+                that any rate has patterns close to it, and rates below .5 have no steps that drop nothing.
             concentration: gamma, >= 0. 0 is the paper's optimum, ``inf`` the steadiest distribution: all mass
                 on the two dropped shares that bracket the rate.
 
@@ -121,11 +118,12 @@ def _check(rate: float, max_dp: int, method: str, keep: str, concentration: floa
 
 
 def _support(max_dp: int, keep: str) -> tuple[tuple[int, int], ...]:
-    pairs = [(dp, 1) for dp in range(1, max_dp + 1)]
-    if keep == "any":
-        few = range(2, min(max_dp, MAX_DP_OF_MANY_KEPT) + 1)
-        pairs += [(dp, m) for dp in few for m in range(2, dp) if math.gcd(dp, m) == 1]
-    return tuple(sorted(pairs))
+    if keep == "one":
+        return tuple((dp, 1) for dp in range(1, max_dp + 1))
+    # Of equal shares the smallest period.
+    return tuple(
+        (dp, m) for dp in range(1, max_dp + 1) for m in range(1, dp + 1) if math.gcd(dp, m) == 1 and (m < dp or dp == 1)
+    )
 
 
 def _softmax(logits: Sequence[float]) -> list[float]:

@@ -5,9 +5,43 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Some units of a layer, in an order, as runs of consecutive ones: what can be copied as a piece.
+
+    Attributes:
+        starts: First unit of each run, int64.
+        lengths: Units of each run, int64.
+        count: Units in all.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    count: int
+
+    @cached_property
+    def index(self) -> Tensor:
+        """The units one by one, int64."""
+        if len(self.starts) == self.count:  # runs of one
+            return self.starts
+        shift = self.starts - self.lengths.cumsum(0) + self.lengths
+        return shift.repeat_interleave(self.lengths, output_size=self.count) + torch.arange(self.count)
+
+    @staticmethod
+    def every(n: int) -> Units:
+        """All of ``n`` units, in one run."""
+        return _every(n)
+
+
+@lru_cache(maxsize=256)
+def _every(n: int) -> Units:
+    return Units(torch.tensor([0]), torch.tensor([n]), n)
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,9 +50,12 @@ class RowPattern:
 
     The units are divided into ``dp`` cells, ``keep`` of which are kept. Unit ``j`` lies in the cell
     ``c(j) = order[j // block_size] mod dp`` (natural order: ``c(j) = j // block_size mod dp``). Group ``g``
-    keeps the cells ``(offset + g + i) mod dp`` for ``i < keep``. A shared pattern has the one group 0; an
-    interleaved one has ``dp`` groups, and the row of a batch with leading indices ``(t, b, ...)`` belongs to
-    group ``(t + b + ...) mod dp``.
+    keeps the cells ``(offset + g * shift + i) mod dp`` for ``i < keep``. A shared pattern has the one group 0. In an
+    interleaved one the row of a batch with leading indices ``(t, b, ...)`` belongs to group
+    ``(t + b + ...) mod n_groups``, and groups differ as much as they can: up to half of the cells kept, what they
+    keep is disjoint (``dp // keep`` groups, ``shift = keep``; with ``keep = 1`` one for each cell); beyond, what
+    they drop is disjoint (2 groups, ``shift = dp - keep``). So no more groups are made than the rate asks for: their
+    products have the more rows.
 
     Because ``offset`` is uniform over ``dp`` values, every unit is kept with probability exactly
     ``keep / dp``, also where ``dp`` does not divide ``n``.
@@ -80,13 +117,58 @@ class RowPattern:
 
     @property
     def n_groups(self) -> int:
-        """Number of groups of rows: ``dp`` if interleaved, else 1."""
-        return self.dp if self.interleave else 1
+        """Number of groups of rows; 1 if the pattern is shared."""
+        if not self.interleave or self.keeps_all:
+            return 1
+        return 2 if self.overlaps else self.dp // self.keep
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether groups have kept units in common."""
+        return self.interleave and 2 * self.keep > self.dp and not self.keeps_all
+
+    @property
+    def _shift(self) -> int:
+        return self.dp - self.keep if self.overlaps else self.keep
 
     @property
     def keeps_all(self) -> bool:
         """Whether nothing is dropped."""
         return self.keep == self.dp
+
+    def units(self, group: int) -> Units:
+        """Kept units of a group, cell after cell; those of a shared pattern are ascending as a whole."""
+        return self._units[group]
+
+    @cached_property
+    def _units(self) -> tuple[Units, ...]:
+        first = [g * self._shift for g in range(self.n_groups)]
+        groups = tuple(self._by_cell.between(f, f + self.keep) for f in first)
+        if self.interleave or self.keep == 1:
+            return groups
+        starts, order = groups[0].starts.sort()
+        return (Units(starts, groups[0].lengths[order], groups[0].count),)
+
+    @property
+    def covered(self) -> Units:
+        """Units that some group keeps, cell after cell from the first kept one: each group's are a range of them."""
+        return self._by_cell.between(0, (self.n_groups - 1) * self._shift + self.keep)
+
+    def place(self, group: int) -> slice:
+        """Where the units of a group lie in :attr:`covered`."""
+        ends, first = self._by_cell.units, group * self._shift
+        return slice(ends[first], ends[first + self.keep])
+
+    @property
+    def never_kept(self) -> Units:
+        """Units that no group keeps."""
+        return self._by_cell.between((self.n_groups - 1) * self._shift + self.keep, self.dp)
+
+    @cached_property
+    def _by_cell(self) -> _ByCell:
+        if self.order is None:
+            return _natural_cells(self.n, self.dp, self.offset, self.block_size)
+        return _sort_by_cell(self.n, (self.order - self.offset).remainder(self.dp), self.dp, self.block_size)
 
     def cells(self) -> tuple[Tensor, ...]:
         """Kept indices of each group: ``n_groups`` int64 tensors.
@@ -94,50 +176,22 @@ class RowPattern:
         Ascending within a cell; a group that keeps several cells has them one after the other, the first kept one
         first. Group 0 of a shared pattern is ascending as a whole.
         """
-        return self._cells
-
-    @cached_property
-    def _cells(self) -> tuple[Tensor, ...]:
-        if not self.interleave:
-            cells = [self.by_cell[(self.offset + i) % self.dp] for i in range(self.keep)]
-            return (torch.cat(cells).sort().values if self.keep > 1 else cells[0],)
-        around = self.by_cell * 2
-        starts = [(self.offset + g) % self.dp for g in range(self.dp)]
-        if self.keep == 1:
-            return tuple(around[start] for start in starts)
-        return tuple(torch.cat(around[start : start + self.keep]) for start in starts)
-
-    @cached_property
-    def by_cell(self) -> tuple[Tensor, ...]:
-        """Units of each of the ``dp`` cells, ascending: int64."""
-        if self.order is None:
-            return _natural_cells(self.n, self.dp, self.block_size)
-        cell = self.order.remainder(self.dp)
-        if self.block_size > 1:
-            cell = cell.repeat_interleave(self.block_size)[: self.n]
-        units = cell.sort(stable=True).indices
-        return units.split(torch.bincount(cell, minlength=self.dp).tolist())
+        return tuple(units.index for units in self._units)
 
     @property
     def kept(self) -> Tensor:
         """Kept indices of group 0 (of every row, if the pattern is shared): int64."""
-        return self._cells[0]
+        return self._units[0].index
 
     @property
     def n_kept(self) -> int:
         """Number of units that group 0 keeps."""
-        return self.kept.numel()
+        return self._units[0].count
 
     @property
     def share(self) -> float:
-        """Share of the units kept: of all groups together if interleaved."""
-        return self.keep / self.dp if self.interleave else self.n_kept / self.n
-
-    def stride(self, group: int) -> slice | None:
-        """The kept indices of a group as a slice, where they are one: natural order, one kept unit in dp."""
-        if self.order is None and self.keep == 1 and self.block_size == 1:
-            return slice((self.offset + group) % self.dp, None, self.dp)
-        return None
+        """Share of the units kept, all groups together."""
+        return sum(units.count for units in self._units) / (self.n_groups * self.n)
 
     def row_groups(self, leading_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Rows of each group: int64 indices into the flattened leading dimensions, ascending."""
@@ -148,7 +202,7 @@ class RowPattern:
         if self._flat_index_of and self._flat_index_of[0] == leading_shape:
             return self._flat_index_of[1]
         rows = self.row_groups(leading_shape)
-        index = torch.cat([(r[:, None] * self.n + c).view(-1) for r, c in zip(rows, self._cells, strict=True)])
+        index = torch.cat([(r[:, None] * self.n + c).view(-1) for r, c in zip(rows, self.cells(), strict=True)])
         self._flat_index_of[:] = [leading_shape, index]
         return index
 
@@ -163,10 +217,35 @@ class RowPattern:
         return mask
 
 
+@dataclass(frozen=True, eq=False)
+class _ByCell:
+    """Blocks sorted by cell, counted from the first kept one: any cells in a row are a range."""
+
+    starts: Tensor
+    lengths: Tensor
+    blocks: list[int]  # up to each cell
+    units: list[int]
+
+    def between(self, first: int, last: int) -> Units:
+        here = slice(self.blocks[first], self.blocks[last])
+        return Units(self.starts[here], self.lengths[here], self.units[last] - self.units[first])
+
+
+def _sort_by_cell(n: int, cell: Tensor, dp: int, block_size: int) -> _ByCell:
+    blocks = cell.sort(stable=True).indices
+    counts = torch.bincount(cell, minlength=dp).tolist()
+    missing = len(cell) * block_size - n  # of the last block
+    lengths = torch.full_like(blocks, block_size)
+    sizes = [count * block_size for count in counts]
+    if missing:
+        lengths[blocks == len(cell) - 1] = block_size - missing
+        sizes[int(cell[-1])] -= missing
+    return _ByCell(blocks * block_size, lengths, [0, *accumulate(counts)], [0, *accumulate(sizes)])
+
+
 @lru_cache(maxsize=1024)
-def _natural_cells(n: int, dp: int, block_size: int) -> tuple[Tensor, ...]:
-    cell = (torch.arange(n) // block_size).remainder(dp)
-    return tuple((cell == c).nonzero().squeeze(1) for c in range(dp))
+def _natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
+    return _sort_by_cell(n, (torch.arange(-(-n // block_size)) - offset).remainder(dp), dp, block_size)
 
 
 @lru_cache(maxsize=256)

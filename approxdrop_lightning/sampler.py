@@ -23,7 +23,8 @@ class PatternSampler:
         distribution: Probabilities over ``(dp, keep)``.
         interleave: Whether rows of the batch take the cells of a pattern in turn.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
-        block_size: Units that are permuted together, >= 1. Without ``shuffle`` it is not used.
+        block_size: Units that are permuted together, >= 1, or less where a layer is so narrow that a cell would have
+            less than four blocks. Without ``shuffle`` it is not used.
         seed: Seed of the private generator.
         rank: Of this process. Processes of one seed draw the same ``(dp, keep)`` at each step, so that none waits
             for another, but patterns of their own.
@@ -41,7 +42,7 @@ class PatternSampler:
         self.distribution = distribution
         self.interleave = interleave
         self.shuffle = shuffle
-        self.block_size = block_size if shuffle else 1
+        self.block_size = block_size
         self.rank = rank
         self._steps = torch.Generator().manual_seed(seed)
         # Seeded anew at each step, from the first one: processes cannot drift apart, and a step's patterns do not
@@ -68,10 +69,12 @@ class PatternSampler:
         if self.keep == self.dp:
             return RowPattern(n, 1, 0)
         offset = int(torch.randint(self.dp, (), generator=self._patterns))
-        order = None
-        if self.shuffle:
-            order = torch.randperm(-(-n // self.block_size), generator=self._patterns)
-        return RowPattern(n, self.dp, offset, self.keep, self.interleave, order, self.block_size)
+        if not self.shuffle:
+            return RowPattern(n, self.dp, offset, self.keep, self.interleave)
+        # Blocks are made smaller where a cell would have less than four of them: its share would vary too much.
+        block_size = max(1, min(self.block_size, n // (4 * self.dp)))
+        order = torch.randperm(-(-n // block_size), generator=self._patterns)
+        return RowPattern(n, self.dp, offset, self.keep, self.interleave, order, block_size)
 
     def state_dict(self) -> dict[str, Any]:
         """State from which the very same sequence continues; loads under ``weights_only=True``."""

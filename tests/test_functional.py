@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from approxdrop_lightning import RowPattern, functional
-from approxdrop_lightning.ops import groups
+from approxdrop_lightning.ops import blocks, compact, groups, native
+from approxdrop_lightning.ops import lstm as lstm_ops
 
 KINDS = {
     "shared": {},
@@ -41,15 +42,26 @@ def run(x, weight, bias, in_pattern, out_pattern, scale, backend):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fresh memory is NaN: an entry that an op forgets to write cannot pass for zero."""
-    new_empty, empty_like, scratch = torch.Tensor.new_empty, torch.empty_like, groups._scratch
+    """Memory that an op asks for is NaN: an entry that it forgets to write cannot pass for zero."""
+    buffer, new_empty, empty_like = blocks.buffer, torch.Tensor.new_empty, torch.empty_like
     fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-    monkeypatch.setattr(groups, "_scratch", lambda *a: fill(scratch(*a)))
+    for module in (blocks, groups, compact):
+        monkeypatch.setattr(module, "buffer", lambda *a: fill(buffer(*a)))
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.fixture(params=["compiled", "plain"])
+def kernels(request, monkeypatch):
+    """With the compiled kernels and without."""
+    if request.param == "plain":
+        monkeypatch.setattr(blocks, "library", lambda: None)
+        monkeypatch.setattr(lstm_ops, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler on this machine")
+
+
+@pytest.mark.usefixtures("poisoned", "kernels")
 @pytest.mark.parametrize("backend", ["compact", "reference"])
 @pytest.mark.parametrize("in_kind", [None, *KINDS])
 @pytest.mark.parametrize("out_kind", [None, *KINDS])
@@ -58,7 +70,7 @@ def test_row_linear_is_the_masked_product(in_kind, out_kind, backend):
     shapes = itertools.product(
         [(7,), (3, 5), (1,), (2, 1, 3), (12,), (0,)],  # less rows than groups, divisible, ragged, none
         [(12, 8), (13, 7), (1, 5), (6, 1)],  # divisible, ragged, one unit
-        [(1, 1), (2, 1), (3, 1), (3, 2), (4, 3), (9, 1)],  # 9: more cells than units
+        [(1, 1), (2, 1), (3, 1), (3, 2), (5, 3), (10, 3), (9, 1)],  # 9, 10: more cells than units
     )
     for leading, (n_in, n_out), (dp, keep) in shapes:
         in_pattern = None if in_kind is None else make_pattern(n_in, dp, keep, generator, **KINDS[in_kind])

@@ -30,7 +30,14 @@ def patterns(draw, max_n=40):
 def kept_by_definition(pattern, unit, group):
     block = unit // pattern.block_size
     cell = (block if pattern.order is None else int(pattern.order[block])) % pattern.dp
-    return (cell - pattern.offset - group) % pattern.dp < pattern.keep
+    shift = pattern.dp - pattern.keep if 2 * pattern.keep > pattern.dp else pattern.keep
+    return (cell - pattern.offset - group * shift) % pattern.dp < pattern.keep
+
+
+def groups_by_definition(pattern):
+    if not pattern.interleave or pattern.keep == pattern.dp:
+        return 1
+    return 2 if 2 * pattern.keep > pattern.dp else pattern.dp // pattern.keep
 
 
 @given(patterns())
@@ -41,15 +48,18 @@ def test_cells_mask_and_counts_follow_the_definition(pattern):
         assert sorted(kept.tolist()) == expected
         if not pattern.interleave or pattern.keep == 1:
             assert kept.tolist() == expected  # ascending
-        stride = pattern.stride(group)
-        if stride is not None:
-            assert list(range(pattern.n))[stride] == expected
-    assert len(pattern.cells()) == pattern.n_groups
+        assert pattern.units(group).index.tolist() == kept.tolist()
+        assert pattern.units(group).count == len(kept)
+        assert pattern.covered.index[pattern.place(group)].tolist() == kept.tolist() or not pattern.interleave
+    everybody = set().union(*(kept.tolist() for kept in pattern.cells()))
+    assert set(pattern.covered.index.tolist()) == everybody
+    assert set(pattern.never_kept.index.tolist()) == set(range(pattern.n)) - everybody
+    assert len(pattern.cells()) == pattern.n_groups == groups_by_definition(pattern)
     assert pattern.n_kept == len(pattern.cells()[0])
     mask = pattern.mask(3, 4)
     for t in range(3):
         for b in range(4):
-            group = (t + b) % pattern.dp if pattern.interleave else 0
+            group = (t + b) % groups_by_definition(pattern)
             assert mask[t, b].tolist() == [kept_by_definition(pattern, j, group) for j in range(pattern.n)]
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from approxdrop_lightning.ops import overlap
+from approxdrop_lightning.ops import groups
+from approxdrop_lightning.ops.blocks import buffer, put, take
 from approxdrop_lightning.ops.groups import Groups, multiply
 from approxdrop_lightning.pattern import RowPattern
 
@@ -16,35 +17,25 @@ from approxdrop_lightning.pattern import RowPattern
 class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pattern: RowPattern) -> Tensor:
-        ctx.shape = x.shape
-        index = pattern.flat_index(tuple(x.shape[:-1])).to(x.device)
-        ctx.save_for_backward(index)
-        return x.reshape(-1).index_select(0, index)
+        ctx.pattern, ctx.leading_shape = pattern, tuple(x.shape[:-1])
+        return groups.pack(x, pattern)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        dense = grad.new_zeros(ctx.shape)
-        dense.view(-1)[index] = grad.reshape(-1)
-        return dense, None
+        return groups.unpack(grad, ctx.pattern, ctx.leading_shape), None
 
 
 class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
-        index = pattern.flat_index(leading_shape).to(values.device)
-        ctx.save_for_backward(index)
-        ctx.shape = values.shape
-        dense = values.new_zeros(*leading_shape, pattern.n)
-        dense.view(-1)[index] = values.reshape(-1)
-        return dense
+        ctx.pattern, ctx.shape = pattern, values.shape
+        return groups.unpack(values, pattern, leading_shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (index,) = ctx.saved_tensors
-        return grad.reshape(-1).index_select(0, index).view(ctx.shape), None, None
+        return groups.pack(grad, ctx.pattern).view(ctx.shape), None, None
 
 
 class _RowLinear(torch.autograd.Function):
@@ -58,33 +49,33 @@ class _RowLinear(torch.autograd.Function):
         out_pattern: RowPattern | None,
         leading_shape: tuple[int, ...],
     ) -> Tensor:
-        groups = Groups(in_pattern, out_pattern, leading_shape, weight)
-        xs = groups.inputs(x)
-        weights = groups.weights(weight)
-        buffer, y = groups.new_output(x)
-        multiply(xs, [w.t() for w in weights], y)
+        parts = Groups(in_pattern, out_pattern, leading_shape, weight)
+        xs = parts.split(parts.inside, x)
+        weights = parts.weights(weight)
+        flat, ys = parts.new(parts.outside, x)
+        multiply(xs, [w.t() for w in weights], ys)
         if bias is not None:
-            groups.add_bias(y, bias)
-        ctx.groups, ctx.bias, ctx.x_shape = groups, bias is not None, x.shape
-        ctx.save_for_backward(*xs, *weights)
-        return groups.output(buffer)
+            parts.add_bias(ys, bias)
+        ctx.parts, ctx.bias, ctx.x_shape = parts, bias is not None, x.shape
+        ctx.save_for_backward(weight, *xs, *weights)
+        return parts.join(parts.outside, flat, ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        groups: Groups = ctx.groups
-        saved = ctx.saved_tensors
-        xs, weights = saved[: groups.count], saved[groups.count :]
-        dys = groups.output_grads(grad)
+        parts: Groups = ctx.parts
+        weight, *saved = ctx.saved_tensors
+        xs, weights = saved[: parts.count], saved[parts.count :]
+        dys = parts.split(parts.outside, grad)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            buffer, dxs = groups.new_input(grad)
+            flat, dxs = parts.new(parts.inside, grad)
             multiply(dys, weights, dxs)
-            dx = groups.input_grad(buffer).view(ctx.x_shape)
+            dx = parts.join(parts.inside, flat, dxs).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            dw = groups.weight_grad(dys, xs)
+            dw = parts.weight_grad(dys, xs, weight)
         if ctx.bias and ctx.needs_input_grad[2]:
-            db = groups.bias_grad(dys)
+            db = parts.bias_grad(dys)
         return dx, dw, db, None, None, None
 
 
@@ -119,25 +110,23 @@ def row_linear(
     Returns:
         Rows ``[R, n_out]``, or packed values if ``out_pattern`` is given; contiguous, possibly flat.
     """
-    several = any(p is not None and p.interleave and p.keep > 1 for p in (in_pattern, out_pattern))
-    function = overlap.RowLinear if several else _RowLinear
-    return function.apply(x, weight, bias, in_pattern, out_pattern, leading_shape)
+    return _RowLinear.apply(x, weight, bias, in_pattern, out_pattern, leading_shape)
 
 
 class _SelectColumns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, kept: Tensor) -> Tensor:
-        ctx.shape = weight.shape
-        ctx.save_for_backward(kept)
-        return weight.index_select(1, kept)
+    def forward(ctx: Any, weight: Tensor, pattern: RowPattern) -> Tensor:
+        ctx.shape, ctx.pattern = weight.shape, pattern
+        return take(weight, None, pattern.units(0))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (kept,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.shape).scatter_(1, kept.expand(grad.shape), grad), None
+        dense = buffer(tuple(ctx.shape), grad)
+        put(dense, None, ctx.pattern.units(0), grad, clear=True)
+        return dense, None
 
 
 def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:
     """Kept columns of a weight, ``[n_out, n_kept]``; the gradient is dense."""
-    return _SelectColumns.apply(weight, pattern.kept.to(weight.device))
+    return _SelectColumns.apply(weight, pattern)

@@ -8,13 +8,11 @@ product.
 
 from __future__ import annotations
 
-import math
-import threading
-
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.ops.blocks import buffer, put, take
+from approxdrop_lightning.pattern import RowPattern, Units
 
 
 def multiply(a: list[Tensor], b: list[Tensor], out: list[Tensor]) -> None:
@@ -42,29 +40,35 @@ def _stack(matrices: list[Tensor]) -> Tensor | None:
     return first.as_strided((len(matrices), *first.shape), (step, *first.stride()))
 
 
-_buffers = threading.local()
+class Side:
+    """The inputs or the outputs of a layer: which units each group reads or writes.
 
-
-def _scratch(like: Tensor, shape: tuple[int, ...], slot: str) -> Tensor:
-    """Uninitialised memory for what does not outlive an op.
-
-    On the CPU fresh memory costs a page fault per 4 KB at each step, more than the copy that it is for; so one
-    buffer per slot, thread and dtype is kept. Other devices have allocators that keep theirs.
+    Args:
+        pattern: What is kept; None for everything.
+        n: Number of units.
+        count: Number of groups.
+        leading_shape: Shape of the batch.
     """
-    if like.device.type != "cpu":
-        return like.new_empty(shape)
-    size = math.prod(shape)
-    key = f"{slot} {like.dtype}"
-    buffer = getattr(_buffers, key, None)
-    if buffer is None or buffer.numel() < size:
-        with torch.inference_mode(False):
-            buffer = torch.empty(size, dtype=like.dtype)
-        setattr(_buffers, key, buffer)
-    return buffer[:size].view(shape)
+
+    def __init__(self, pattern: RowPattern | None, n: int, count: int, leading_shape: tuple[int, ...]) -> None:
+        self.pattern, self.n = pattern, n
+        every = Units.every(n)
+        self.units = [every if pattern is None else pattern.units(g % pattern.n_groups) for g in range(count)]
+        self.widths = [units.count for units in self.units]
+        #: Whether values are packed by group; else they are rows in their order.
+        self.by_group = pattern is not None and pattern.n_groups > 1
+        self.overlaps = pattern is not None and pattern.overlaps
+        #: What some group keeps, in the order in which each group's units are a range of them.
+        self.covered = pattern.covered if self.by_group else self.units[0]
+        self.places = [pattern.place(g) if self.by_group else slice(None) for g in range(count)]
+
+    def index(self, group: int) -> Tensor | None:
+        """Units of a group one by one; None for all in their order."""
+        return None if self.pattern is None else self.units[group].index
 
 
 class Groups:
-    """What each group of rows reads and writes; one group of all rows where nothing is interleaved."""
+    """One layer's inputs, outputs and weight by groups; one group of all rows where nothing is interleaved."""
 
     def __init__(
         self,
@@ -73,160 +77,113 @@ class Groups:
         leading_shape: tuple[int, ...],
         weight: Tensor,
     ) -> None:
-        grouped = next((p for p in (in_pattern, out_pattern) if p is not None and p.interleave), None)
-        self.in_pattern, self.out_pattern = in_pattern, out_pattern
+        grouped = next((p for p in (in_pattern, out_pattern) if p is not None and p.n_groups > 1), None)
         self.count = 1 if grouped is None else grouped.n_groups
-        self.shape = weight.shape
-        self.device = weight.device
-        rows = (grouped or RowPattern(1, 1, 0)).row_groups(leading_shape)
-        self.row_counts = [r.numel() for r in rows]
-        self.rows = None if grouped is None else torch.cat(rows).to(self.device)
-        self.in_units, self.out_units = self._units(in_pattern), self._units(out_pattern)
+        n_out, n_in = weight.shape
+        self.inside = Side(in_pattern, n_in, self.count, leading_shape)
+        self.outside = Side(out_pattern, n_out, self.count, leading_shape)
+        self.rows = (grouped or RowPattern(1, 1, 0)).row_groups(leading_shape)
+        self.row_counts = [len(r) for r in self.rows]
+        # Then a group's block of the weight is a view of a copy that is sorted by cell, since blocks have entries in
+        # common; else each group has a block of its own.
+        self.overlaps = self.inside.overlaps or self.outside.overlaps
 
-    def _units(self, pattern: RowPattern | None) -> list[Tensor | slice | None]:
-        """Kept units of each group; None for all of them."""
-        if pattern is None:
-            return [None] * self.count
-        cells = pattern.cells()
-        units = [pattern.stride(g) or cells[g].to(self.device) for g in range(len(cells))]
-        return units if len(units) == self.count else units * self.count
-
-    def _widths(self, pattern: RowPattern | None, n: int) -> list[int]:
-        if pattern is None:
-            return [n] * self.count
-        widths = [cell.numel() for cell in pattern.cells()]
-        return widths if len(widths) == self.count else widths * self.count
-
-    def _buffer(self, like: Tensor, pattern: RowPattern | None, n: int, slot: str) -> tuple[Tensor, list[Tensor]]:
-        """A flat buffer, and it cut into the groups' matrices; scratch if :meth:`_ungather` copies out of it."""
-        widths = self._widths(pattern, n)
-        size = sum(r * w for r, w in zip(self.row_counts, widths, strict=True))
-        if self._by_group(pattern) or self.rows is None:
-            flat = like.new_empty(size)
-        else:
-            flat = _scratch(like, (size,), slot)
-        return flat, self._cut(flat, widths)
+    def new(self, side: Side, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Memory for values of a side: flat, and cut into the groups' matrices."""
+        flat = buffer((sum(r * w for r, w in zip(self.row_counts, side.widths, strict=True)),), like)
+        return flat, self._cut(flat, side.widths)
 
     def _cut(self, flat: Tensor, widths: list[int]) -> list[Tensor]:
-        sizes = [r * w for r, w in zip(self.row_counts, widths, strict=True)]
-        shapes = zip(self.row_counts, widths, strict=True)
-        return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+        shapes = list(zip(self.row_counts, widths, strict=True))
+        return [part.view(s) for part, s in zip(flat.split([r * w for r, w in shapes]), shapes, strict=True)]
 
-    @staticmethod
-    def _by_group(pattern: RowPattern | None) -> bool:
-        """Whether values are packed by group; else they are rows in their order."""
-        return pattern is not None and pattern.interleave
+    def split(self, side: Side, values: Tensor) -> list[Tensor]:
+        """Matrices of the groups, from values packed by group or from rows in their order."""
+        if side.by_group or self.count == 1:
+            return self._cut(values.reshape(-1), side.widths)
+        values = values.reshape(sum(self.row_counts), side.widths[0])
+        _, matrices = self.new(side, values)
+        for rows, matrix in zip(self.rows, matrices, strict=True):
+            take(values, rows, Units.every(values.shape[1]), out=matrix)
+        return matrices
 
-    def _gather(self, tensor: Tensor, pattern: RowPattern | None, n: int, slot: str | None = None) -> list[Tensor]:
-        """Matrices of the groups; with ``slot`` a copy may lie in scratch memory."""
-        if self._by_group(pattern):
-            return self._cut(tensor.reshape(-1), self._widths(pattern, n))
-        rows = tensor.reshape(sum(self.row_counts), n if pattern is None else pattern.n_kept)
-        if self.rows is not None:
-            out = None if slot is None else _scratch(rows, tuple(rows.shape), slot)
-            rows = torch.index_select(rows, 0, self.rows, out=out)
-        return list(rows.split(self.row_counts))
-
-    def _ungather(self, flat: Tensor, pattern: RowPattern | None, n: int) -> Tensor:
-        """From a buffer of matrices to values packed by group, or to rows in their order."""
-        if self._by_group(pattern) or self.rows is None:
+    def join(self, side: Side, flat: Tensor, matrices: list[Tensor]) -> Tensor:
+        """Inverse of :meth:`split`."""
+        if side.by_group or self.count == 1:
             return flat
-        rows = flat.view(sum(self.row_counts), n if pattern is None else pattern.n_kept)
-        return torch.empty_like(rows).index_copy_(0, self.rows, rows)
-
-    def inputs(self, x: Tensor) -> list[Tensor]:
-        return self._gather(x, self.in_pattern, self.shape[1])
-
-    def output_grads(self, grad: Tensor) -> list[Tensor]:
-        return self._gather(grad.contiguous(), self.out_pattern, self.shape[0], slot="out")
-
-    def new_input(self, like: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self._buffer(like, self.in_pattern, self.shape[1], slot="in")
-
-    def new_output(self, like: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self._buffer(like, self.out_pattern, self.shape[0], slot="out")
-
-    def input_grad(self, flat: Tensor) -> Tensor:
-        return self._ungather(flat, self.in_pattern, self.shape[1])
-
-    def output(self, flat: Tensor) -> Tensor:
-        return self._ungather(flat, self.out_pattern, self.shape[0])
+        values = buffer((sum(self.row_counts), side.widths[0]), flat)
+        for rows, matrix in zip(self.rows, matrices, strict=True):
+            put(values, rows, Units.every(values.shape[1]), matrix, clear=False)
+        return values
 
     def weights(self, weight: Tensor) -> list[Tensor]:
-        """The block of the weight that each group multiplies; rows at a stride are read in place."""
-        heights, widths = self._widths(self.out_pattern, self.shape[0]), self._widths(self.in_pattern, self.shape[1])
-        shapes = list(zip(heights, widths, strict=True))
-        blocks = [None] * self.count
-        if len(set(shapes)) == 1 and self.count > 1:
-            blocks = list(weight.new_empty(self.count, *shapes[0]))  # one buffer: then the product is batched
-        for g, (out, units) in enumerate(zip(self.out_units, self.in_units, strict=True)):
-            if isinstance(out, Tensor):
-                rows = torch.index_select(weight, 0, out, out=blocks[g] if units is None else None)
-            else:
-                rows = weight if out is None else weight[out]
-            if units is None:
-                blocks[g] = rows
-            elif isinstance(units, Tensor):
-                blocks[g] = torch.index_select(rows, 1, units, out=blocks[g])
-            else:
-                blocks[g] = rows[:, units].contiguous() if blocks[g] is None else blocks[g].copy_(rows[:, units])
-        return blocks
+        """The block of the weight that each group multiplies, ``[kept outputs, kept inputs]``."""
+        inside, outside = self.inside, self.outside
+        if inside.pattern is None and outside.pattern is None:
+            return [weight]
+        if self.overlaps:
+            rows = None if outside.pattern is None else outside.covered.index
+            covered = take(weight, rows, inside.covered)
+            return [covered[o, i] for o, i in zip(outside.places, inside.places, strict=True)]
+        shapes = list(zip(outside.widths, inside.widths, strict=True))
+        blocks: list[Tensor | None] = [None] * self.count
+        if self.count > 1 and len(set(shapes)) == 1:
+            blocks = list(buffer((self.count, *shapes[0]), weight))  # one buffer: then the product is batched
+        return [take(weight, outside.index(g), inside.units[g], blocks[g]) for g in range(self.count)]
 
-    def weight_grad(self, dys: list[Tensor], xs: list[Tensor]) -> Tensor:
-        """Dense gradient, each group's product written straight into the units it has kept."""
-        grad = self._new_grad(dys[0])
-        for dy, x, out, units in zip(dys, xs, self.out_units, self.in_units, strict=True):
-            if isinstance(out, Tensor):
-                # Copying whole rows is cheaper than writing single entries. Where a row is one group's only, what
-                # that group leaves out of it is zero.
-                own = self.count == 1 or self._by_group(self.out_pattern)
-                size = (dy.shape[1], self.shape[1])
-                rows = _scratch(grad, size, "rows") if own else grad.index_select(0, out)
-                _write_columns(rows, units, dy.t() @ x, clear=own)
-                grad.index_copy_(0, out, rows)
-            elif out is None:
-                _write_columns(grad, units, dy.t() @ x, clear=False)
-            elif units is None:
-                torch.mm(dy.t(), x, out=grad[out])
-            else:
-                _write_columns(grad[out], units, dy.t() @ x, clear=False)
+    def weight_grad(self, dys: list[Tensor], xs: list[Tensor], weight: Tensor) -> Tensor:
+        """Dense gradient; each entry is written once."""
+        inside, outside = self.inside, self.outside
+        grad = buffer(tuple(weight.shape), dys[0])
+        if inside.pattern is None and outside.pattern is None:
+            return torch.mm(dys[0].t(), xs[0], out=grad)
+        if self.overlaps:
+            rows = None if outside.pattern is None else outside.covered.index
+            covered = buffer((outside.covered.count, inside.covered.count), grad).zero_()
+            for dy, x, o, i in zip(dys, xs, outside.places, inside.places, strict=True):
+                covered[o, i].addmm_(dy.t(), x)
+            put(grad, rows, inside.covered, covered, clear=inside.covered.count < inside.n)
+        else:
+            # Where all groups write the same rows, the first one clears what none of them writes.
+            gaps = not inside.by_group or inside.covered.count < inside.n
+            for g, (dy, x) in enumerate(zip(dys, xs, strict=True)):
+                clear = inside.pattern is not None and (outside.by_group or (g == 0 and gaps))
+                block = torch.mm(dy.t(), x, out=buffer((dy.shape[1], x.shape[1]), grad))
+                put(grad, outside.index(g), inside.units[g], block, clear)
+        if outside.pattern is not None:
+            grad.index_fill_(0, outside.pattern.never_kept.index.to(grad.device), 0)
         return grad
 
     def add_bias(self, ys: list[Tensor], bias: Tensor) -> None:
         """Add the bias of each group's units, in place."""
-        for y, out in zip(ys, self.out_units, strict=True):
-            y += bias if out is None else bias[out]
+        for g, y in enumerate(ys):
+            index = self.outside.index(g)
+            y += bias if index is None else bias[index.to(bias.device)]
 
     def bias_grad(self, dys: list[Tensor]) -> Tensor:
-        if self.out_pattern is None:
-            return sum(dy.sum(0) for dy in dys)
-        grad = dys[0].new_zeros(self.shape[0])
-        for dy, out in zip(dys, self.out_units, strict=True):
-            if isinstance(out, Tensor):
-                grad.index_add_(0, out, dy.sum(0))
-            else:
-                grad[out] += dy.sum(0)
+        grad = dys[0].new_zeros(self.outside.n)
+        for g, dy in enumerate(dys):
+            index = self.outside.index(g)
+            grad.add_(dy.sum(0)) if index is None else grad.index_add_(0, index.to(grad.device), dy.sum(0))
         return grad
 
-    def _new_grad(self, like: Tensor) -> Tensor:
-        """Dense gradient of the weight: empty where the groups together write every entry, else zeros."""
-        outside, inside = self.out_pattern, self.in_pattern
-        if outside is not None and outside.interleave and outside.keep == 1:
-            # Every row is some group's; written as a whole, unless it is addressed by a stride.
-            covered = inside is None or outside.stride(0) is None
-        else:
-            covered = outside is None and inside is not None and inside.interleave and inside.keep == 1
-        return like.new_empty(self.shape) if covered else like.new_zeros(self.shape)
+
+def pack(x: Tensor, pattern: RowPattern) -> Tensor:
+    """Kept values of a dense ``[*leading, n]``: flat, group after group."""
+    rows = pattern.row_groups(tuple(x.shape[:-1]))
+    matrix = x.reshape(-1, pattern.n)
+    sizes = [len(r) * pattern.units(g).count for g, r in enumerate(rows)]
+    flat = buffer((sum(sizes),), x)
+    for g, (r, part) in enumerate(zip(rows, flat.split(sizes), strict=True)):
+        take(matrix, r, pattern.units(g), out=part.view(len(r), -1) if len(part) else part.view(len(r), 0))
+    return flat
 
 
-def _write_columns(target: Tensor, units: Tensor | slice | None, values: Tensor, clear: bool = True) -> None:
-    """Write columns of a matrix; with ``clear`` the others become zero."""
-    if units is None:
-        target.copy_(values)
-        return
-    if clear:
-        target.zero_()
-    if isinstance(units, Tensor):
-        target.scatter_(1, units.expand(values.shape), values)  # twice as fast as index_copy_ along a row
-    else:
-        target[:, units] = values
+def unpack(values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
+    """Inverse of :func:`pack`, with zeros where the pattern drops."""
+    rows = pattern.row_groups(leading_shape)
+    sizes = [len(r) * pattern.units(g).count for g, r in enumerate(rows)]
+    dense = buffer((*leading_shape, pattern.n), values)
+    for g, (r, part) in enumerate(zip(rows, values.reshape(-1).split(sizes), strict=True)):
+        put(dense.view(-1, pattern.n), r, pattern.units(g), part.view(len(r), pattern.units(g).count), clear=True)
+    return dense

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from approxdrop_lightning.ops.native import library
+
 #: From this hidden size on, packing the recurrent weight once pays for itself within some twenty steps.
 _PACK_FROM = 400
 
