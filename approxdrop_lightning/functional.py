@@ -210,7 +210,7 @@ def _leading_shape(
         if leading_shape is None:
             raise ValueError(f"{caller}: leading_shape is needed with an interleaved pattern")
         rows = pattern.row_groups(tuple(leading_shape))
-        expected = sum(r.numel() * c.numel() for r, c in zip(rows, pattern.cells(), strict=True))
+        expected = sum(r.count * pattern.units(g).count for g, r in enumerate(rows))
         if values.numel() != expected:
             raise ValueError(
                 f"{caller}: the pattern keeps {expected} values of a batch {tuple(leading_shape)}, "

@@ -193,8 +193,8 @@ class RowPattern:
         """Share of the units kept, all groups together."""
         return sum(units.count for units in self._units) / (self.n_groups * self.n)
 
-    def row_groups(self, leading_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Rows of each group: int64 indices into the flattened leading dimensions, ascending."""
+    def row_groups(self, leading_shape: tuple[int, ...]) -> tuple[Units, ...]:
+        """Rows of each group: units of the flattened leading dimensions, ascending."""
         return _row_groups(tuple(leading_shape), self.n_groups)
 
     def flat_index(self, leading_shape: tuple[int, ...]) -> Tensor:
@@ -202,7 +202,7 @@ class RowPattern:
         if self._flat_index_of and self._flat_index_of[0] == leading_shape:
             return self._flat_index_of[1]
         rows = self.row_groups(leading_shape)
-        index = torch.cat([(r[:, None] * self.n + c).view(-1) for r, c in zip(rows, self.cells(), strict=True)])
+        index = torch.cat([(r.index[:, None] * self.n + c).view(-1) for r, c in zip(rows, self.cells(), strict=True)])
         self._flat_index_of[:] = [leading_shape, index]
         return index
 
@@ -249,11 +249,12 @@ def _natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
 
 
 @lru_cache(maxsize=256)
-def _row_groups(leading_shape: tuple[int, ...], n_groups: int) -> tuple[Tensor, ...]:
+def _row_groups(leading_shape: tuple[int, ...], n_groups: int) -> tuple[Units, ...]:
     if n_groups == 1:
-        return (torch.arange(math.prod(leading_shape)),)
+        return (Units.every(math.prod(leading_shape)),)
     group = torch.zeros(leading_shape, dtype=torch.int64)
     for dim, size in enumerate(leading_shape):
         group += torch.arange(size).view(-1, *[1] * (len(leading_shape) - dim - 1))
     group = group.view(-1).remainder(n_groups)
-    return tuple((group == g).nonzero().squeeze(1) for g in range(n_groups))
+    rows = [(group == g).nonzero().squeeze(1) for g in range(n_groups)]
+    return tuple(Units(r, torch.ones_like(r), len(r)) for r in rows)

@@ -207,6 +207,7 @@ def test_lstm_sequence_is_nn_lstm(batch, steps, bias):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("enabled", [True, False])
 def test_lstm_sequence_with_a_packed_weight_is_nn_lstm(enabled):
     """Wide enough for the packed product, in single precision: errors of sums of 416 products."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,92 +45,92 @@ def free_buffers() -> None:
     _kept.__dict__.clear()
 
 
-def take(matrix: Tensor, rows: Tensor | None, columns: Units, out: Tensor | None = None) -> Tensor:
+def take(matrix: Tensor, rows: Units, columns: Units, out: Tensor | None = None) -> Tensor:
     """``matrix[rows][:, columns]``, contiguous.
 
     Args:
         matrix: ``[n, m]``.
-        rows: Rows to take, int64; None for all.
+        rows: Rows to take.
         columns: Columns to take.
-        out: Contiguous ``[len(rows), columns.count]`` to write to; may be a new one.
+        out: Contiguous ``[rows.count, columns.count]`` to write to; may be a new one.
 
     Returns:
         ``out``.
     """
-    height = matrix.shape[0] if rows is None else len(rows)
-    out = buffer((height, columns.count), matrix) if out is None else out
+    out = buffer((rows.count, columns.count), matrix) if out is None else out
     if out.numel() == 0:
         return out
     native = _native(matrix, out)
     if native is not None:
-        rows = _every_row(height) if rows is None else rows
-        item = matrix.element_size()
-        native.take(
-            out.data_ptr(), out.shape[1] * item, matrix.data_ptr(), matrix.stride(0) * item,
-            rows.data_ptr(), height, columns.starts.data_ptr(), columns.lengths.data_ptr(), len(columns.starts), item,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        native.take(*_places(out, out.shape[1], matrix, matrix.stride(0), rows, columns))
         return out
-    some = columns.count != matrix.shape[1] or len(columns.starts) > 1
-    if rows is not None:
-        matrix = torch.index_select(matrix, 0, rows.to(matrix.device), out=None if some else out)
-    if some:
-        return torch.index_select(matrix, 1, columns.index.to(matrix.device), out=out)
-    return out if rows is not None else out.copy_(matrix)
+    parts = [(dim, units) for dim, units in enumerate((rows, columns)) if not _all(units, matrix.shape[dim])]
+    for dim, units in parts:
+        last = dim == parts[-1][0]
+        matrix = torch.index_select(matrix, dim, units.index.to(matrix.device), out=out if last else None)
+    return out if parts else out.copy_(matrix)
 
 
-def put(matrix: Tensor, rows: Tensor | None, columns: Units, values: Tensor, clear: bool) -> None:
+def put(matrix: Tensor, rows: Units, columns: Units, values: Tensor, clear: bool) -> None:
     """``matrix[rows][:, columns] = values``, in place.
 
     Args:
         matrix: Contiguous ``[n, m]``.
-        rows: Rows to write, int64; None for all.
+        rows: Rows to write.
         columns: Columns to write.
-        values: ``[len(rows), columns.count]``.
+        values: ``[rows.count, columns.count]``.
         clear: Whether the other columns of these rows become zero.
     """
-    height = matrix.shape[0] if rows is None else len(rows)
-    if height == 0 or matrix.numel() == 0:
+    if rows.count == 0 or matrix.numel() == 0:
         return
     values = values.contiguous()
     native = _native(matrix, values)
     if native is not None:
-        rows = _every_row(height) if rows is None else rows
-        item = matrix.element_size()
-        native.put(
-            matrix.data_ptr(), matrix.shape[1] * item, values.data_ptr(), values.shape[1] * item,
-            rows.data_ptr(), height, columns.starts.data_ptr(), columns.lengths.data_ptr(), len(columns.starts), item,
-            clear, torch.get_num_threads(),
-        )  # fmt: skip
+        native.put(*_places(matrix, matrix.shape[1], values, values.shape[1], rows, columns), clear)
         return
-    rows = None if rows is None else rows.to(matrix.device)
-    if columns.count == matrix.shape[1] and len(columns.starts) == 1:
-        matrix.copy_(values) if rows is None else matrix.index_copy_(0, rows, values)
+    every_row, every_column = _all(rows, matrix.shape[0]), _all(columns, matrix.shape[1])
+    rows_index = rows.index.to(matrix.device)
+    if every_column:
+        matrix.copy_(values) if every_row else matrix.index_copy_(0, rows_index, values)
         return
-    if rows is None:
+    if every_row:
         target = matrix.zero_() if clear else matrix
     else:
-        target = matrix.new_zeros(height, matrix.shape[1]) if clear else matrix.index_select(0, rows)
+        target = matrix.new_zeros(rows.count, matrix.shape[1]) if clear else matrix.index_select(0, rows_index)
     if columns.count:
         # scatter_ along a row is twice as fast as index_copy_
         target.scatter_(1, columns.index.to(matrix.device).expand(values.shape), values)
-    if rows is not None:
-        matrix.index_copy_(0, rows, target)
+    if not every_row:
+        matrix.index_copy_(0, rows_index, target)
 
 
-def _native(*tensors: Tensor):
+def clear(matrix: Tensor, rows: Units) -> None:
+    """Make rows zero, in place."""
+    if rows.count:
+        put(matrix, rows, _NOTHING, matrix.new_empty(rows.count, 0), clear=True)
+
+
+_NOTHING = Units(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), 0)
+
+
+def _all(units: Units, n: int) -> bool:
+    """Whether these are all units in their order, without looking at them."""
+    return units.count == n and len(units.starts) == 1
+
+
+def _native(*tensors: Tensor) -> Any:
     """The compiled kernels, if they serve these tensors."""
     if all(t.device.type == "cpu" and (t.stride(-1) == 1 or t.shape[-1] <= 1) for t in tensors):
         return library()
     return None
 
 
-_rows: dict[int, Tensor] = {}
-
-
-def _every_row(count: int) -> Tensor:
-    if count not in _rows:
-        if len(_rows) > 64:
-            _rows.clear()
-        _rows[count] = torch.arange(count)
-    return _rows[count]
+def _places(to: Tensor, to_stride: int, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple:
+    """Arguments that the compiled copies have in common."""
+    item = to.element_size()
+    return (
+        to.data_ptr(), to_stride * item, source.data_ptr(), stride * item,
+        rows.starts.data_ptr(), rows.lengths.data_ptr(), rows.starts.numel(),
+        columns.starts.data_ptr(), columns.lengths.data_ptr(), columns.starts.numel(),
+        item, rows.count * to_stride, torch.get_num_threads(),
+    )  # fmt: skip

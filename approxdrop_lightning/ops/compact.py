@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from approxdrop_lightning.ops import groups
 from approxdrop_lightning.ops.blocks import buffer, put, take
 from approxdrop_lightning.ops.groups import Groups, multiply
-from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.pattern import RowPattern, Units
 
 
 class _Pack(torch.autograd.Function):
@@ -117,13 +117,13 @@ class _SelectColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, pattern: RowPattern) -> Tensor:
         ctx.shape, ctx.pattern = weight.shape, pattern
-        return take(weight, None, pattern.units(0))
+        return take(weight, Units.every(len(weight)), pattern.units(0))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         dense = buffer(tuple(ctx.shape), grad)
-        put(dense, None, ctx.pattern.units(0), grad, clear=True)
+        put(dense, Units.every(len(dense)), ctx.pattern.units(0), grad, clear=True)
         return dense, None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops.blocks import buffer, put, take
+from approxdrop_lightning.ops.blocks import buffer, clear, put, take
 from approxdrop_lightning.pattern import RowPattern, Units
 
 
@@ -62,10 +62,6 @@ class Side:
         self.covered = pattern.covered if self.by_group else self.units[0]
         self.places = [pattern.place(g) if self.by_group else slice(None) for g in range(count)]
 
-    def index(self, group: int) -> Tensor | None:
-        """Units of a group one by one; None for all in their order."""
-        return None if self.pattern is None else self.units[group].index
-
 
 class Groups:
     """One layer's inputs, outputs and weight by groups; one group of all rows where nothing is interleaved."""
@@ -83,7 +79,7 @@ class Groups:
         self.inside = Side(in_pattern, n_in, self.count, leading_shape)
         self.outside = Side(out_pattern, n_out, self.count, leading_shape)
         self.rows = (grouped or RowPattern(1, 1, 0)).row_groups(leading_shape)
-        self.row_counts = [len(r) for r in self.rows]
+        self.row_counts = [r.count for r in self.rows]
         # Then a group's block of the weight is a view of a copy that is sorted by cell, since blocks have entries in
         # common; else each group has a block of its own.
         self.overlaps = self.inside.overlaps or self.outside.overlaps
@@ -122,14 +118,13 @@ class Groups:
         if inside.pattern is None and outside.pattern is None:
             return [weight]
         if self.overlaps:
-            rows = None if outside.pattern is None else outside.covered.index
-            covered = take(weight, rows, inside.covered)
+            covered = take(weight, outside.covered, inside.covered)
             return [covered[o, i] for o, i in zip(outside.places, inside.places, strict=True)]
         shapes = list(zip(outside.widths, inside.widths, strict=True))
         blocks: list[Tensor | None] = [None] * self.count
         if self.count > 1 and len(set(shapes)) == 1:
             blocks = list(buffer((self.count, *shapes[0]), weight))  # one buffer: then the product is batched
-        return [take(weight, outside.index(g), inside.units[g], blocks[g]) for g in range(self.count)]
+        return [take(weight, outside.units[g], inside.units[g], blocks[g]) for g in range(self.count)]
 
     def weight_grad(self, dys: list[Tensor], xs: list[Tensor], weight: Tensor) -> Tensor:
         """Dense gradient; each entry is written once."""
@@ -138,52 +133,57 @@ class Groups:
         if inside.pattern is None and outside.pattern is None:
             return torch.mm(dys[0].t(), xs[0], out=grad)
         if self.overlaps:
-            rows = None if outside.pattern is None else outside.covered.index
             covered = buffer((outside.covered.count, inside.covered.count), grad).zero_()
             for dy, x, o, i in zip(dys, xs, outside.places, inside.places, strict=True):
                 covered[o, i].addmm_(dy.t(), x)
-            put(grad, rows, inside.covered, covered, clear=inside.covered.count < inside.n)
+            put(grad, outside.covered, inside.covered, covered, clear=inside.covered.count < inside.n)
         else:
             # Where all groups write the same rows, the first one clears what none of them writes.
             gaps = not inside.by_group or inside.covered.count < inside.n
             for g, (dy, x) in enumerate(zip(dys, xs, strict=True)):
-                clear = inside.pattern is not None and (outside.by_group or (g == 0 and gaps))
+                blank = inside.pattern is not None and (outside.by_group or (g == 0 and gaps))
                 block = torch.mm(dy.t(), x, out=buffer((dy.shape[1], x.shape[1]), grad))
-                put(grad, outside.index(g), inside.units[g], block, clear)
+                put(grad, outside.units[g], inside.units[g], block, clear=blank)
         if outside.pattern is not None:
-            grad.index_fill_(0, outside.pattern.never_kept.index.to(grad.device), 0)
+            clear(grad, outside.pattern.never_kept)
         return grad
 
     def add_bias(self, ys: list[Tensor], bias: Tensor) -> None:
         """Add the bias of each group's units, in place."""
-        for g, y in enumerate(ys):
-            index = self.outside.index(g)
-            y += bias if index is None else bias[index.to(bias.device)]
+        for units, y in zip(self.outside.units, ys, strict=True):
+            y += bias if self.outside.pattern is None else take(bias[None], _ONE, units)
 
     def bias_grad(self, dys: list[Tensor]) -> Tensor:
-        grad = dys[0].new_zeros(self.outside.n)
+        """Dense gradient: sums over the rows of each group."""
+        if self.outside.pattern is None:
+            return sum(dy.sum(0) for dy in dys)
+        grad = dys[0].new_zeros(1, self.outside.n)
         for g, dy in enumerate(dys):
-            index = self.outside.index(g)
-            grad.add_(dy.sum(0)) if index is None else grad.index_add_(0, index.to(grad.device), dy.sum(0))
-        return grad
+            part = grad if g == 0 else torch.zeros_like(grad)
+            put(part, _ONE, self.outside.units[g], dy.sum(0, keepdim=True), clear=False)
+            grad = grad if g == 0 else grad.add_(part)
+        return grad[0]
+
+
+_ONE = Units.every(1)
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
     """Kept values of a dense ``[*leading, n]``: flat, group after group."""
     rows = pattern.row_groups(tuple(x.shape[:-1]))
     matrix = x.reshape(-1, pattern.n)
-    sizes = [len(r) * pattern.units(g).count for g, r in enumerate(rows)]
+    sizes = [r.count * pattern.units(g).count for g, r in enumerate(rows)]
     flat = buffer((sum(sizes),), x)
     for g, (r, part) in enumerate(zip(rows, flat.split(sizes), strict=True)):
-        take(matrix, r, pattern.units(g), out=part.view(len(r), -1) if len(part) else part.view(len(r), 0))
+        take(matrix, r, pattern.units(g), out=part.view(r.count, pattern.units(g).count))
     return flat
 
 
 def unpack(values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
     """Inverse of :func:`pack`, with zeros where the pattern drops."""
     rows = pattern.row_groups(leading_shape)
-    sizes = [len(r) * pattern.units(g).count for g, r in enumerate(rows)]
+    sizes = [r.count * pattern.units(g).count for g, r in enumerate(rows)]
     dense = buffer((*leading_shape, pattern.n), values)
     for g, (r, part) in enumerate(zip(rows, values.reshape(-1).split(sizes), strict=True)):
-        put(dense.view(-1, pattern.n), r, pattern.units(g), part.view(len(r), pattern.units(g).count), clear=True)
+        put(dense.view(-1, pattern.n), r, pattern.units(g), part.view(r.count, pattern.units(g).count), clear=True)
     return dense

@@ -3,7 +3,11 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
+#define MAX_THREADS 64
 #define PARALLEL_FROM 16384  // elements below which a second thread costs more than it saves
 
 static inline void copy_run(char *restrict to, const char *restrict from, int64_t bytes) {
@@ -14,42 +18,90 @@ static inline void copy_run(char *restrict to, const char *restrict from, int64_
     }
 }
 
-// to[i, :] = from[rows[i], the runs of columns]
-void take(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t from_bytes, const int64_t *rows,
-          int64_t n_rows, const int64_t *starts, const int64_t *lengths, int64_t runs, int64_t item, int threads) {
-#pragma omp parallel for num_threads(threads) if (n_rows * to_bytes > 4 * PARALLEL_FROM)
-    for (int64_t i = 0; i < n_rows; i++) {
-        char *out = to + i * to_bytes;
-        const char *in = from + rows[i] * from_bytes;
-        for (int64_t r = 0; r < runs; r++) {
-            int64_t bytes = lengths[r] * item;
-            copy_run(out, in + starts[r] * item, bytes);
-            out += bytes;
-        }
+// Runs of a list, in equal parts for the threads: each starts where the runs before it end.
+typedef struct {
+    const int64_t *starts, *lengths;
+    int64_t runs;
+} Units;
+
+static void part(Units units, int64_t *first, int64_t *last, int64_t *before) {
+    int64_t thread = 0, threads = 1;
+#ifdef _OPENMP
+    thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#endif
+    *first = units.runs * thread / threads, *last = units.runs * (thread + 1) / threads, *before = 0;
+    for (int64_t r = 0; r < *first; r++) *before += units.lengths[r];
+}
+
+// One long run of rows is cut, or it would be one thread's.
+static int64_t cut(Units *rows, int64_t *starts, int64_t *lengths, int threads) {
+    if (rows->runs != 1) return rows->runs;
+    int64_t start = rows->starts[0], length = rows->lengths[0];
+    for (int64_t t = 0; t < threads; t++) {
+        starts[t] = start + length * t / threads;
+        lengths[t] = start + length * (t + 1) / threads - starts[t];
+    }
+    rows->starts = starts, rows->lengths = lengths;
+    return rows->runs = threads;
+}
+
+// to = from[rows, columns]; rows of `to` follow each other.
+void take(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t from_bytes, const int64_t *row_starts,
+          const int64_t *row_lengths, int64_t row_runs, const int64_t *starts, const int64_t *lengths, int64_t runs,
+          int64_t item, int64_t size, int threads) {
+    Units rows = {row_starts, row_lengths, row_runs};
+    int64_t cut_starts[MAX_THREADS], cut_lengths[MAX_THREADS];
+    threads = threads < MAX_THREADS ? threads : MAX_THREADS;
+    cut(&rows, cut_starts, cut_lengths, threads);
+#pragma omp parallel num_threads(threads) if (size > PARALLEL_FROM)
+    {
+        int64_t first, last, before;
+        part(rows, &first, &last, &before);
+        char *line = to + before * to_bytes;
+        for (int64_t r = first; r < last; r++)
+            for (int64_t i = rows.starts[r]; i < rows.starts[r] + rows.lengths[r]; i++, line += to_bytes) {
+                char *out = line;
+                for (int64_t c = 0; c < runs; c++) {
+                    int64_t bytes = lengths[c] * item;
+                    copy_run(out, from + i * from_bytes + starts[c] * item, bytes);
+                    out += bytes;
+                }
+            }
     }
 }
 
-// to[rows[i], the runs of columns] = from[i, :]; with clear the row's other columns become zero.
-void put(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t from_bytes, const int64_t *rows,
-         int64_t n_rows, const int64_t *starts, const int64_t *lengths, int64_t runs, int64_t item, int clear,
-         int threads) {
-#pragma omp parallel for num_threads(threads) if (n_rows * to_bytes > 4 * PARALLEL_FROM)
-    for (int64_t i = 0; i < n_rows; i++) {
-        char *out = to + rows[i] * to_bytes;
-        const char *in = from + i * from_bytes;
-        if (clear) memset(out, 0, to_bytes);
-        for (int64_t r = 0; r < runs; r++) {
-            int64_t bytes = lengths[r] * item;
-            copy_run(out + starts[r] * item, in, bytes);
-            in += bytes;
-        }
+// to[rows, columns] = from, whose rows follow each other; with clear the other columns of these rows become zero.
+void put(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t from_bytes, const int64_t *row_starts,
+         const int64_t *row_lengths, int64_t row_runs, const int64_t *starts, const int64_t *lengths, int64_t runs,
+         int64_t item, int64_t size, int threads, int clear) {
+    Units rows = {row_starts, row_lengths, row_runs};
+    int64_t cut_starts[MAX_THREADS], cut_lengths[MAX_THREADS];
+    threads = threads < MAX_THREADS ? threads : MAX_THREADS;
+    cut(&rows, cut_starts, cut_lengths, threads);
+#pragma omp parallel num_threads(threads) if (size > PARALLEL_FROM)
+    {
+        int64_t first, last, before;
+        part(rows, &first, &last, &before);
+        const char *line = from + before * from_bytes;
+        for (int64_t r = first; r < last; r++)
+            for (int64_t i = rows.starts[r]; i < rows.starts[r] + rows.lengths[r]; i++, line += from_bytes) {
+                const char *in = line;
+                if (clear) memset(to + i * to_bytes, 0, to_bytes);
+                for (int64_t c = 0; c < runs; c++) {
+                    int64_t bytes = lengths[c] * item;
+                    copy_run(to + i * to_bytes + starts[c] * item, in, bytes);
+                    in += bytes;
+                }
+            }
     }
 }
 
-// exp by 2^n * polynomial, relative error below 2e-7; a compiler vectorizes it as it stands.
+// exp by 2^n * polynomial, relative error below 2e-7. No branch and no call, so that the compiler vectorizes it.
 static inline float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = (float)(int32_t)(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f));
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
+    x = x < -87.0f ? -87.0f : x;  // NaN stays NaN
+    x = x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504f + round, n = shifted - round;
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -58,8 +110,12 @@ static inline float fast_exp(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    union { int32_t i; float f; } scale = {((int32_t)n + 127) << 23};
-    return p * scale.f;
+    int32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits = (int32_t)((uint32_t)(bits + 127) << 23);
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return p * scale;
 }
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }

@@ -21,9 +21,10 @@ _SOURCE = Path(__file__).with_name("kernels.c")
 # Not -ffast-math: linking with it would change the rounding of tiny numbers for the whole process.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=c11")
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_COPY = [_POINTER, _SIZE] * 2 + [_POINTER, _POINTER, _SIZE] * 2 + [_SIZE, _SIZE, _INT]
 _SIGNATURES = {
-    "take": [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _INT],
-    "put": [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _INT],
+    "take": _COPY,
+    "put": [*_COPY, _INT],
     "lstm_forward": [*[_POINTER] * 6, _SIZE, _SIZE, _INT],
     "lstm_backward": [*[_POINTER] * 7, _SIZE, _SIZE, _INT],
 }
