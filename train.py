@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
+from approxdrop_lightning import keep_freed_memory
 from approxdrop_lightning.results import RESULT_FILE, print_table, write_json
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
         log.warning("dropout=none: the rate %s is ignored, nothing is dropped", cfg.dropout.rate)
         cfg.dropout.rate = 0.0
     seed_everything(cfg.seed, workers=True)
+    if cfg.keep_freed_memory:
+        keep_freed_memory()
 
     callbacks: dict[str, Callback] = {name: instantiate(part) for name, part in cfg.callbacks.items()}
     if "_target_" in cfg.dropout:

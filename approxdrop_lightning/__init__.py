@@ -4,6 +4,7 @@ from approxdrop_lightning import functional
 from approxdrop_lightning.callback import ApproxDropout
 from approxdrop_lightning.distribution import PatternDistribution
 from approxdrop_lightning.layers import ApproxLinear, ApproxLSTM
+from approxdrop_lightning.memory import keep_freed_memory
 from approxdrop_lightning.monitor import ThroughputLogger
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.sampler import PatternSampler
@@ -19,6 +20,7 @@ __all__ = [
     "ThroughputLogger",
     "approximate",
     "functional",
+    "keep_freed_memory",
     "resample",
     "restore",
 ]

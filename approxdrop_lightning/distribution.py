@@ -122,7 +122,10 @@ def _support(max_dp: int, keep: str) -> tuple[tuple[int, int], ...]:
         return tuple((dp, 1) for dp in range(1, max_dp + 1))
     # Of equal shares the smallest period.
     return tuple(
-        (dp, m) for dp in range(1, max_dp + 1) for m in range(1, dp + 1) if math.gcd(dp, m) == 1 and (m < dp or dp == 1)
+        (dp, m)
+        for dp in range(1, max_dp + 1)
+        for m in range(1, dp + 1)
+        if math.gcd(dp, m) == 1 and (m < dp or dp == 1)
     )
 
 

@@ -12,6 +12,17 @@ from approxdrop_lightning.distribution import PatternDistribution
 from approxdrop_lightning.pattern import RowPattern
 
 
+def fitting_block_size(n: int, dp: int, block_size: int) -> int:
+    """Size of the blocks of ``n`` units that suits a period.
+
+    Not more than ``block_size``, and so small that a cell has four blocks or more, else its share would vary too
+    much. Within this the largest size by which all cells are equal, if one is at least half as large: groups of one
+    size are one batched product.
+    """
+    most = max(1, min(block_size, n // (4 * dp)))
+    return next((size for size in range(most, most // 2, -1) if n % (size * dp) == 0), most)
+
+
 class PatternSampler:
     """Draws patterns. Owns the only random state of the package; the global one is never touched.
 
@@ -23,8 +34,8 @@ class PatternSampler:
         distribution: Probabilities over ``(dp, keep)``.
         interleave: Whether rows of the batch take the cells of a pattern in turn.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
-        block_size: Units that are permuted together, >= 1, or less where a layer is so narrow that a cell would have
-            less than four blocks. Without ``shuffle`` it is not used.
+        block_size: Most units that are permuted together, >= 1; see :func:`fitting_block_size`. Without ``shuffle``
+            it is not used.
         seed: Seed of the private generator.
         rank: Of this process. Processes of one seed draw the same ``(dp, keep)`` at each step, so that none waits
             for another, but patterns of their own.
@@ -71,8 +82,7 @@ class PatternSampler:
         offset = int(torch.randint(self.dp, (), generator=self._patterns))
         if not self.shuffle:
             return RowPattern(n, self.dp, offset, self.keep, self.interleave)
-        # Blocks are made smaller where a cell would have less than four of them: its share would vary too much.
-        block_size = max(1, min(self.block_size, n // (4 * self.dp)))
+        block_size = fitting_block_size(n, self.dp, self.block_size)
         order = torch.randperm(-(-n // block_size), generator=self._patterns)
         return RowPattern(n, self.dp, offset, self.keep, self.interleave, order, block_size)
 

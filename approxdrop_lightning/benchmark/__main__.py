@@ -14,6 +14,7 @@ from rich.table import Table
 from approxdrop_lightning.benchmark import contenders, measure, ops
 from approxdrop_lightning.benchmark.contenders import BASELINES, PATTERNS, Workload
 from approxdrop_lightning.functional import BACKENDS
+from approxdrop_lightning.memory import keep_freed_memory
 
 COLUMNS = (
     "workload", "rate", "contender", "median_ms", "first_quartile_ms", "third_quartile_ms", "to_conventional",
@@ -24,6 +25,8 @@ COLUMNS = (
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Run the benchmark; returns the rows of its table."""
     options = _parser().parse_args(arguments)
+    if options.malloc == "keep":
+        keep_freed_memory()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.set_default_dtype(getattr(torch, options.dtype))
     torch.set_default_device(options.device)
@@ -51,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("kind", choices=("mlp", "lstm", "ops", "all"))
-    parser.add_argument("--hidden", type=int, nargs="+", help="widths of the MLP's hidden layers; the LSTM's hidden size")
+    parser.add_argument(
+        "--hidden", type=int, nargs="+", help="widths of the MLP's hidden layers; the LSTM's hidden size"
+    )
     parser.add_argument("--batch", type=int, help="samples per batch (MLP: 128, LSTM: 20)")
     parser.add_argument("--layers", type=int, default=2, help="LSTM layers")
     parser.add_argument("--steps", type=int, default=35, help="LSTM time steps")
@@ -65,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-features", type=int, help="as of ApproxDropout")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
+    parser.add_argument("--malloc", default="keep", choices=("keep", "default"),
+                        help="keep: with approxdrop_lightning.keep_freed_memory()")  # fmt: skip
     parser.add_argument("--threads", type=int, help="PyTorch's own choice if not given")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, widths: list[int], rate: float) -> None:
         layers: list[nn.Module] = []
-        for a, b in zip(widths[:-2], widths[1:-1], strict=True):
+        for a, b in pairwise(widths[:-1]):
             layers += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(rate)]
         super().__init__(*layers, nn.Linear(*widths[-2:]))
 
@@ -216,7 +217,9 @@ def verify(step: Step, rate: float, seed: int = 0, **options) -> None:
         AssertionError: They differ by more than rounding does.
     """
     step = copy.deepcopy(step)
-    reference = contender(step.workload, step.name, rate, seed, **{**options, "backend": "reference", "min_hidden": 0})
+    reference = contender(
+        step.workload, step.name, rate, seed, **{**options, "backend": "reference", "min_hidden": 0}
+    )
     for _ in range(2):
         for one in (step, reference):
             one.optimizer.zero_grad()

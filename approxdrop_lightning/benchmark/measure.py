@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
 from statistics import quantiles
@@ -87,7 +87,11 @@ def where_time_goes(step: Step, rows: int = 14) -> str:
 def surroundings(device: str) -> dict[str, str]:
     """Where and with what a figure was measured."""
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu()
     return {
@@ -96,7 +100,7 @@ def surroundings(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or "unknown",
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

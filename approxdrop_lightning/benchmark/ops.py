@@ -90,7 +90,9 @@ def _drawing(options: argparse.Namespace) -> list[dict]:
     return _timed("what the callback does per step, ten sites", 0.5, {"resample": lambda: resample(model)}, options)
 
 
-def _timed(workload: str, rate: float, steps: dict[str, Callable[[], None]], options: argparse.Namespace) -> list[dict]:
+def _timed(
+    workload: str, rate: float, steps: dict[str, Callable[[], None]], options: argparse.Namespace
+) -> list[dict]:
     seconds = measure.interleaved(steps, options.repeats)
     found = []
     for name, values in seconds.items():

@@ -67,7 +67,9 @@ def _backward_step(
     native = _native(acts)
     if native is not None:
         native.lstm_backward(
-            *(t.data_ptr() for t in (acts, c, tanh_c, dh_out, dh_later, dc, dgates)), *c.shape, torch.get_num_threads()
+            *(t.data_ptr() for t in (acts, c, tanh_c, dh_out, dh_later, dc, dgates)),
+            *c.shape,
+            torch.get_num_threads(),
         )
         return
     i, f, g, o = acts.chunk(4, dim=-1)

@@ -1,0 +1,87 @@
+"""The benchmark runs, verifies before it times, and records where; times themselves are not tested."""
+
+import csv
+
+import pytest
+import torch
+
+from approxdrop_lightning.benchmark import contenders, measure
+from approxdrop_lightning.benchmark.__main__ import COLUMNS, main
+from approxdrop_lightning.ops import groups
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_the_process():
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    torch.set_default_device(None)
+
+
+SMALL = ["--repeats", "2", "--malloc", "default", "--rate", "0.3", "0.5"]
+MLP = ["mlp", "--hidden", "96", "96", "--batch", "24", *SMALL]
+
+
+def test_one_table_with_every_contender_and_a_csv_that_grows(tmp_path, capsys):
+    path, plot = tmp_path / "new" / "b.csv", tmp_path / "b.png"
+    arguments = [*MLP, "--csv", str(path), "--pattern", "row", "shared", "paper"]
+    rows = main([*arguments, "--baseline", "none", "narrow", "sliced", "sliceout", "--plot", str(plot)])
+    names = ["conventional", "none", "narrow", "sliced", "sliceout", "row", "shared", "paper"]
+    assert [row["contender"] for row in rows] == names * 2
+    by_name = {(row["contender"], row["rate"]): row for row in rows}
+    assert by_name["conventional", 0.5]["to_conventional"] == 1
+    # 784-96-96-10 at .5, mostly (dp, keep) = (2, 1): halves of the outer products, a quarter of the middle one
+    assert by_name["row", 0.5]["ceiling"] == pytest.approx(2.1, abs=0.1)
+    assert all(row["peak_mb"] > 0 and row["first_quartile_ms"] <= row["median_ms"] for row in rows)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    assert "MLP 784-96-96-10, batch 24" in output
+    main(arguments)  # with the baselines that are always there: conventional, none, narrow
+    with path.open() as file:
+        recorded = list(csv.DictReader(file))
+    assert set(recorded[0]) == {*COLUMNS, "device", "threads", "torch", "python", "commit", "time"}
+    assert len(recorded) == 2 * len(names) + 2 * 6
+
+
+def test_lstm_and_profile(capsys):
+    arguments = ["lstm", "--hidden", "64", "--steps", "5", "--batch", "4", "--vocabulary", "50", "--min-hidden", "0"]
+    rows = main([*arguments, *SMALL, "--profile"])
+    assert {row["contender"] for row in rows} == {"conventional", "none", "narrow", "row", "shared"}
+    assert "aten::mm" in capsys.readouterr().out
+
+
+def test_ops():
+    rows = main(["ops", "--hidden", "64", "--batch", "16", *SMALL, "--steps", "3"])
+    assert {"linear 64x64, batch 16, in and out", "what the callback does per step, ten sites"} <= {
+        row["workload"] for row in rows
+    }
+
+
+@pytest.mark.parametrize("name", list(contenders.PATTERNS))
+def test_a_wrong_gradient_is_not_timed(name, monkeypatch):
+    torch.manual_seed(0)
+    step = contenders.contender(contenders.mlp([784, 96, 10], 24), name, 0.5, min_features=0)
+    contenders.verify(step, 0.5, min_features=0)
+    right = groups.Groups.weight_grad
+    monkeypatch.setattr(groups.Groups, "weight_grad", lambda *a: right(*a) * 1.01)
+    with pytest.raises(AssertionError, match=r"the gradient of 0.weight is off by 1.0%"):
+        contenders.verify(step, 0.5, min_features=0)
+
+
+def test_peak_memory_is_what_a_step_holds_at_once():
+    def step():
+        a = torch.ones(2**20)
+        b = a + 1
+        del a
+        return b + 1
+
+    assert measure.peak_memory(step) == pytest.approx(8, abs=0.1)
+
+
+def test_rounds_take_turns():
+    order = []
+    seconds = measure.interleaved({name: lambda n=name: order.append(n) for name in "ab"}, repeats=3, warmup=1)
+    assert order == list("abababab")
+    assert [len(values) for values in seconds.values()] == [3, 3]
+    assert measure.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
