@@ -33,6 +33,15 @@ class Units:
         shift = self.starts - self.lengths.cumsum(0) + self.lengths
         return shift.repeat_interleave(self.lengths, output_size=self.count) + torch.arange(self.count)
 
+    def __reduce__(self) -> tuple:
+        # A copy must not take along what is cached: addresses are those of the tensors here.
+        return Units, (self.starts, self.lengths, self.count)
+
+    @cached_property
+    def runs(self) -> tuple[int, int, int]:
+        """Addresses of starts and lengths, and the number of runs: what compiled code is given."""
+        return self.starts.data_ptr(), self.lengths.data_ptr(), self.starts.numel()
+
     @staticmethod
     def every(n: int) -> Units:
         """All of ``n`` units, in one run."""
@@ -115,7 +124,7 @@ class RowPattern:
         """Number of blocks of units, the last of which may be smaller."""
         return -(-self.n // self.block_size)
 
-    @property
+    @cached_property
     def n_groups(self) -> int:
         """Number of groups of rows; 1 if the pattern is shared."""
         if not self.interleave or self.keeps_all:
@@ -149,7 +158,7 @@ class RowPattern:
         starts, order = groups[0].starts.sort()
         return (Units(starts, groups[0].lengths[order], groups[0].count),)
 
-    @property
+    @cached_property
     def covered(self) -> Units:
         """Units that some group keeps, cell after cell from the first kept one: each group's are a range of them."""
         return self._by_cell.between(0, (self.n_groups - 1) * self._shift + self.keep)

@@ -1,5 +1,7 @@
 """Row patterns against the definition in their docstring, by enumeration."""
 
+import copy
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -77,6 +79,19 @@ def test_every_unit_is_dropped_with_exactly_the_rate_for_any_n(n, dp, block_size
             masks = [RowPattern(n, dp, o, keep, interleave, order, block_size).mask(5) for o in range(dp)]
             kept = torch.stack(masks).sum(0)
             assert {Fraction(int(count), dp) for count in kept.view(-1)} == {Fraction(keep, dp)}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_a_copy_has_its_own_memory(copied):
+    """Compiled code is given addresses; those of the original may be gone when the copy is used."""
+    pattern = RowPattern(40, 3, 1, interleave=True, order=torch.randperm(10), block_size=4)
+    original = [pattern.units(g).runs for g in range(3)]
+    other = copied(pattern)
+    for g, runs in enumerate(original):
+        units = other.units(g)
+        assert units.runs == (units.starts.data_ptr(), units.lengths.data_ptr(), runs[2])
+        assert units.runs[:2] != runs[:2]
+    assert other == pattern
 
 
 def test_patterns_without_a_kept_unit():

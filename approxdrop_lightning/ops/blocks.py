@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,9 +59,9 @@ def take(matrix: Tensor, rows: Units, columns: Units, out: Tensor | None = None)
     out = buffer((rows.count, columns.count), matrix) if out is None else out
     if out.numel() == 0:
         return out
-    native = _native(matrix, out)
-    if native is not None:
-        native.take(*_places(out, out.shape[1], matrix, matrix.stride(0), rows, columns))
+    native = library()
+    if native is not None and matrix.is_cpu and (matrix.stride(1) == 1 or matrix.shape[1] == 1):
+        native.take(*_places(out, matrix, matrix.stride(0), rows, columns))
         return out
     parts = [(dim, units) for dim, units in enumerate((rows, columns)) if not _all(units, matrix.shape[dim])]
     for dim, units in parts:
@@ -84,9 +83,9 @@ def put(matrix: Tensor, rows: Units, columns: Units, values: Tensor, clear: bool
     if rows.count == 0 or matrix.numel() == 0:
         return
     values = values.contiguous()
-    native = _native(matrix, values)
-    if native is not None:
-        native.put(*_places(matrix, matrix.shape[1], values, values.shape[1], rows, columns), clear)
+    native = library()
+    if native is not None and matrix.is_cpu:
+        native.put(*_places(matrix, values, columns.count, rows, columns), clear)
         return
     every_row, every_column = _all(rows, matrix.shape[0]), _all(columns, matrix.shape[1])
     rows_index = rows.index.to(matrix.device)
@@ -118,19 +117,10 @@ def _all(units: Units, n: int) -> bool:
     return units.count == n and len(units.starts) == 1
 
 
-def _native(*tensors: Tensor) -> Any:
-    """The compiled kernels, if they serve these tensors."""
-    if all(t.device.type == "cpu" and (t.stride(-1) == 1 or t.shape[-1] <= 1) for t in tensors):
-        return library()
-    return None
-
-
-def _places(to: Tensor, to_stride: int, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple:
+def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple:
     """Arguments that the compiled copies have in common."""
-    item = to.element_size()
+    item, width = to.element_size(), to.shape[1]
     return (
-        to.data_ptr(), to_stride * item, source.data_ptr(), stride * item,
-        rows.starts.data_ptr(), rows.lengths.data_ptr(), rows.starts.numel(),
-        columns.starts.data_ptr(), columns.lengths.data_ptr(), columns.starts.numel(),
-        item, rows.count * to_stride, torch.get_num_threads(),
+        to.data_ptr(), width * item, source.data_ptr(), stride * item, *rows.runs, *columns.runs,
+        item, rows.count * width, torch.get_num_threads(),
     )  # fmt: skip

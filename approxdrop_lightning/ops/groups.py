@@ -150,18 +150,22 @@ class Groups:
 
     def add_bias(self, ys: list[Tensor], bias: Tensor) -> None:
         """Add the bias of each group's units, in place."""
-        for units, y in zip(self.outside.units, ys, strict=True):
-            y += bias if self.outside.pattern is None else take(bias[None], _ONE, units)
+        side = self.outside
+        if side.pattern is not None:
+            bias = take(bias[None], _ONE, side.covered)[0]
+        for place, y in zip(side.places, ys, strict=True):
+            y += bias[place]
 
     def bias_grad(self, dys: list[Tensor]) -> Tensor:
         """Dense gradient: sums over the rows of each group."""
-        if self.outside.pattern is None:
-            return sum(dy.sum(0) for dy in dys)
-        grad = dys[0].new_zeros(1, self.outside.n)
-        for g, dy in enumerate(dys):
-            part = grad if g == 0 else torch.zeros_like(grad)
-            put(part, _ONE, self.outside.units[g], dy.sum(0, keepdim=True), clear=False)
-            grad = grad if g == 0 else grad.add_(part)
+        side = self.outside
+        covered = dys[0].new_zeros(1, side.covered.count)
+        for place, dy in zip(side.places, dys, strict=True):
+            covered[:, place] += dy.sum(0)
+        if side.pattern is None:
+            return covered[0]
+        grad = dys[0].new_zeros(1, side.n)
+        put(grad, _ONE, side.covered, covered, clear=False)
         return grad[0]
 
 
