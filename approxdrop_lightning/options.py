@@ -18,9 +18,9 @@ class Options:
         pattern: ``"row"``: units are dropped (Song et al., DATE 2019, section 3.1).
         interleave: Whether rows of the batch take the cells of a pattern in turn; else the batch shares it.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
-        block_size: Units permuted together, >= 1.
+        block_size: Most units permuted together, >= 1; narrow layers take smaller blocks.
         max_dp: Largest period, >= 1.
-        keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number where ``dp`` is small.
+        keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number.
         concentration: 0: most random distribution (the paper's); large: the dropped share hardly varies.
         search: ``"maxent"`` (closed form) or ``"sgd"`` (the paper's search).
         scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
