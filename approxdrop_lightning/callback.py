@@ -36,7 +36,8 @@ class ApproxDropout(Callback):
         concentration: 0: most random distribution (the paper's); large: the dropped share hardly varies.
         search: ``"maxent"`` (closed form) or ``"sgd"`` (the paper's search).
         scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
-        recurrent: Whether recurrent connections are dropped too. Not available yet.
+        recurrent: Whether the recurrent inputs of LSTMs are dropped too, by one pattern per batch, layer and call, at
+            the rate of the LSTM.
         tile_size: Side of a tile; for ``pattern="tile"``. Not available yet.
         min_features: Sites narrower than this are masked and computed densely.
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense: their vendor kernel gains

@@ -194,9 +194,9 @@ def lstm_sequence(
     if pattern is not None and (pattern.interleave or pattern.n != hidden):
         raise ValueError(f"lstm_sequence: the pattern must be shared and of {hidden} units, got {pattern}")
     gates, h0, c0, weight_hh = _autocast(gates, h0, c0, weight_hh)
+    kept = None
     if pattern is not None and not pattern.keeps_all:
-        weight_hh = weight_hh.index_select(1, pattern.kept.to(weight_hh.device))
-    kept = None if pattern is None or pattern.keeps_all else pattern.kept.to(gates.device)
+        weight_hh, kept = compact.select_columns(weight_hh, pattern), pattern.kept.to(gates.device)
     if scale != 1.0:
         weight_hh = weight_hh * scale
     return lstm.sequence(gates, h0, c0, weight_hh, kept)

@@ -24,7 +24,8 @@ class Options:
         concentration: 0: most random distribution (the paper's); large: the dropped share hardly varies.
         search: ``"maxent"`` (closed form) or ``"sgd"`` (the paper's search).
         scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
-        recurrent: Whether recurrent connections are dropped too.
+        recurrent: Whether the recurrent inputs of LSTMs are dropped too, by one pattern per batch, layer and call, at
+            the rate of the LSTM.
         tile_size: Side of a tile; for ``pattern="tile"``.
         min_features: Sites narrower than this are masked and computed densely.
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense: their vendor kernel gains
@@ -51,15 +52,13 @@ class Options:
     def __post_init__(self) -> None:
         if self.pattern != "row":
             raise ValueError(f"pattern must be 'row', got {self.pattern!r}")
-        if self.recurrent:
-            raise ValueError("recurrent=True is not available yet; recurrent connections are never dropped")
         if self.scale not in ("rate", "dp"):
             raise ValueError(f"scale must be 'rate' or 'dp', got {self.scale!r}")
         for name, low in (("block_size", 1), ("tile_size", 1), ("min_features", 0), ("min_hidden", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-        for name in ("interleave", "shuffle"):
+        for name in ("interleave", "shuffle", "recurrent"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         check_backend(self.backend)

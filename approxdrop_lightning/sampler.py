@@ -75,16 +75,17 @@ class PatternSampler:
         self._patterns.manual_seed((seed + 1_000_003 * self.rank) % 2**32)
         return self.dp, self.keep
 
-    def pattern(self, n: int) -> RowPattern:
-        """Draw a pattern of ``n`` units with the step's ``(dp, keep)``."""
+    def pattern(self, n: int, shared: bool = False) -> RowPattern:
+        """Draw a pattern of ``n`` units with the step's ``(dp, keep)``; with ``shared`` one for all rows."""
+        interleave = self.interleave and not shared
         if self.keep == self.dp:
             return RowPattern(n, 1, 0)
         offset = int(torch.randint(self.dp, (), generator=self._patterns))
         if not self.shuffle:
-            return RowPattern(n, self.dp, offset, self.keep, self.interleave)
+            return RowPattern(n, self.dp, offset, self.keep, interleave)
         block_size = fitting_block_size(n, self.dp, self.block_size)
         order = torch.randperm(-(-n // block_size), generator=self._patterns)
-        return RowPattern(n, self.dp, offset, self.keep, self.interleave, order, block_size)
+        return RowPattern(n, self.dp, offset, self.keep, interleave, order, block_size)
 
     def state_dict(self) -> dict[str, Any]:
         """State from which the very same sequence continues; loads under ``weights_only=True``."""

@@ -19,7 +19,8 @@ from approxdrop_lightning.work import Count, Ledger
 _RECORD = "_approxdrop"
 #: Attributes that conversion puts on layers; a restored layer has none of them.
 _ATTRIBUTES = (
-    "site", "sites", "name", "backend", "defers", "waited", "dropped_by", "read_whole_too", "sequence", "work",
+    "site", "sites", "recurrent_sites", "sequence", "name", "backend", "work",
+    "defers", "waited", "dropped_by", "read_whole_too",
 )  # fmt: skip
 _STOCK: dict[type, type] = {ApproxDropoutSite: nn.Dropout, ApproxLinear: nn.Linear, ApproxLSTM: nn.LSTM}
 
@@ -184,12 +185,21 @@ def _convert_lstm(conversion: Conversion, name: str, module: nn.LSTM) -> None:
         return
     sites = [conversion.site(site, module.dropout) for site in inner]
     options = conversion.options
+    recurrent = []
+    if options.recurrent:
+        names = [f"{name} (recurrent, layer {i})" for i in range(module.num_layers)]
+        if conversion.rate(module.dropout):
+            recurrent = [conversion.site(site, module.dropout) for site in names]
+        else:
+            for site in names:
+                conversion.left(site, 0.0, "the rate is 0")
     conversion.swap(
         module,
         ApproxLSTM,
         name=name,
         backend=options.backend,
         sites=sites,
+        recurrent_sites=recurrent,
         # Narrower ones run the vendor's kernel on the masked input.
         sequence=module.hidden_size >= options.min_hidden,
         work=Ledger(),

@@ -19,6 +19,9 @@ class Masks:
         self._uses: dict[str, Iterator] = {row.name: iter(row.site.last_patterns) for row in report if row.site}
         self._scale = {row.name: row.site.scale for row in report if row.site}
 
+    def has(self, name: str) -> bool:
+        return name in self._uses
+
     def __call__(self, name: str, x: Tensor) -> Tensor:
         pattern = next(self._uses[name])
         return x * (pattern.mask(*x.shape[:-1]).to(x) * self._scale[name])
@@ -57,6 +60,9 @@ class MaskedLSTM(nn.Module):
             names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if lstm.bias else [])]
             weights = [getattr(lstm, f"{name}_l{layer}") for name in names]
             state = tuple(h[layer : layer + 1].contiguous() for h in hx)
+            if self.masks.has(recurrent := f"{self.name} (recurrent, layer {layer})"):
+                # Masking the recurrent input of every step alike is masking the columns of its weight.
+                weights[1] = self.masks(recurrent, weights[1])
             x, h, c = torch._VF.lstm(x, state, weights, lstm.bias, 1, 0.0, False, False, lstm.batch_first)
             states.append((h[0], c[0]))
         h, c = (torch.stack(part) for part in zip(*states, strict=True))

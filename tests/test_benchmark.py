@@ -46,7 +46,7 @@ def test_one_table_with_every_contender_and_a_csv_that_grows(tmp_path, capsys):
 
 def test_lstm_and_profile(capsys):
     arguments = ["lstm", "--hidden", "64", "--steps", "5", "--batch", "4", "--vocabulary", "50", "--min-hidden", "0"]
-    rows = main([*arguments, *SMALL, "--profile"])
+    rows = main([*arguments, *SMALL, "--profile", "--recurrent"])
     assert {row["contender"] for row in rows} == {"conventional", "none", "narrow", "row", "shared"}
     assert "aten::mm" in capsys.readouterr().out
 

@@ -153,7 +153,7 @@ def test_resume_is_bit_identical_to_an_uninterrupted_run(make, data, every_n_ste
         seed_everything(3)
         model = make()
         checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=every_n_steps, save_top_k=-1)
-        callback = ApproxDropout(rate=0.7, min_hidden=0)
+        callback = ApproxDropout(rate=0.7, min_hidden=0, recurrent=True)
         run = trainer(callback, checkpoint, tmp_path=tmp_path, max_epochs=3, max_steps=max_steps)
         run.fit(model, resumable(data()), ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
         return model, callback
@@ -314,7 +314,7 @@ def test_trainer_options(options, make, data, tmp_path):
     assert run.global_step > 0
     assert len(record.patterns) == run.fit_loop.epoch_loop.total_batch_idx + 1
     assert all(record.patterns)
-    assert callback.realised_rate == pytest.approx(0.5)
+    assert callback.realised_rate == pytest.approx(0.5, abs=0.05)  # dp = 9 keeps 4 or 5
 
 
 def test_the_papers_setting():

@@ -28,6 +28,8 @@ SETTINGS = {
     "reference": {"backend": "reference"},
     "masked": {"min_features": 1000},
     "masked before an LSTM": {"min_hidden": 1000},
+    "recurrent": {"recurrent": True},
+    "recurrent, all shared, .7": {"recurrent": True, "interleave": False, "rate": 0.7, "shuffle": False},
 }
 
 
@@ -426,6 +428,20 @@ def test_unsupported_lstms_are_left_alone_by_name():
     assert [type(m) for m in model.values()] == [nn.LSTM, nn.LSTM, ApproxLSTM]
 
 
+def test_recurrent_dropout_has_rows_of_its_own():
+    model = nn.ModuleList([nn.LSTM(8, 64, 2, dropout=0.5), nn.LSTM(8, 64)])
+    report = approximate(model, recurrent=True, seed=0)
+    resample(model)
+    for lstm in model:
+        lstm(torch.randn(3, 5, 8))[0].sum().backward()
+    assert report["0 (recurrent, layer 1)"].skipped == "consumers' columns"
+    assert report["0 (recurrent, layer 1)"].consumers == ("0",)
+    assert report["1 (recurrent, layer 0)"].skipped == "nothing: the rate is 0"
+    inputs, hidden = 15 * 4 * 64 * 8, 15 * 4 * 64 * 64
+    # of the first LSTM: both recurrent products, and the input of its second layer
+    assert report.saved == pytest.approx(0.5 * 3 * hidden / (2 * inputs + 4 * hidden))
+
+
 def test_weight_norm_is_left_alone():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Dropout(0.5), nn.Linear(8, 8))
     kind = type(model[0])
@@ -558,7 +574,7 @@ def test_misuse_is_named():
         ({"block_size": 0}, "block_size must be an integer >= 1"),
         ({"interleave": "yes"}, "interleave must be True or False"),
         ({"rate": 0.95}, "smallest max_dp that serves is 20"),
-        ({"recurrent": True}, "recurrent=True is not available yet"),
+        ({"recurrent": 1}, "recurrent must be True or False, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             approximate(other, **options)

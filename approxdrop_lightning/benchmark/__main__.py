@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["auto"])
     parser.add_argument("--baseline", nargs="*", choices=BASELINES, default=["none", "narrow"],
                         help="beside conventional dropout, which always runs")  # fmt: skip
+    parser.add_argument("--recurrent", action="store_true", help="drop the LSTM's recurrent inputs too")
     parser.add_argument("--min-hidden", type=int, help="as of ApproxDropout")
     parser.add_argument("--min-features", type=int, help="as of ApproxDropout")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -91,11 +92,8 @@ def _workload(kind: str, options: argparse.Namespace) -> Workload:
 
 def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> list[dict]:
     """Rows of one workload and rate."""
-    settings = {
-        key: value
-        for key, value in (("min_hidden", options.min_hidden), ("min_features", options.min_features))
-        if value is not None
-    }
+    given = ("min_hidden", "min_features", "recurrent")
+    settings = {key: value for key in given if (value := getattr(options, key)) is not None}
     steps = {"conventional": contenders.contender(workload, "conventional", rate, options.seed)}
     for name in options.baseline:
         if name in ("sliced", "sliceout") and workload.sliced is None:

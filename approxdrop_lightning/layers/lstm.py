@@ -18,15 +18,18 @@ _State = tuple[Tensor, Tensor]
 class ApproxLSTM(nn.LSTM):
     """``nn.LSTM`` with approximate dropout between its layers and on its (compact) input.
 
-    Non-recurrent dropout, as Zaremba et al. (2014) place it. A layer whose input has a shared pattern runs
-    the vendor's kernel on the compact input and the kept columns of ``weight_ih``. With an interleaved
-    pattern the input product of all steps is one grouped product, and the recurrence runs over ready-made gate
-    inputs. In evaluation it is ``nn.LSTM``, as it is for a ``PackedSequence``.
+    Non-recurrent dropout, as Zaremba et al. (2014) place it, and recurrent dropout if asked for. A layer whose input
+    has a shared pattern runs the vendor's kernel on the compact input and the kept columns of ``weight_ih``. With an
+    interleaved pattern the input product of all steps is one grouped product, and the recurrence runs over ready-made
+    gate inputs; so it does with recurrent dropout. In evaluation it is ``nn.LSTM``, as it is for a
+    ``PackedSequence``.
 
     Attributes:
         name: Name in the model, for the report.
         backend: Backend of its products.
         sites: Dropout on the output of each layer but the last; empty without ``dropout``.
+        recurrent_sites: Dropout on the recurrent input of each layer, one pattern for all rows and steps (Gal and
+            Ghahramani, 2016); empty without.
         sequence: Whether interleaved inputs are read compact, by a recurrence of our own; else they are masked.
         work: Multiplies of its last products.
     """
@@ -34,6 +37,7 @@ class ApproxLSTM(nn.LSTM):
     name: str
     backend: str
     sites: list[Site]
+    recurrent_sites: list[Site]
     sequence: bool
     work: Ledger
 
@@ -79,21 +83,29 @@ class ApproxLSTM(nn.LSTM):
         weight_ih, weight_hh = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
         biases = (getattr(self, f"bias_ih_l{layer}"), getattr(self, f"bias_hh_l{layer}")) if self.bias else ()
         held = x.held if isinstance(x, CompactTensor) and x.is_lazy else None
-        if held is not None and held.pattern.interleave and not self.sequence:
+        dropped = self.recurrent_sites[layer] if self.recurrent_sites else None
+        if held is not None and held.pattern.interleave and not self.sequence and dropped is None:
             held.site.read_whole(f"{self.name} (hidden size below min_hidden)")
             x, held = x.dense(), None
         rows = x.shape[0] * x.shape[1]
         self.work.note(held and held.site, None, rows * x.shape[-1] * 4 * self.hidden_size)
-        self.work.note(None, None, rows * self.hidden_size * 4 * self.hidden_size)
+        self.work.note(dropped, None, rows * self.hidden_size * 4 * self.hidden_size)
         if held is not None:
             held.site.read_kept(self.name if layer == 0 else f"{self.name} (layer {layer})")
-        if held is not None and held.pattern.interleave:
-            gates = functional.row_linear(
-                held.values, weight_ih, sum(biases) if biases else None, held.pattern, backend=self.backend,
-                leading_shape=held.rows,
-            ).view(*x.shape[:-1], -1)  # fmt: skip
+        if dropped is not None or (held is not None and held.pattern.interleave):
+            bias = sum(biases) if biases else None
+            if held is None:
+                gates = functional.row_linear(as_dense(x), weight_ih, bias, backend=self.backend)
+            else:
+                gates = functional.row_linear(
+                    held.values, weight_ih, bias, held.pattern, backend=self.backend, leading_shape=held.rows
+                ).view(*x.shape[:-1], -1)
             gates = gates.transpose(0, 1) if self.batch_first else gates
-            y, h, c = functional.lstm_sequence(gates, *state, weight_hh)
+            pattern, scale = None, 1.0
+            if dropped is not None:
+                pattern, scale = dropped.pattern(self.hidden_size, shared=True), dropped.scale
+                dropped.read_kept(self.name)
+            y, h, c = functional.lstm_sequence(gates, *state, weight_hh, pattern, scale)
             return (y.transpose(0, 1) if self.batch_first else y), (h, c)
         if held is not None:
             weight_ih = functional.select_columns(weight_ih, held.pattern)

@@ -65,7 +65,8 @@ class Site:
         if fresh:
             self._patterns.clear()
 
-    def _pattern(self, n: int) -> RowPattern:
+    def pattern(self, n: int, shared: bool = False) -> RowPattern:
+        """The pattern of the next use, of ``n`` units; with ``shared`` one for all rows of the batch."""
         if torch._C._current_graph_task_id() != -1:  # within a backward pass: activations are computed again
             if self._uses != 1:
                 raise RuntimeError(
@@ -75,7 +76,7 @@ class Site:
             return self._patterns[0]
         if self._uses == len(self._patterns) or self._patterns[self._uses].n != n:
             del self._patterns[self._uses :]
-            self._patterns.append(self.sampler.pattern(n))
+            self._patterns.append(self.sampler.pattern(n, shared))
         self._uses += 1
         return self._patterns[self._uses - 1]
 
@@ -92,7 +93,7 @@ class Site:
         if x.dim() == 0 or x.numel() == 0:
             return as_dense(x) * self.scale
         shape = tuple(x.shape)
-        pattern = self._pattern(shape[-1])
+        pattern = self.pattern(shape[-1])
         pending = isinstance(x, PendingLinear) and x.is_lazy
         if pending:
             x.held.layer.dropped_by.add(self)

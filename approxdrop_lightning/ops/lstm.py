@@ -114,14 +114,16 @@ class _LSTMSequence(torch.autograd.Function):
         acts, h, c, tanh_c, weight, kept = ctx.saved_tensors
         steps, batch, hidden = tanh_c.shape
         dgates = buffer(tuple(acts.shape), acts)
-        add_back = _adder(weight.t(), batch) if kept is None else None
-        zeros = torch.zeros_like(dh_last)
+        add_back = _adder(weight.t(), batch)
+        zeros = dh_last.new_zeros(batch, weight.shape[1])
         dc, dh = dc_last.clone(), dh_last.contiguous()
         views = (acts, c, tanh_c, dh_all.contiguous(), dgates)
         views = reversed(list(zip(*(v.unbind(0) for v in views), strict=False)))
         for acts_t, c_t, tanh_t, dh_t, dgates_t in views:
             _backward_step(acts_t, c_t, tanh_t, dh_t, dh, dc, dgates_t)
-            dh = add_back(dgates_t, zeros) if add_back else zeros.index_add(1, kept, dgates_t @ weight)
+            dh = add_back(dgates_t, zeros)
+            if kept is not None:
+                dh = torch.zeros_like(dh_last).index_copy_(1, kept, dh)
         flat = dgates.view(steps * batch, 4 * hidden)
         inputs = h[:-1] if kept is None else h[:-1].index_select(2, kept)
         dweight = None
