@@ -73,8 +73,8 @@ def test_fit_converts_draws_logs_and_restores(make, data, sites, tmp_path):
     assert [type(m) for m in model.modules()] == before
     assert all(len(patterns) == sites for patterns in record.patterns)
     assert len(set(map(tuple, record.patterns))) == len(record.patterns)  # another one for each batch
-    assert callback.realised_rate == pytest.approx(0.5)
-    assert run.callback_metrics["dropout/realised_rate"].item() == pytest.approx(0.5)
+    assert callback.realised_rate == pytest.approx(0.5, abs=0.05)
+    assert run.callback_metrics["dropout/realised_rate"].item() == pytest.approx(0.5, abs=0.05)
     assert all("consumers' columns" in row.skipped for row in callback.report)
 
 

@@ -125,6 +125,23 @@ def test_a_buffer_is_not_handed_out_while_somebody_holds_a_view_of_it():
     again.fill_(1.0)  # its memory is its own still
 
 
+def test_buffers_of_many_sizes_do_not_pile_up():
+    """Kept shares differ from step to step, so sizes do."""
+    blocks.free_buffers()
+    like = torch.empty(0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3000):
+        height = int(torch.randint(400, 4000, (), generator=generator))
+        assert blocks.buffer((height, 700), like).shape == (height, 700)
+    held = sum(len(entries) * size for size, entries in blocks._pool.storages.items())
+    assert held < 40 * 4 * 700 * 4000  # of 3,600 sizes: eight for each doubling, and one at a time
+    for _ in range(blocks._IDLE_REQUESTS + 1):
+        blocks.buffer((300, 1000), like)
+    blocks.buffer((20000, 1000), like)  # a new one: now those that nobody asks for are given back
+    assert sum(len(entries) for entries in blocks._pool.storages.values()) == 2
+    blocks.free_buffers()
+
+
 def test_a_gradient_that_is_kept_is_not_written_again():
     """The optimizer drops gradients after each step; somebody who keeps one must find it unchanged."""
     from torch import nn

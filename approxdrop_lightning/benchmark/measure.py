@@ -16,6 +16,8 @@ from statistics import quantiles
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from approxdrop_lightning.ops.blocks import free_buffers
+
 Step = Callable[[], None]
 
 
@@ -60,10 +62,11 @@ def ratio(baseline: list[float], other: list[float]) -> float:
 def peak_memory(step: Step) -> float:
     """Peak of what a step allocates beyond what stood before it, in MB (2^20 bytes): activations and temporaries.
 
-    Run it on a second step, when gradients, optimizer state and buffers that are kept have their place; gradients are
-    freed and made again within the step, so they count in every contender.
+    Not for a first step, which makes the optimizer's state. Gradients are freed and made again within the step, so
+    they count in every contender; so do the buffers that are kept from step to step, which are given back before.
     """
     gc.collect()
+    free_buffers()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -12,7 +13,24 @@ from approxdrop_lightning.pattern import Units
 
 #: Smaller buffers come from PyTorch: asking for them costs less than looking for one.
 _KEEP_FROM_BYTES = 1 << 20
-_kept = threading.local()
+#: A buffer that was not asked for during so many requests is given back.
+_IDLE_REQUESTS = 1000
+
+
+class _Pool(threading.local):
+    """Storages by size, each with the number of the request that it served last."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.storages: dict[int, list[list]] = {}
+
+    def drop_idle(self) -> None:
+        oldest = self.requests - _IDLE_REQUESTS
+        for size, entries in list(self.storages.items()):
+            self.storages[size] = [entry for entry in entries if entry[1] >= oldest]
+
+
+_pool = _Pool()
 
 
 def buffer(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -22,26 +40,28 @@ def buffer(shape: tuple[int, ...], like: Tensor) -> Tensor:
     saves. So large buffers are kept, and handed out again when nobody refers to their memory any more. Other
     devices have allocators that keep theirs.
     """
-    size = like.element_size()
-    for extent in shape:
-        size *= extent
-    if like.device.type != "cpu" or size < _KEEP_FROM_BYTES:
+    size = like.element_size() * math.prod(shape)
+    if size < _KEEP_FROM_BYTES or not like.is_cpu:
         return like.new_empty(shape)
-    if not hasattr(_kept, "storages"):
-        _kept.storages = {}
-    storages = _kept.storages.setdefault(size, [])
-    for storage in storages:
-        if torch._C._storage_Use_Count(storage._cdata) == 1:  # ours only
-            return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape)
+    # Few sizes, not more than an eighth too large: what is kept differs a little from step to step.
+    step = 1 << (size.bit_length() - 4)
+    size = -(-size // step) * step
+    _pool.requests += 1
+    entries = _pool.storages.setdefault(size, [])
+    for entry in entries:
+        if torch._C._storage_Use_Count(entry[0]._cdata) == 1:  # the pool's own
+            entry[1] = _pool.requests
+            return torch.empty(0, dtype=like.dtype).set_(entry[0], 0, shape)
+    _pool.drop_idle()
     with torch.inference_mode(False):
-        fresh = like.new_empty(shape)
-    storages.append(fresh.untyped_storage())
-    return fresh
+        storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
+    _pool.storages[size].append([storage, _pool.requests])
+    return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape)
 
 
 def free_buffers() -> None:
     """Give the memory back that :func:`buffer` keeps and nobody uses."""
-    _kept.__dict__.clear()
+    _pool.storages.clear()
 
 
 def take(matrix: Tensor, rows: Units, columns: Units, out: Tensor | None = None) -> Tensor:
