@@ -227,5 +227,5 @@ def verify(step: Step, rate: float, seed: int = 0, **options) -> None:
         torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
         for (key, found), wanted in zip(step.model.named_parameters(), reference.model.parameters(), strict=True):
             error = (found.grad - wanted.grad).norm() / wanted.grad.norm()
-            if not error < 1e-3:
+            if not error < 5e-3:  # rounding turns some ReLUs on or off
                 raise AssertionError(f"{step.name}: the gradient of {key} is off by {error:.1%} of its norm")
