@@ -116,7 +116,8 @@ def row_linear(
         raise ValueError(f"row_linear: bias must be [{n_out}], got shape {tuple(bias.shape)}")
     if not lines_up(in_pattern, out_pattern):
         raise ValueError(
-            f"row_linear: interleaved patterns must have one dp, got {in_pattern.dp} in and {out_pattern.dp} out"
+            f"row_linear: interleaved patterns must have the same number of groups, got {in_pattern.n_groups} in "
+            f"and {out_pattern.n_groups} out"
         )
     if in_pattern is None:
         if x.dim() == 0 or x.shape[-1] != n_in:

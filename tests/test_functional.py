@@ -287,7 +287,7 @@ def test_lstm_sequence_with_a_pattern_masks_the_recurrent_input():
                 RowPattern(4, 3, 0, interleave=True),
                 leading_shape=(2,),
             ),
-            "must have one dp, got 2 in and 3 out",
+            "must have the same number of groups, got 2 in and 3 out",
         ),
         (lambda: functional.pack(torch.randn(2, 3), RowPattern(4, 2, 0)), "pattern is of 4 units"),
         (

@@ -47,10 +47,9 @@ class Side:
         pattern: What is kept; None for everything.
         n: Number of units.
         count: Number of groups.
-        leading_shape: Shape of the batch.
     """
 
-    def __init__(self, pattern: RowPattern | None, n: int, count: int, leading_shape: tuple[int, ...]) -> None:
+    def __init__(self, pattern: RowPattern | None, n: int, count: int) -> None:
         self.pattern, self.n = pattern, n
         every = Units.every(n)
         self.units = [every if pattern is None else pattern.units(g % pattern.n_groups) for g in range(count)]
@@ -76,8 +75,8 @@ class Groups:
         grouped = next((p for p in (in_pattern, out_pattern) if p is not None and p.n_groups > 1), None)
         self.count = 1 if grouped is None else grouped.n_groups
         n_out, n_in = weight.shape
-        self.inside = Side(in_pattern, n_in, self.count, leading_shape)
-        self.outside = Side(out_pattern, n_out, self.count, leading_shape)
+        self.inside = Side(in_pattern, n_in, self.count)
+        self.outside = Side(out_pattern, n_out, self.count)
         self.rows = (grouped or RowPattern(1, 1, 0)).row_groups(leading_shape)
         self.row_counts = [r.count for r in self.rows]
         # Then a group's block of the weight is a view of a copy that is sorted by cell, since blocks have entries in
