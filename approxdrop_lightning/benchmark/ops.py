@@ -67,7 +67,6 @@ def _linear(n: int, batch: int, rate: float, name: str, sides: str, options: arg
 def _recurrence(options: argparse.Namespace) -> list[dict]:
     hidden, steps, batch = (options.hidden or [650])[0], options.steps, 20
     vendor = nn.LSTM(hidden, hidden)
-    gates = torch.randn(steps, batch, 4 * hidden, requires_grad=True)
     x = torch.randn(steps, batch, hidden, requires_grad=True)
     zeros = torch.zeros(batch, hidden)
 
@@ -79,7 +78,6 @@ def _recurrence(options: argparse.Namespace) -> list[dict]:
     def theirs() -> None:
         vendor(x)[0].sum().backward()
 
-    del gates
     title = f"LSTM layer {hidden}, T={steps}, B={batch}"
     return _timed(title, 0.0, {"dense": theirs, "lstm_sequence": ours}, options)
 

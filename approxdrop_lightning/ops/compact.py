@@ -57,14 +57,14 @@ class _RowLinear(torch.autograd.Function):
         if bias is not None:
             parts.add_bias(ys, bias)
         ctx.parts, ctx.bias, ctx.x_shape = parts, bias is not None, x.shape
-        ctx.save_for_backward(weight, *xs, *weights)
+        ctx.save_for_backward(*xs, *weights)
         return parts.join(parts.outside, flat, ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parts: Groups = ctx.parts
-        weight, *saved = ctx.saved_tensors
+        saved = ctx.saved_tensors
         xs, weights = saved[: parts.count], saved[parts.count :]
         dys = parts.split(parts.outside, grad)
         dx = dw = db = None
@@ -73,7 +73,7 @@ class _RowLinear(torch.autograd.Function):
             multiply(dys, weights, dxs)
             dx = parts.join(parts.inside, flat, dxs).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            dw = parts.weight_grad(dys, xs, weight)
+            dw = parts.weight_grad(dys, xs)
         if ctx.bias and ctx.needs_input_grad[2]:
             db = parts.bias_grad(dys)
         return dx, dw, db, None, None, None

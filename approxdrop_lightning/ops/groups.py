@@ -125,10 +125,10 @@ class Groups:
             blocks = list(buffer((self.count, *shapes[0]), weight))  # one buffer: then the product is batched
         return [take(weight, outside.units[g], inside.units[g], blocks[g]) for g in range(self.count)]
 
-    def weight_grad(self, dys: list[Tensor], xs: list[Tensor], weight: Tensor) -> Tensor:
-        """Dense gradient; each entry is written once."""
+    def weight_grad(self, dys: list[Tensor], xs: list[Tensor]) -> Tensor:
+        """Dense gradient; each entry is written once, but for those that groups have in common: they add up."""
         inside, outside = self.inside, self.outside
-        grad = buffer(tuple(weight.shape), dys[0])
+        grad = buffer((outside.n, inside.n), dys[0])
         if inside.pattern is None and outside.pattern is None:
             return torch.mm(dys[0].t(), xs[0], out=grad)
         if self.overlaps:

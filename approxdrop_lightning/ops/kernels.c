@@ -34,15 +34,14 @@ static void part(Units units, int64_t *first, int64_t *last, int64_t *before) {
 }
 
 // One long run of rows is cut, or it would be one thread's.
-static int64_t cut(Units *rows, int64_t *starts, int64_t *lengths, int threads) {
-    if (rows->runs != 1) return rows->runs;
+static void cut(Units *rows, int64_t *starts, int64_t *lengths, int threads) {
+    if (rows->runs != 1) return;
     int64_t start = rows->starts[0], length = rows->lengths[0];
     for (int64_t t = 0; t < threads; t++) {
         starts[t] = start + length * t / threads;
         lengths[t] = start + length * (t + 1) / threads - starts[t];
     }
-    rows->starts = starts, rows->lengths = lengths;
-    return rows->runs = threads;
+    rows->starts = starts, rows->lengths = lengths, rows->runs = threads;
 }
 
 // to = from[rows, columns]; rows of `to` follow each other.
