@@ -47,6 +47,10 @@ class Units:
         """All of ``n`` units, in one run."""
         return _every(n)
 
+    def is_all(self, n: int) -> bool:
+        """Whether these are all of ``n`` units in their order, told without looking at them."""
+        return self.count == n and len(self.starts) == 1
+
 
 @lru_cache(maxsize=256)
 def _every(n: int) -> Units:

@@ -83,7 +83,7 @@ def take(matrix: Tensor, rows: Units, columns: Units, out: Tensor | None = None)
     if native is not None and matrix.is_cpu and (matrix.stride(1) == 1 or matrix.shape[1] == 1):
         native.take(*_places(out, matrix, matrix.stride(0), rows, columns))
         return out
-    parts = [(dim, units) for dim, units in enumerate((rows, columns)) if not _all(units, matrix.shape[dim])]
+    parts = [(dim, units) for dim, units in enumerate((rows, columns)) if not units.is_all(matrix.shape[dim])]
     for dim, units in parts:
         last = dim == parts[-1][0]
         matrix = torch.index_select(matrix, dim, units.index.to(matrix.device), out=out if last else None)
@@ -107,7 +107,7 @@ def put(matrix: Tensor, rows: Units, columns: Units, values: Tensor, clear: bool
     if native is not None and matrix.is_cpu:
         native.put(*_places(matrix, values, columns.count, rows, columns), clear)
         return
-    every_row, every_column = _all(rows, matrix.shape[0]), _all(columns, matrix.shape[1])
+    every_row, every_column = rows.is_all(matrix.shape[0]), columns.is_all(matrix.shape[1])
     rows_index = rows.index.to(matrix.device)
     if every_column:
         matrix.copy_(values) if every_row else matrix.index_copy_(0, rows_index, values)
@@ -130,11 +130,6 @@ def clear(matrix: Tensor, rows: Units) -> None:
 
 
 _NOTHING = Units(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), 0)
-
-
-def _all(units: Units, n: int) -> bool:
-    """Whether these are all units in their order, without looking at them."""
-    return units.count == n and len(units.starts) == 1
 
 
 def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple:
