@@ -15,12 +15,12 @@ from approxdrop_lightning.pattern import RowPattern
 def fitting_block_size(n: int, dp: int, block_size: int) -> int:
     """Size of the blocks of ``n`` units that suits a period.
 
-    Not more than ``block_size``, and so small that a cell has four blocks or more, else its share would vary too
-    much. Within this the largest size by which all cells are equal, if one is at least half as large: groups of one
-    size are one batched product.
+    ``block_size``, halved until a cell has four blocks or more: with fewer its share would vary too much. Halves of a
+    power of two stay aligned to the vectors of the machine.
     """
-    most = max(1, min(block_size, n // (4 * dp)))
-    return next((size for size in range(most, most // 2, -1) if n % (size * dp) == 0), most)
+    while block_size > 1 and n < 4 * dp * block_size:
+        block_size //= 2
+    return block_size
 
 
 class PatternSampler:

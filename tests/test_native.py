@@ -1,6 +1,7 @@
 """The compiled kernels: found or done without, right to the last places of single precision, harmless to others."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ from approxdrop_lightning.ops import blocks, lstm, native
 from approxdrop_lightning.pattern import Units
 
 ROOT = Path(__file__).resolve().parents[1]
-needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler on this machine")
+# Where there is a compiler, sources that do not compile are a failure.
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("cc", "gcc", "clang")), reason="no C compiler on this machine"
+)
 TRAIN = """
 import torch
 from approxdrop_lightning import approximate, resample
@@ -53,31 +57,61 @@ def test_compiled_once_and_done_without_where_there_is_no_compiler_or_cache(tmp_
 
 
 @needs_compiler
-def test_an_lstm_step_at_the_ends_of_the_range():
+def test_an_lstm_step_at_the_ends_of_the_range(monkeypatch):
     """Errors of exp are below 3e-7 of the result; saturated gates, zeros, infinities and NaN as PyTorch has them."""
     values = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, 1e-8, -1e-4, 1e30, -1e30])])
     special = torch.tensor([float("inf"), -float("inf"), float("nan")])
-    gates = torch.cat([values, special]).repeat(4)[None]
-    c = torch.linspace(-2, 2, gates.shape[1] // 4)[None]
+    gates = torch.cat([values, special]).repeat(4)[None, None]
+    hidden = gates.shape[2] // 4
+    state = torch.zeros(1, hidden), torch.linspace(-2, 2, hidden)[None]
+    weight, kept = torch.zeros(4 * hidden, 1), torch.tensor([0])
     results = []
-    for library in (native.library, lambda: None):
-        lstm.library, kept = library, lstm.library
-        try:
-            out = [torch.full_like(gates, -7.0), *(torch.full_like(c, -7.0) for _ in range(3))]
-            lstm._forward_step(gates, c, *out)
-            dc, dgates = torch.ones_like(c), torch.full_like(gates, -7.0)
-            lstm._backward_step(out[0], c, out[2], torch.ones_like(c), torch.ones_like(c), dc, dgates)
-        finally:
-            lstm.library = kept
-        results.append([*out, dc, dgates])
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(lstm, "library", lambda: None)
+        inputs = [x.clone().requires_grad_() for x in (gates, *state)]
+        out = lstm.sequence(*inputs, weight, kept)
+        results.append([*out, *torch.autograd.grad(out, inputs, [torch.ones_like(x) for x in out])])
     for mine, torchs in zip(*results, strict=True):
         torch.testing.assert_close(mine, torchs, rtol=2e-6, atol=5e-7, equal_nan=True)
 
 
 @needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("steps", "batch", "hidden", "depth"), [(1, 1, 1, 1), (3, 20, 50, 17), (2, 7, 33, 33), (2, 3, 520, 260)]
+)
+def test_the_recurrence_is_that_of_pytorch(steps, batch, hidden, depth, threads, monkeypatch):
+    """Over bands and strips that are not full, several depths (4 * 520 > 1024), and gathered inputs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    kept = None if depth == hidden else torch.randperm(hidden)[:depth]
+    inputs = [torch.randn(s) for s in ((steps, batch, 4 * hidden), (batch, hidden), (batch, hidden))]
+    inputs.append(torch.randn(4 * hidden, depth) / depth**0.5)
+    results = []
+    try:
+        for compiled in (True, False):
+            if not compiled:
+                monkeypatch.setattr(lstm, "library", lambda: None)
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out = lstm.sequence(*leaves, kept)
+            grads = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in out]
+            results.append([*out, *torch.autograd.grad(out, leaves, grads)])
+    finally:
+        torch.set_num_threads(before)
+    for mine, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_the_sources_compile():
+    assert native.library() is not None
+
+
+@needs_compiler
 def test_tiny_numbers_keep_their_values():
     """-ffast-math would have the processor flush them to zero, for the whole process."""
-    assert native.library() is not None
+    native.library()
     assert (torch.tensor(1e-40) * 1.0).item() > 0
 
 

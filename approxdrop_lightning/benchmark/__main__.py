@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="keep: with approxdrop_lightning.keep_freed_memory()")  # fmt: skip
     parser.add_argument("--threads", type=int, help="PyTorch's own choice if not given")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--consecutive", type=int, default=3, help="steps in a row at each contender's turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", action="store_true", help="print where each contender's step spends its time")
     parser.add_argument("--csv", type=Path, help="file to append the rows to")
@@ -105,7 +106,7 @@ def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> li
             if options.dtype in ("float32", "float64"):
                 contenders.verify(step, rate, options.seed, backend=backend, **settings)
             steps[pattern if backend == "auto" else f"{pattern} ({backend})"] = step
-    seconds = measure.interleaved(steps, options.repeats)
+    seconds = measure.interleaved(steps, options.repeats, consecutive=options.consecutive)
     rows = []
     for name, step in steps.items():
         first, median, third = measure.quartiles(seconds[name])

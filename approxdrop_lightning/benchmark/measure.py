@@ -21,26 +21,34 @@ from approxdrop_lightning.ops.blocks import free_buffers
 Step = Callable[[], None]
 
 
-def interleaved(steps: dict[str, Step], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds of each step, ``repeats`` times: each round runs every step once, so that noise falls on all alike.
+def interleaved(
+    steps: dict[str, Step], repeats: int, warmup: int = 2, consecutive: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each step, ``repeats`` times: contenders take turns, so that noise falls on all alike.
+
+    At its turn a contender runs once untimed, since the others have left the caches full of theirs, and then some
+    steps in a row, as in training.
 
     Args:
         steps: Name to what is timed.
         repeats: Rounds that count, >= 1.
         warmup: Rounds before them.
+        consecutive: Steps timed at each turn, >= 1.
 
     Returns:
-        Name to the seconds of each round.
+        Name to the seconds of a step in each round, the mean of those in a row.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(warmup + repeats):
         for name, step in steps.items():
-            _synchronize()
-            start = time.perf_counter()
             step()
             _synchronize()
+            start = time.perf_counter()
+            for _ in range(consecutive):
+                step()
+            _synchronize()
             if index >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / consecutive)
     return seconds
 
 

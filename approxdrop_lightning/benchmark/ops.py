@@ -91,7 +91,7 @@ def _drawing(options: argparse.Namespace) -> list[dict]:
 def _timed(
     workload: str, rate: float, steps: dict[str, Callable[[], None]], options: argparse.Namespace
 ) -> list[dict]:
-    seconds = measure.interleaved(steps, options.repeats)
+    seconds = measure.interleaved(steps, options.repeats, consecutive=options.consecutive)
     found = []
     for name, values in seconds.items():
         first, median, third = measure.quartiles(values)

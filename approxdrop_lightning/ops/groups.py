@@ -124,8 +124,12 @@ class Groups:
             return dys[0].matrix.sum(0)
         grad = dys[0].tensor.new_zeros(1, self.outside.n)
         ones = grad.new_ones(1, max(r.count for r in self.outside.rows))
-        for dy, units in zip(dys, self.outside.units, strict=True):
-            multiply([(Block.whole(ones, (1, dy.rows.count)), dy, Block(grad, _ONE, units), True)])
+        sums = [
+            (Block.whole(ones, (1, dy.rows.count)), dy, Block(grad, _ONE, units), True)
+            for dy, units in zip(dys, self.outside.units, strict=True)
+        ]
+        for independent in [[one] for one in sums] if self.outside.overlaps else [sums]:
+            multiply(independent)
         return grad[0]
 
 

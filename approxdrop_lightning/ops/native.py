@@ -17,8 +17,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "product.c")]
-_HEADER = Path(__file__).with_name("kernels.h")
+_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "product.c", "recurrence.c")]
+_HEADERS = [Path(__file__).with_name(name) for name in ("kernels.h", "tile.h")]
 # Not -ffast-math: linking with it would change the rounding of tiny numbers for the whole process.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=gnu11")
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -36,8 +36,8 @@ _SIGNATURES = {
     "put": [*_COPY, _INT],
     "zero": [_POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT],
     "products": [_POINTER, _SIZE, _INT],
-    "lstm_forward": [*[_POINTER] * 6, _SIZE, _SIZE, _INT],
-    "lstm_backward": [*[_POINTER] * 7, _SIZE, _SIZE, _INT],
+    "lstm_forward": [*[_POINTER] * 8, *[_SIZE] * 4, _INT],
+    "lstm_backward": [*[_POINTER] * 10, *[_SIZE] * 4, _INT],
 }
 
 
@@ -49,7 +49,11 @@ def library() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError) as error:
-        logging.getLogger(__name__).info("kernels.c was not compiled, PyTorch's own calls are used: %s", error)
+        logging.getLogger(__name__).warning(
+            "the kernels of approxdrop_lightning were not compiled; without them skipping dropout may take longer than "
+            "it saves: %s",
+            error,
+        )
         return None
     for name, signature in _SIGNATURES.items():
         function = getattr(loaded, name)
@@ -64,7 +68,7 @@ def _compiled() -> Path:
         raise OSError("no C compiler was found")
     key = hashlib.sha256(
         b"\0".join(
-            [path.read_bytes() for path in (*_SOURCES, _HEADER)]
+            [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
             + [text.encode() for text in (repr(_FLAGS), compiler, _processor())]
         )
     ).hexdigest()[:16]

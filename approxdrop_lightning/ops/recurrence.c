@@ -1,0 +1,181 @@
+// The recurrence of an LSTM over all its steps, float32: the products with the recurrent weight, which is packed once, and
+// the pointwise work on each part of them while it is in cache. Gates lie in the order i, f, g, o.
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "tile.h"
+
+#define DEPTH 1024  // of a strip, so that it stays in the second cache
+
+// exp by 2^n * polynomial, relative error below 2e-7. No branch and no call, so that the compiler vectorizes it.
+static inline float fast_exp(float x) {
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
+    x = x < -87.0f ? -87.0f : x;  // NaN stays NaN
+    x = x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504f + round, n = shifted - round;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits = (int32_t)((uint32_t)(bits + 127) << 23);
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+
+static inline float tanh_(float x) {
+    float square = x * x;  // near 0 the quotient would lose all digits: the series to x^7
+    float small = x * (1.0f + square * (-0.333333333f + square * (0.133333333f - square * 0.0539682540f)));
+    float e = fast_exp(2.0f * x);
+    float large = 1.0f - 2.0f / (e + 1.0f);
+    return square < 0.01f ? small : large;
+}
+
+// out[rows, COLUMNS] = a @ strip, for `a` packed in bands of `high` rows.
+static void strip_product(int64_t bands, int high, int64_t depth, const float *a, const float *strip, float *out) {
+    for (int64_t k0 = 0; k0 < depth; k0 += DEPTH)
+        for (int64_t band = 0; band < bands; band++) {
+            vec sums[ROWS][2], *to = (vec *)(out + band * high * COLUMNS);
+            tile(high, least(depth - k0, DEPTH), a + (band * depth + k0) * high, strip + k0 * COLUMNS, sums);
+            for (int i = 0; i < 2 * high; i++) {
+                if (k0) to[i] += sums[i / 2][i % 2];
+                else to[i] = sums[i / 2][i % 2];
+            }
+        }
+}
+
+static int64_t *multiples(int64_t n, int64_t step) {
+    int64_t *all = malloc(sizeof(int64_t) * (n + COLUMNS));
+    for (int64_t i = 0; i < n + COLUMNS; i++) all[i] = i * step;
+    return all;
+}
+
+// What both directions have in common: rows in bands, the depth of their products, index tables, a thread's memory.
+typedef struct {
+    int64_t batch, bands, depth, *inner, *rows;
+    int high;
+} Shape;
+
+static Shape shape_of(int64_t batch, int64_t depth, int64_t row) {
+    Shape s = {.batch = batch, .bands = (batch + ROWS - 1) / ROWS, .depth = depth};
+    s.high = (int)((batch + s.bands - 1) / s.bands);
+    s.bands = (batch + s.high - 1) / s.high;
+    s.inner = multiples(depth, 1), s.rows = multiples(batch, row);
+    return s;
+}
+
+static void pack_rows(const Shape *s, const float *from, const int64_t *inner, float *to) {
+    for (int64_t band = 0; band < s->bands; band++)
+        pack(from, inner, s->depth, s->rows + band * s->high, (int)least(s->batch - band * s->high, s->high), s->high, 1,
+             to + band * s->high * s->depth);
+}
+
+// h, c and tanh_c of all steps, and acts: the gates after their nonlinearity. h and c begin with the initial state.
+// weight is [4 * hidden, depth], contiguous, and kept says which of the hidden units it reads; NULL: all.
+// strips has room for 4 * depth * hidden, with hidden rounded up to a multiple of COLUMNS, and 8 more.
+void lstm_forward(const float *restrict gates, float *restrict h, float *restrict c, float *restrict acts,
+                  float *restrict tanh_c, const float *restrict weight, const int64_t *kept, float *restrict strips,
+                  int64_t steps, int64_t batch, int64_t hidden, int64_t depth, int threads) {
+    const Shape s = shape_of(batch, depth, hidden);
+    const int64_t blocks = (hidden + COLUMNS - 1) / COLUMNS, size = s.bands * s.high * COLUMNS;
+    int64_t *columns = multiples(4 * hidden, depth);
+#pragma omp parallel num_threads(threads)
+    {
+        float *a = malloc(sizeof(float) * (s.bands * s.high * depth + 64)), *sums = malloc(sizeof(float) * 4 * size);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < 4 * blocks; i++) {
+            const int64_t first = i / 4 * COLUMNS;
+            pack(weight, s.inner, depth, columns + i % 4 * hidden + first, (int)least(hidden - first, COLUMNS), COLUMNS, 1,
+                 strips + i * COLUMNS * depth);
+        }
+        for (int64_t t = 0; t < steps; t++) {
+            const float *c_now = c + t * batch * hidden;
+            float *c_next = c + (t + 1) * batch * hidden, *h_next = h + (t + 1) * batch * hidden;
+            pack_rows(&s, h + t * batch * hidden, kept ? kept : s.inner, a);
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t block = 0; block < blocks; block++) {
+                const int64_t first = block * COLUMNS, wide = least(hidden - first, COLUMNS);
+                for (int q = 0; q < 4; q++)
+                    strip_product(s.bands, s.high, depth, a, strips + (4 * block + q) * COLUMNS * depth, sums + q * size);
+                for (int64_t b = 0; b < batch; b++) {
+                    const int64_t at = b * hidden + first;
+                    const float *in = gates + t * batch * 4 * hidden + 4 * b * hidden + first, *sum = sums + b * COLUMNS;
+                    float *out = acts + t * batch * 4 * hidden + 4 * b * hidden + first;
+                    float *squashed = tanh_c + t * batch * hidden + at;
+#pragma omp simd
+                    for (int64_t j = 0; j < wide; j++) {
+                        float i = sigmoid(in[j] + sum[j]), f = sigmoid(in[hidden + j] + sum[size + j]);
+                        float g = tanh_(in[2 * hidden + j] + sum[2 * size + j]);
+                        float o = sigmoid(in[3 * hidden + j] + sum[3 * size + j]);
+                        float next = f * c_now[at + j] + i * g, tanh_next = tanh_(next);
+                        out[j] = i, out[hidden + j] = f, out[2 * hidden + j] = g, out[3 * hidden + j] = o;
+                        c_next[at + j] = next, squashed[j] = tanh_next, h_next[at + j] = o * tanh_next;
+                    }
+                }
+            }
+        }
+        free(a), free(sums);
+    }
+    free(s.inner), free(s.rows), free(columns);
+}
+
+// Backwards through the steps: dgates from dh_out, the gradient of all outputs. dh and dc hold those of the last state, and
+// become those of the initial one. strips has room for 4 * hidden * depth, with depth rounded up, and 8 more.
+void lstm_backward(const float *restrict acts, const float *restrict c, const float *restrict tanh_c,
+                   const float *restrict dh_out, float *restrict dh, float *restrict dc, float *restrict dgates,
+                   const float *restrict weight, const int64_t *kept, float *restrict strips, int64_t steps,
+                   int64_t batch, int64_t hidden, int64_t depth, int threads) {
+    const Shape s = shape_of(batch, 4 * hidden, 4 * hidden);
+    const int64_t blocks = (depth + COLUMNS - 1) / COLUMNS, size = s.bands * s.high * COLUMNS;
+    int64_t *rows = multiples(4 * hidden, depth), *columns = multiples(depth, 1);
+#pragma omp parallel num_threads(threads)
+    {
+        float *a = malloc(sizeof(float) * (s.bands * s.high * s.depth + 64)), *sums = malloc(sizeof(float) * size);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < blocks; i++)
+            pack(weight, rows, 4 * hidden, columns + i * COLUMNS, (int)least(depth - i * COLUMNS, COLUMNS), COLUMNS, 0,
+                 strips + i * COLUMNS * 4 * hidden);
+        for (int64_t t = steps - 1; t >= 0; t--) {
+            const float *act = acts + t * batch * 4 * hidden, *squashed = tanh_c + t * batch * hidden;
+            const float *c_t = c + t * batch * hidden, *dh_t = dh_out + t * batch * hidden;
+            float *out = dgates + t * batch * 4 * hidden;
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < batch; b++) {
+                const float *x = act + 4 * b * hidden;
+                float *to = out + 4 * b * hidden;
+#pragma omp simd
+                for (int64_t j = 0; j < hidden; j++) {
+                    const int64_t k = b * hidden + j;
+                    float i = x[j], f = x[hidden + j], g = x[2 * hidden + j], o = x[3 * hidden + j];
+                    float both = dh_t[k] + dh[k], tanh_k = squashed[k];
+                    float d = dc[k] + both * o * (1.0f - tanh_k * tanh_k);
+                    to[j] = d * g * i * (1.0f - i);
+                    to[hidden + j] = d * c_t[k] * f * (1.0f - f);
+                    to[2 * hidden + j] = d * i * (1.0f - g * g);
+                    to[3 * hidden + j] = both * tanh_k * o * (1.0f - o);
+                    dc[k] = d * f;
+                    dh[k] = 0.0f;
+                }
+            }
+            pack_rows(&s, out, s.inner, a);
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t block = 0; block < blocks; block++) {
+                const int64_t first = block * COLUMNS, wide = least(depth - first, COLUMNS);
+                strip_product(s.bands, s.high, s.depth, a, strips + block * COLUMNS * s.depth, sums);
+                for (int64_t b = 0; b < batch; b++)
+                    for (int64_t j = 0; j < wide; j++)
+                        dh[b * hidden + (kept ? kept[first + j] : first + j)] = sums[b * COLUMNS + j];
+            }
+        }
+        free(a), free(sums);
+    }
+    free(s.inner), free(s.rows), free(rows), free(columns);
+}
