@@ -77,8 +77,11 @@ class TilePattern:
 
     def mask(self) -> Tensor:
         """Which weights are kept: bool ``[n_out, n_in]``."""
-        i, j = torch.arange(self.n_out) // self.tile_size, torch.arange(self.n_in) // self.tile_size
-        return (i[:, None] + j - self.offset).remainder(self.dp) < self.keep
+        size = self.tile_size
+        i, j = torch.arange(-(-self.n_out // size)), torch.arange(-(-self.n_in // size))
+        tiles = (i[:, None] + j - self.offset).remainder(self.dp) < self.keep
+        rows = tiles.repeat_interleave(size, 1)[:, : self.n_in]
+        return rows.repeat_interleave(size, 0)[: self.n_out]
 
 
 @dataclass(frozen=True)
