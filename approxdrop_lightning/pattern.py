@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -9,6 +10,12 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+
+class Runs(ctypes.Structure):
+    """Addresses of starts and lengths, and the number of runs: ``Units`` of ``ops/kernels.h``."""
+
+    _fields_ = [("starts", ctypes.c_void_p), ("lengths", ctypes.c_void_p), ("runs", ctypes.c_int64)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +45,21 @@ class Units:
         return Units, (self.starts, self.lengths, self.count)
 
     @cached_property
-    def runs(self) -> tuple[int, int, int]:
-        """Addresses of starts and lengths, and the number of runs: what compiled code is given."""
-        return self.starts.data_ptr(), self.lengths.data_ptr(), self.starts.numel()
+    def runs(self) -> Runs:
+        """What compiled code is given."""
+        return Runs(self.starts.data_ptr(), self.lengths.data_ptr(), self.starts.numel())
 
     @staticmethod
     def every(n: int) -> Units:
         """All of ``n`` units, in one run."""
         return _every(n)
+
+    def __add__(self, other: Units) -> Units:
+        """These units, then others."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        starts, lengths = torch.cat([self.starts, other.starts]), torch.cat([self.lengths, other.lengths])
+        return Units(starts, lengths, self.count + other.count)
 
     def is_all(self, n: int) -> bool:
         """Whether these are all of ``n`` units in their order, told without looking at them."""
@@ -168,15 +182,15 @@ class RowPattern:
         starts, order = groups[0].starts.sort()
         return (Units(starts, groups[0].lengths[order], groups[0].count),)
 
-    @cached_property
-    def covered(self) -> Units:
-        """Units that some group keeps, cell after cell from the first kept one: each group's are a range of them."""
-        return self._by_cell.between(0, (self.n_groups - 1) * self._shift + self.keep)
+    def dropped(self, group: int) -> Units:
+        """Units that a group does not keep."""
+        first = group * self._shift
+        return self._by_cell.between(0, first) + self._by_cell.between(first + self.keep, self.dp)
 
-    def place(self, group: int) -> slice:
-        """Where the units of a group lie in :attr:`covered`."""
-        ends, first = self._by_cell.units, group * self._shift
-        return slice(ends[first], ends[first + self.keep])
+    @property
+    def common(self) -> Units:
+        """Units that both groups keep, where groups overlap: the last ones of group 0, the first ones of group 1."""
+        return self._by_cell.between(self._shift, self.keep)
 
     @property
     def never_kept(self) -> Units:

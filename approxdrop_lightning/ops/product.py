@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from approxdrop_lightning.ops.blocks import buffer, put, take
+from approxdrop_lightning.ops.native import library
 from approxdrop_lightning.pattern import Units
 
 
@@ -35,6 +37,10 @@ class Block:
         """Transposed."""
         return Block(self.matrix.t(), self.columns, self.rows)
 
+    def cut(self, columns: slice) -> Block:
+        """Some of the columns of a block that has all of its matrix."""
+        return self if columns == slice(None) else Block.whole(self.matrix[:, columns])
+
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the block."""
@@ -54,27 +60,46 @@ class Block:
         return take(self.matrix, self.rows, self.columns)
 
 
-def multiply(a: Block, b: Block, out: Block, add: bool = False) -> None:
-    """``out = a @ b``, in place; with ``add``, ``out += a @ b``.
+def multiply(a: Block, b: Block, out: Block, bias: Tensor | None = None, add: bool = False) -> None:
+    """``out = a @ b + bias``, in place; with ``add``, ``out += a @ b + bias``.
+
+    In float32 on the CPU one compiled function reads and writes the blocks where they lie; elsewhere they are copied.
 
     Args:
         a: ``[M, K]``.
         b: ``[K, N]``.
         out: ``[M, N]`` of a row-major matrix. What else is in this matrix stays.
+        bias: One entry for each column of ``b.matrix``, contiguous; None for none.
         add: Whether to add to what is there.
     """
     if 0 in out.shape:
         return
-    left, right = a.copied(), b.copied()
-    if out.is_whole:
-        if add:
-            out.matrix.addmm_(left, right)
-        else:
-            torch.mm(left, right, out=out.matrix)
+    native = _native(a.matrix, b.matrix, out.matrix)
+    if native is not None and a.shape[1]:
+        native.product(
+            *a.shape, b.shape[1], *_part(a), *_part(b), *_part(out, row_major=True),
+            None if bias is None else bias.data_ptr(), add, torch.get_num_threads(),
+        )  # fmt: skip
         return
-    values = out.copied() if add else buffer(out.shape, out.matrix)
+    values = out.copied() if add else out.matrix if out.is_whole else buffer(out.shape, out.matrix)
     if add:
-        values.addmm_(left, right)
+        torch.addmm(values, a.copied(), b.copied(), out=values)
     else:
-        torch.mm(left, right, out=values)
-    put(out.matrix, out.rows, out.columns, values, clear=False)
+        torch.mm(a.copied(), b.copied(), out=values)
+    if bias is not None:
+        values += bias if b.columns.is_all(len(bias)) else bias[b.columns.index.to(bias.device)]
+    if not out.is_whole:
+        put(out.matrix, out.rows, out.columns, values, clear=False)
+
+
+def _native(*matrices: Tensor) -> Any:
+    # A dispatch mode (FlopCounterMode, for one) watches PyTorch's own calls: then these are what it shall see.
+    if torch._C._len_torch_dispatch_stack() or not all(m.is_cpu and m.dtype == torch.float32 for m in matrices):
+        return None
+    return library()
+
+
+def _part(block: Block, row_major: bool = False) -> tuple:
+    matrix = block.matrix
+    strides = matrix.stride()[:1] if row_major else matrix.stride()
+    return matrix.data_ptr(), *strides, block.rows.runs, block.columns.runs
