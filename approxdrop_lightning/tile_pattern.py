@@ -57,6 +57,12 @@ class TilePattern:
         """Pattern of the transposed weight: the diagonals are the same."""
         return TilePattern(self.n_in, self.n_out, self.dp, self.offset, self.keep, self.tile_size)
 
+    @property
+    def dropped(self) -> TilePattern:
+        """Pattern of what this one drops, if it drops anything."""
+        offset = (self.offset + self.keep) % self.dp
+        return TilePattern(self.n_out, self.n_in, self.dp, offset, self.dp - self.keep, self.tile_size)
+
     def parts(self) -> tuple[tuple[Units, Units], ...]:
         """Kept weights as ``(rows, columns)`` of dense blocks.
 

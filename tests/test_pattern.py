@@ -95,7 +95,11 @@ def test_a_copy_has_its_own_memory(copied):
     other = copied(pattern)
     for g, runs in enumerate(original):
         units, mine = other.units(g), other.units(g).runs
-        assert (mine.starts, mine.lengths, mine.runs) == (units.starts.data_ptr(), units.lengths.data_ptr(), runs.runs)
+        assert (mine.starts, mine.lengths, mine.runs) == (
+            units.starts.data_ptr(),
+            units.lengths.data_ptr(),
+            runs.runs,
+        )
         assert mine.starts != runs.starts and mine.lengths != runs.lengths
     assert other == pattern
 
