@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -10,12 +9,6 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-
-
-class Runs(ctypes.Structure):
-    """Addresses of starts and lengths, and the number of runs: ``Units`` of ``ops/kernels.h``."""
-
-    _fields_ = [("starts", ctypes.c_void_p), ("lengths", ctypes.c_void_p), ("runs", ctypes.c_int64)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +38,9 @@ class Units:
         return Units, (self.starts, self.lengths, self.count)
 
     @cached_property
-    def runs(self) -> Runs:
-        """What compiled code is given."""
-        return Runs(self.starts.data_ptr(), self.lengths.data_ptr(), self.starts.numel())
+    def runs(self) -> tuple[int, int, int]:
+        """Addresses of starts and lengths, and the number of runs: what compiled code is given."""
+        return self.starts.data_ptr(), self.lengths.data_ptr(), self.starts.numel()
 
     @staticmethod
     def every(n: int) -> Units:

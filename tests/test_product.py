@@ -41,5 +41,5 @@ def test_product_of_parts(kinds, sizes, transposed, add, dtype):
     product += bias.double()[columns.index]
     place = rows.index[:, None], columns.index
     wanted[place] = wanted[place] + product if add else product
-    multiply(Block(a, rows, inner), Block(b, inner, columns), Block(out, rows, columns), bias, add)
+    multiply([(Block(a, rows, inner), Block(b, inner, columns), Block(out, rows, columns), add)], bias)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5 * k if dtype == torch.float32 else 1e-10)

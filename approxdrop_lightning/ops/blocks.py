@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops.native import library
+from approxdrop_lightning.ops.native import Runs, library
 from approxdrop_lightning.pattern import Units
 
 #: Smaller buffers come from PyTorch: asking for them costs less than looking for one.
@@ -131,7 +131,15 @@ def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
     if native is not None and matrix.is_cpu:
         item, width = matrix.element_size(), matrix.shape[1]
         size = rows.count * columns.count
-        native.zero(matrix.data_ptr(), width * item, rows.runs, columns.runs, item, size, torch.get_num_threads())
+        native.zero(
+            matrix.data_ptr(),
+            width * item,
+            Runs(*rows.runs),
+            Runs(*columns.runs),
+            item,
+            size,
+            torch.get_num_threads(),
+        )
     elif columns.is_all(matrix.shape[1]):
         matrix.index_fill_(0, rows.index.to(matrix.device), 0)
     else:
@@ -142,6 +150,6 @@ def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units
     """Arguments that the compiled copies have in common."""
     item, width = to.element_size(), to.shape[1]
     return (
-        to.data_ptr(), width * item, source.data_ptr(), stride * item, rows.runs, columns.runs,
+        to.data_ptr(), width * item, source.data_ptr(), stride * item, Runs(*rows.runs), Runs(*columns.runs),
         item, rows.count * width, torch.get_num_threads(),
     )  # fmt: skip

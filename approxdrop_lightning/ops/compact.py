@@ -53,8 +53,7 @@ class _RowLinear(torch.autograd.Function):
         parts = Groups(in_pattern, out_pattern, leading_shape, weight)
         y = parts.outside.new(x)
         blocks = zip(parts.inside.blocks(x), parts.weights(weight), parts.outside.blocks(y), strict=True)
-        for x_g, w_g, y_g in blocks:
-            multiply(x_g, w_g.t, y_g, bias)
+        multiply([(x_g, w_g.t, y_g, False) for x_g, w_g, y_g in blocks], bias)
         ctx.parts, ctx.bias = parts, bias is not None
         ctx.save_for_backward(x, weight)
         return y
@@ -68,8 +67,8 @@ class _RowLinear(torch.autograd.Function):
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = parts.inside.new(grad)
-            for dy_g, w_g, dx_g in zip(dys, parts.weights(weight), parts.inside.blocks(dx), strict=True):
-                multiply(dy_g, w_g, dx_g)
+            blocks = zip(dys, parts.weights(weight), parts.inside.blocks(dx), strict=True)
+            multiply([(dy_g, w_g, dx_g, False) for dy_g, w_g, dx_g in blocks])
             dx = dx.view(x.shape)
         if ctx.needs_input_grad[1]:
             dw = parts.weight_grad(dys, parts.inside.blocks(x))

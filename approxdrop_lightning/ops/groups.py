@@ -44,9 +44,11 @@ class Side:
             values = values.reshape(sum(r.count for r in self.rows), self.units[0].count)
             columns = Units.every(values.shape[1])
             return [Block(values, rows, columns) for rows in self.rows]
-        shapes = [(r.count, u.count) for r, u in zip(self.rows, self.units, strict=True)]
-        parts = values.reshape(-1).split([r * u for r, u in shapes])
-        return [Block.whole(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
+        values, found, offset = values.reshape(-1).contiguous(), [], 0
+        for rows, units in zip(self.rows, self.units, strict=True):
+            found.append(Block.whole(values, (rows.count, units.count), offset))
+            offset += rows.count * units.count
+        return found
 
     def dropped(self, group: int) -> Units:
         """Units that a group does not keep."""
@@ -82,18 +84,23 @@ class Groups:
 
     def weight_grad(self, dys: list[Block], xs: list[Block]) -> Tensor:
         """Dense gradient; each entry is written once, but for those that groups have in common: they add up."""
-        grad = buffer((self.outside.n, self.inside.n), dys[0].matrix)
-        blank = self._clear(grad)
+        grad = buffer((self.outside.n, self.inside.n), dys[0].tensor)
+        cleared = self._clear(grad)
+        first, later = [], []
         for g, (dy, x) in enumerate(zip(dys, xs, strict=True)):
-            if g == 0 or blank:
-                multiply(dy.t, x, Block(grad, self.outside.units[g], self.inside.units[g]), add=g > 0)
+            if g == 0 or cleared:
+                out = Block(grad, self.outside.units[g], self.inside.units[g])
+                (later if g else first).append((dy.t, x, out, g > 0))
                 continue
             for place, rows, again in self.outside.pieces(g):
                 # Rows that no group has written yet: nothing to add to.
                 for columns in self.inside.pieces(g) if again else [(slice(None), self.inside.units[g], False)]:
-                    multiply(
-                        dy.cut(place).t, x.cut(columns[0]), Block(grad, rows, columns[1]), add=again and columns[2]
-                    )
+                    add = again and columns[2]
+                    product = (dy.cut(place).t, x.cut(columns[0]), Block(grad, rows, columns[1]), add)
+                    (later if add else first).append(product)
+        multiply(first)
+        for product in later:
+            multiply([product])
         return grad
 
     def _clear(self, grad: Tensor) -> bool:
@@ -115,9 +122,10 @@ class Groups:
         """Dense gradient: sums over the rows of each group."""
         if self.outside.pattern is None:
             return dys[0].matrix.sum(0)
-        grad = dys[0].matrix.new_zeros(1, self.outside.n)
+        grad = dys[0].tensor.new_zeros(1, self.outside.n)
+        ones = grad.new_ones(1, max(r.count for r in self.outside.rows))
         for dy, units in zip(dys, self.outside.units, strict=True):
-            multiply(Block.whole(grad.new_ones(1, dy.shape[0])), dy, Block(grad, _ONE, units), add=True)
+            multiply([(Block.whole(ones, (1, dy.rows.count)), dy, Block(grad, _ONE, units), True)])
         return grad[0]
 
 

@@ -17,20 +17,25 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from approxdrop_lightning.pattern import Runs
-
 _SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "product.c")]
 _HEADER = Path(__file__).with_name("kernels.h")
 # Not -ffast-math: linking with it would change the rounding of tiny numbers for the whole process.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=gnu11")
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_COPY = [_POINTER, _SIZE] * 2 + [Runs] * 2 + [_SIZE, _SIZE, _INT]
-_PART = [_POINTER, _SIZE, _SIZE, Runs, Runs]
+
+
+class Runs(ctypes.Structure):
+    """``Units`` of ``kernels.h``."""
+
+    _fields_ = [("starts", _POINTER), ("lengths", _POINTER), ("runs", _SIZE)]
+
+
+_COPY = [_POINTER, _SIZE, _POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT]
 _SIGNATURES = {
     "take": _COPY,
     "put": [*_COPY, _INT],
     "zero": [_POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT],
-    "product": [_SIZE, _SIZE, _SIZE, *_PART, *_PART, _POINTER, _SIZE, Runs, Runs, _POINTER, _INT, _INT],
+    "products": [_POINTER, _SIZE, _INT],
     "lstm_forward": [*[_POINTER] * 6, _SIZE, _SIZE, _INT],
     "lstm_backward": [*[_POINTER] * 7, _SIZE, _SIZE, _INT],
 }

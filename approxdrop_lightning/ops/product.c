@@ -145,7 +145,7 @@ static inline void store(vec (*sums)[2], float *out, const int64_t *row, int row
     for (int i = 0; i < rows; i++) {
         float *to = out + row[i];
         vec left = sums[i][0], right = sums[i][1];
-        if (bias) left += *(const vec *)bias, right += *(const vec *)(bias + LANES);
+        left += *(const vec *)bias, right += *(const vec *)(bias + LANES);
         if (run) {
             vec *at = (vec *)(to + column[0]);
             if (add) left += at[0], right += at[1];
@@ -165,64 +165,113 @@ static int64_t *offsets(Units units, int64_t stride, int64_t *to) {
 }
 
 // out[out_rows, out_columns] = a[rows, inner] @ b[inner_b, columns] + bias[columns], or += with add. Strides are in
-// entries; bias may be NULL.
-void product(int64_t m, int64_t depth, int64_t n, const float *a, int64_t a_row, int64_t a_column, Units rows,
-             Units inner, const float *b, int64_t b_row, int64_t b_column, Units inner_b, Units columns, float *out,
-             int64_t out_row, Units out_rows, Units out_columns, const float *bias, int add, int threads) {
-    int64_t *indices = malloc(sizeof(int64_t) * (2 * (m + depth + n) + n));
-    Part left = {a, indices, indices + m, a_column == 1 || a_row != 1};
-    int64_t *bj = offsets(inner, a_column, offsets(rows, a_row, indices)) + depth;
-    Part right = {b, bj - depth, bj, b_column == 1 || b_row != 1};
-    int64_t *ci = offsets(columns, b_column, offsets(inner_b, b_row, bj - depth)), *cj = ci + m, *which = cj + n;
-    offsets(out_columns, 1, offsets(out_rows, out_row, ci));
-    if (bias) offsets(columns, 1, which);
+// entries; bias may be NULL. As product.py fills it in.
+typedef struct {
+    int64_t m, depth, n;
+    const float *a;
+    int64_t a_row, a_column;
+    Units rows, inner;
+    const float *b;
+    int64_t b_row, b_column;
+    Units inner_b, columns;
+    float *out;
+    int64_t out_row;
+    Units out_rows, out_columns;
+    const float *bias;
+    int64_t add;
+} Product;
 
+// How one product is cut into tasks: bands of `high` rows in blocks, strips of columns in pieces of `width`.
+typedef struct {
+    int64_t *indices;
+    Part a, b;
+    int64_t *out_row, *out_column, *bias_index;
+    int high;
+    int64_t bands, per_block, blocks, step, strips, width, tasks;
+} Plan;
+
+static void plan(const Product *p, Plan *to, int64_t width) {
+    int64_t *i = malloc(sizeof(int64_t) * (2 * (p->m + p->depth + p->n) + p->n));
+    to->indices = i;
+    to->a = (Part){p->a, i, i + p->m, p->a_column == 1 || p->a_row != 1};
+    i = offsets(p->inner, p->a_column, offsets(p->rows, p->a_row, i));
+    to->b = (Part){p->b, i, i + p->depth, p->b_column == 1 || p->b_row != 1};
+    i = offsets(p->columns, p->b_column, offsets(p->inner_b, p->b_row, i));
+    to->out_row = i, to->out_column = i + p->m, to->bias_index = i + p->m + p->n;
+    i = offsets(p->out_columns, 1, offsets(p->out_rows, p->out_row, i));
+    if (p->bias) offsets(p->columns, 1, i);
     // Tiles of almost equal height, blocks of almost equal depth: the last one is no remainder.
-    int64_t bands = (m + ROWS - 1) / ROWS;
-    int high = (int)((m + bands - 1) / bands);
-    bands = (m + high - 1) / high;
-    int64_t blocks = (bands * high + HEIGHT - 1) / HEIGHT, per_block = (bands + blocks - 1) / blocks;
-    int64_t steps = (depth + DEPTH - 1) / DEPTH, step = (depth + steps - 1) / steps;
-    int64_t strips = (n + COLUMNS - 1) / COLUMNS;
-    // Several tasks for each thread, since a machine's cores are not equally free; but a block of `a` is packed anew
-    // for each.
-    int64_t width = strips * blocks / (4 * threads) / STRIPS * STRIPS;
-    width = width < STRIPS ? STRIPS : least(width, 8 * STRIPS);
-    int64_t tasks = blocks * ((strips + width - 1) / width);
-#pragma omp parallel num_threads(threads) if (m * depth * n > SMALL && tasks > 1)
-    {
-        static _Thread_local float *scratch;
-        const int64_t size = HEIGHT * DEPTH + 64;
-        if (!scratch) scratch = aligned_alloc(64, sizeof(float) * (size + STRIPS * COLUMNS * DEPTH + 64));
-        float *pa = scratch, *pb = scratch + size;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; task++) {
-            int64_t band0 = task % blocks * per_block, band1 = least(band0 + per_block, bands);
-            int64_t strip0 = task / blocks * width, strip1 = least(strip0 + width, strips);
-            for (int64_t k0 = 0; k0 < depth; k0 += step) {
-                int64_t deep = least(step, depth - k0);
-                for (int64_t p = band0; p < band1; p++)
-                    pack(a, left.column + k0, deep, left.row + p * high, least(m - p * high, high), high, left.along,
-                         pa + (p - band0) * high * deep);
-                for (int64_t s = strip0; s < strip1; s += STRIPS) {
-                    int64_t last = least(s + STRIPS, strip1);
-                    pack_strips(right, k0, deep, bj + s * COLUMNS, least(last * COLUMNS, n) - s * COLUMNS, pb);
-                    for (int64_t j = s; j < last; j++) {
-                        int wide = (int)least(n - j * COLUMNS, COLUMNS);
-                        int run = wide == COLUMNS && consecutive(cj + j * COLUMNS, wide);
-                        float kept[COLUMNS] = {0};
-                        if (bias)
-                            for (int c = 0; c < wide; c++) kept[c] = bias[which[j * COLUMNS + c]];
-                        for (int64_t p = band0; p < band1; p++) {
-                            vec sums[ROWS][2];
-                            tile(high, deep, pa + (p - band0) * high * deep, pb + (j - s) * COLUMNS * deep, sums);
-                            store(sums, out, ci + p * high, (int)least(m - p * high, high), cj + j * COLUMNS, wide,
-                                  run, bias && !k0 ? kept : 0, add || k0);
-                        }
-                    }
+    to->bands = (p->m + ROWS - 1) / ROWS;
+    to->high = (int)((p->m + to->bands - 1) / to->bands);
+    to->bands = (p->m + to->high - 1) / to->high;
+    to->blocks = (to->bands * to->high + HEIGHT - 1) / HEIGHT;
+    to->per_block = (to->bands + to->blocks - 1) / to->blocks;
+    int64_t steps = (p->depth + DEPTH - 1) / DEPTH;
+    to->step = (p->depth + steps - 1) / steps;
+    to->strips = (p->n + COLUMNS - 1) / COLUMNS;
+    to->width = width;
+    to->tasks = to->blocks * ((to->strips + width - 1) / width);
+}
+
+// One block of rows and some strips of columns, over the whole depth.
+static void run_task(const Product *p, const Plan *to, int64_t task, float *pa, float *pb) {
+    const int high = to->high, add = (int)p->add;
+    const int64_t band0 = task % to->blocks * to->per_block, band1 = least(band0 + to->per_block, to->bands);
+    const int64_t strip0 = task / to->blocks * to->width, strip1 = least(strip0 + to->width, to->strips);
+    for (int64_t k0 = 0; k0 < p->depth; k0 += to->step) {
+        const int64_t deep = least(to->step, p->depth - k0);
+        for (int64_t band = band0; band < band1; band++)
+            pack(p->a, to->a.column + k0, deep, to->a.row + band * high, (int)least(p->m - band * high, high), high,
+                 to->a.along, pa + (band - band0) * high * deep);
+        for (int64_t s = strip0; s < strip1; s += STRIPS) {
+            const int64_t last = least(s + STRIPS, strip1);
+            pack_strips(to->b, k0, deep, to->b.column + s * COLUMNS, least(last * COLUMNS, p->n) - s * COLUMNS, pb);
+            for (int64_t j = s; j < last; j++) {
+                const int wide = (int)least(p->n - j * COLUMNS, COLUMNS);
+                const int64_t *columns = to->out_column + j * COLUMNS;
+                const int run = wide == COLUMNS && consecutive(columns, wide);
+                float bias[COLUMNS] = {0};
+                if (p->bias && !k0)
+                    for (int c = 0; c < wide; c++) bias[c] = p->bias[to->bias_index[j * COLUMNS + c]];
+                for (int64_t band = band0; band < band1; band++) {
+                    vec sums[ROWS][2];
+                    tile(high, deep, pa + (band - band0) * high * deep, pb + (j - s) * COLUMNS * deep, sums);
+                    store(sums, p->out, to->out_row + band * high, (int)least(p->m - band * high, high), columns, wide,
+                          run, bias, add || k0);
                 }
             }
         }
     }
-    free(indices);
+}
+
+// Products that do not depend on each other. Their tasks are shared out together.
+void products(const Product *list, int64_t count, int threads) {
+    int64_t multiplies = 0, tasks = 0, strips = 0;
+    for (int64_t i = 0; i < count; i++) {
+        multiplies += list[i].m * list[i].depth * list[i].n;
+        strips += (list[i].n + COLUMNS - 1) / COLUMNS * ((list[i].m + HEIGHT - 1) / HEIGHT);
+    }
+    // Several tasks for each thread, since a machine's cores are not equally free; but a block of `a` is packed anew
+    // for each.
+    int64_t width = strips / (4 * threads) / STRIPS * STRIPS;
+    width = width < STRIPS ? STRIPS : least(width, 8 * STRIPS);
+    Plan *plans = malloc(sizeof(Plan) * count);
+    for (int64_t i = 0; i < count; i++) {
+        plan(list + i, plans + i, width);
+        tasks += plans[i].tasks;
+    }
+#pragma omp parallel num_threads(threads) if (multiplies > SMALL && tasks > 1)
+    {
+        static _Thread_local float *scratch;
+        const int64_t size = HEIGHT * DEPTH + 64;
+        if (!scratch) scratch = aligned_alloc(64, sizeof(float) * (size + STRIPS * COLUMNS * DEPTH + 64));
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; task++) {
+            int64_t i = 0, own = task;
+            while (own >= plans[i].tasks) own -= plans[i++].tasks;
+            run_task(list + i, plans + i, own, scratch, scratch + size);
+        }
+    }
+    for (int64_t i = 0; i < count; i++) free(plans[i].indices);
+    free(plans);
 }

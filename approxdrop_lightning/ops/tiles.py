@@ -18,8 +18,12 @@ def _product(x: Tensor, weight: Tensor, pattern: TilePattern) -> Tensor:
     """``x @ (weight * mask).T``: each part of the pattern makes outputs of its own."""
     rows = Units.every(len(x))
     y = buffer((len(x), pattern.n_out), x)
-    for outputs, inputs in pattern.parts():
-        multiply(Block(x, rows, inputs), Block(weight, outputs, inputs).t, Block(y, rows, outputs))
+    multiply(
+        [
+            (Block(x, rows, inputs), Block(weight, outputs, inputs).t, Block(y, rows, outputs), False)
+            for outputs, inputs in pattern.parts()
+        ]
+    )
     return y
 
 
@@ -30,8 +34,12 @@ def _weight_grad(dy: Tensor, x: Tensor, pattern: TilePattern) -> Tensor:
     if not pattern.keeps_all:
         for outputs, inputs in pattern.dropped.parts():
             zero(grad, outputs, inputs)
-    for outputs, inputs in pattern.parts():
-        multiply(Block(dy, rows, outputs).t, Block(x, rows, inputs), Block(grad, outputs, inputs))
+    multiply(
+        [
+            (Block(dy, rows, outputs).t, Block(x, rows, inputs), Block(grad, outputs, inputs), False)
+            for outputs, inputs in pattern.parts()
+        ]
+    )
     return grad
 
 
