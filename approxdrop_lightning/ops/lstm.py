@@ -24,7 +24,7 @@ def _native(gates: Tensor, weight: Tensor) -> Any:
 
 
 def _strips(parts: int, n: int, depth: int, like: Tensor) -> Tensor:
-    """Memory for a weight packed in strips: each part has ``n`` columns of ``depth``, and strips that are not full."""
+    """Memory for a weight packed in strips: ``n`` columns of ``depth`` in each part, the last strip not full."""
     return buffer((parts * (n + _STRIP) * depth + _STRIP,), like)
 
 

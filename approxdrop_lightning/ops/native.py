@@ -50,7 +50,7 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError) as error:
         logging.getLogger(__name__).warning(
-            "the kernels of approxdrop_lightning were not compiled; without them skipping dropout may take longer than "
+            "the kernels of approxdrop_lightning were not compiled; without them skipping may take longer than "
             "it saves: %s",
             error,
         )
