@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 ACTIVATIONS = ("identity", "relu", "gelu")
 
