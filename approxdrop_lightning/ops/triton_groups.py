@@ -1,8 +1,8 @@
 """Grouped products: interleaved and shuffled row patterns, all groups of rows in one launch.
 
-A program axis runs over the groups (over blocks of the weight, for its gradient). What a group reads and writes stands
-in the tables of :mod:`.tables`: rows by number, units by the starts of runs that lie together, so that a run of
-16 bytes is still one load. No atomics: each entry of a result is the work of one program.
+A program axis runs over the groups (over blocks of the weight, for its gradient). What a group reads and writes
+stands in the tables of :mod:`.tables`: rows by number, units by the starts of runs that lie together, so that 16
+bytes that are kept together are one load. No atomics: each entry of a result is the work of one program.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from approxdrop_lightning.ops.tables import GROUP_FIELDS, PAIR_FIELDS, SEGMENT_FIELDS, Sizes, Tables
-from approxdrop_lightning.ops.triton_launch import Launch, aligned_run, finish, precision
+from approxdrop_lightning.ops.triton_launch import Launch, aligned_run, finish, precision, whole
 
 _GROUP = tl.constexpr(GROUP_FIELDS)
 _PAIR = tl.constexpr(PAIR_FIELDS)
@@ -32,12 +32,6 @@ def _field(record, field):
 
 
 @triton.jit
-def _whole(number, RUN: tl.constexpr):
-    """The number, known to be a multiple: a hint on a loaded scalar does not outlive the compiler's first pass."""
-    return number // RUN * RUN
-
-
-@triton.jit
 def _units(table, position, live, RUN: tl.constexpr):
     """Units at positions of a side's list, whose aligned runs of ``RUN`` lie together; 0: all in their order."""
     if RUN == 0:
@@ -52,10 +46,10 @@ def _units(table, position, live, RUN: tl.constexpr):
 def _row_starts(rows, group, r, live, width, SIDE: tl.constexpr, ALIGN: tl.constexpr, BY_GROUP: tl.constexpr):
     """Where rows of a group begin in the values of a side, int64."""
     if BY_GROUP:
-        values = _whole(tl.load(group + SIDE + 2), ALIGN)
-        start = values + r.to(tl.int64) * _whole(_field(group, SIDE + 1), ALIGN)
+        values = whole(tl.load(group + SIDE + 2), ALIGN)
+        start = values + r.to(tl.int64) * whole(_field(group, SIDE + 1), ALIGN)
     else:
-        start = tl.load(rows + _field(group, 0) + r, mask=live, other=0) * _whole(width, ALIGN)
+        start = tl.load(rows + _field(group, 0) + r, mask=live, other=0) * whole(width, ALIGN)
     return start
 
 
@@ -76,8 +70,8 @@ def product(
     OUT: tl.constexpr = _OUT if FORWARD else _IN
     group = groups + tl.program_id(1) * _GROUP
     M, w_row = _field(group, 1), _field(group, 2)
-    k_first, K = _whole(_field(group, IN), IN_ALIGN), _whole(_field(group, IN + 1), IN_ALIGN)
-    n_first, N = _whole(_field(group, OUT), OUT_ALIGN), _whole(_field(group, OUT + 1), OUT_ALIGN)
+    k_first, K = whole(_field(group, IN), IN_ALIGN), whole(_field(group, IN + 1), IN_ALIGN)
+    n_first, N = whole(_field(group, OUT), OUT_ALIGN), whole(_field(group, OUT + 1), OUT_ALIGN)
     # Rows vary fastest: programs that run together read one tile of the weight, the larger operand, from the cache.
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -88,7 +82,7 @@ def product(
     m_live, n_live = m < M, n < N
     x_rows = x + _row_starts(rows, group, m, m_live, x_width, IN, IN_ALIGN, IN_BY_GROUP)
     n_unit = _units(out_units, n_first + n, n_live, OUT_RUN)
-    w_stride = _whole(w_stride.to(tl.int64), W_ALIGN)
+    w_stride = whole(w_stride.to(tl.int64), W_ALIGN)
     # Of [k, n] each, the factor that is a row of the weight goes with its stride.
     if FORWARD:
         w_columns = w + (w_row + n if PACKED else n_unit)[None, :] * w_stride
@@ -126,8 +120,8 @@ def weight_grad(
 ):  # fmt: skip
     """``dW[block] = scale * sum of dy[g]^T @ x[g]`` over the groups that keep it, for one tile of a block."""
     block = blocks + tl.program_id(1) * _PAIR
-    n_first, N = _whole(_field(block, 0), OUT_ALIGN), _whole(_field(block, 1), OUT_ALIGN)
-    k_first, K = _whole(_field(block, 2), IN_ALIGN), _whole(_field(block, 3), IN_ALIGN)
+    n_first, N = whole(_field(block, 0), OUT_ALIGN), whole(_field(block, 1), OUT_ALIGN)
+    k_first, K = whole(_field(block, 2), IN_ALIGN), whole(_field(block, 3), IN_ALIGN)
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     if pid >= tiles_n * tl.cdiv(K, BLOCK_K):
@@ -140,8 +134,8 @@ def weight_grad(
     for g in range(_field(block, 4), _field(block, 5)):
         group = groups + g * _GROUP
         M = _field(group, 1)
-        dy_columns = dy + _whole(n_first - _field(group, _OUT), OUT_ALIGN) + n
-        x_columns = x + _whole(k_first - _field(group, _IN), IN_ALIGN) + k
+        dy_columns = dy + whole(n_first - _field(group, _OUT), OUT_ALIGN) + n
+        x_columns = x + whole(k_first - _field(group, _IN), IN_ALIGN) + k
         for start in range(0, M, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
             m_live = m < M
@@ -154,7 +148,7 @@ def weight_grad(
 
     n_unit = _units(out_units, n_first + n, n_live, OUT_RUN)
     k_unit = _units(in_units, k_first + k, k_live, IN_RUN)
-    at = dw + n_unit[:, None] * _whole(w_stride.to(tl.int64), W_ALIGN) + k_unit[None, :]
+    at = dw + n_unit[:, None] * whole(w_stride.to(tl.int64), W_ALIGN) + k_unit[None, :]
     tl.store(at, (accumulator * scale).to(dw.dtype.element_ty), mask=n_live[:, None] & k_live[None, :])
 
 
@@ -166,14 +160,14 @@ def bias_grad(
 ):  # fmt: skip
     """``db[segment] = scale * sum of dy[g]`` over the rows of the groups that keep it."""
     segment = blocks + tl.program_id(1) * _SEGMENT
-    n_first, N = _whole(_field(segment, 0), OUT_ALIGN), _whole(_field(segment, 1), OUT_ALIGN)
+    n_first, N = whole(_field(segment, 0), OUT_ALIGN), whole(_field(segment, 1), OUT_ALIGN)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_live = n < N
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for g in range(_field(segment, 2), _field(segment, 3)):
         group = groups + g * _GROUP
         M = _field(group, 1)
-        dy_columns = dy + _whole(n_first - _field(group, _OUT), OUT_ALIGN) + n
+        dy_columns = dy + whole(n_first - _field(group, _OUT), OUT_ALIGN) + n
         for start in range(0, M, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
             m_live = m < M
@@ -199,7 +193,7 @@ def pack(
     k_unit = _units(in_units, _field(group, _IN) + k, k_live, IN_RUN)
     live = n_live[:, None] & k_live[None, :]
     tile = tl.load(w + n_unit[:, None] * w_stride.to(tl.int64) + k_unit[None, :], mask=live)
-    packed_rows = (_field(group, 2) + n).to(tl.int64) * _whole(packed_stride, 16)
+    packed_rows = (_field(group, 2) + n).to(tl.int64) * whole(packed_stride, 16)
     tl.store(packed + packed_rows[:, None] + k[None, :], tile, mask=live)
 
 

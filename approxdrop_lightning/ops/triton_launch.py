@@ -40,6 +40,12 @@ class Launch:
 
 
 @triton.jit
+def whole(number, RUN: tl.constexpr):
+    """The number, known to be a multiple: a hint on a loaded scalar does not outlive the compiler's first pass."""
+    return number // RUN * RUN
+
+
+@triton.jit
 def finish(pre, y, z, at, live, ACTIVATION: tl.constexpr):
     """``y = act(pre)``; what its derivative needs beside ``y`` goes to ``z``: for GELU its argument."""
     if ACTIVATION == "relu":
