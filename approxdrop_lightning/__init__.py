@@ -9,6 +9,7 @@ from approxdrop_lightning.monitor import ThroughputLogger
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.sampler import PatternSampler
 from approxdrop_lightning.surgery import approximate, resample, restore
+from approxdrop_lightning.tile_pattern import TilePattern
 
 __all__ = [
     "ApproxDropout",
@@ -18,6 +19,7 @@ __all__ = [
     "PatternSampler",
     "RowPattern",
     "ThroughputLogger",
+    "TilePattern",
     "approximate",
     "functional",
     "keep_freed_memory",

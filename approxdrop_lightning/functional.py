@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops import compact, lstm, reference
+from approxdrop_lightning.ops import compact, lstm, reference, tiles
 from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.tile_pattern import TilePattern
 
 BACKENDS = ("auto", "reference", "compact")
 
@@ -132,6 +133,49 @@ def row_linear(
     elif not out_pattern.interleave:
         y = y.view(*leading, out_pattern.n_kept)
     return y if scale == 1.0 else y * scale
+
+
+def tile_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pattern: TilePattern,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Linear layer with a tile pattern of its weight (Song et al., DATE 2019, section 3.2).
+
+    ``y = scale * x @ (weight * mask).T + bias``, where ``mask`` is that of the pattern: weights are dropped, the bias
+    is not. ``keep / dp`` of the dense multiplies are executed, forward and for both gradients; that of the weight is
+    dense, with zeros where it is dropped.
+
+    Args:
+        x: ``[*leading, n_in]``.
+        weight: ``[n_out, n_in]``.
+        bias: ``[n_out]``, or None.
+        pattern: Pattern of the weight.
+        scale: Factor of the kept weights.
+        backend: ``"reference"`` (masked dense), ``"compact"`` (products of parts), or ``"auto"``.
+
+    Returns:
+        ``[*leading, n_out]``.
+
+    Raises:
+        ValueError: Shapes do not fit, or the backend is unknown.
+    """
+    n_out, n_in = pattern.n_out, pattern.n_in
+    if tuple(weight.shape) != (n_out, n_in):
+        raise ValueError(
+            f"tile_linear: the pattern is of a weight [{n_out}, {n_in}], got shape {tuple(weight.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (n_out,):
+        raise ValueError(f"tile_linear: bias must be [{n_out}], got shape {tuple(bias.shape)}")
+    if x.dim() == 0 or x.shape[-1] != n_in:
+        raise ValueError(f"tile_linear: x must be [..., {n_in}], got shape {tuple(x.shape)}")
+    ops = reference if check_backend(backend) == "reference" else tiles
+    leading = x.shape[:-1]
+    x, weight, bias = _autocast(x.reshape(-1, n_in), weight, bias)
+    return ops.tile_linear(x, weight, bias, pattern, scale).view(*leading, n_out)
 
 
 def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:

@@ -57,6 +57,20 @@ def _every(n: int) -> Units:
     return Units(torch.tensor([0]), torch.tensor([n]), n)
 
 
+def check_integers(pattern: object, **ranges: int | tuple[int, float]) -> None:
+    """Check attributes of a pattern: integers in the ranges given, ``low`` or ``(low, high)``, both included.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name, allowed in ranges.items():
+        low, high = allowed if isinstance(allowed, tuple) else (allowed, math.inf)
+        value = getattr(pattern, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            kind = type(pattern).__name__
+            raise ValueError(f"{kind}: {name} must be an integer in [{low}, {high}], got {value!r}")
+
+
 @dataclass(frozen=True, eq=False)
 class RowPattern:
     """Row-based dropout pattern of ``n`` units (Song et al., DATE 2019, section 3.1, and beyond).
@@ -96,16 +110,8 @@ class RowPattern:
     block_size: int = 1
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("n", 1, math.inf),
-            ("dp", 1, math.inf),
-            ("offset", 0, self.dp - 1),
-            ("keep", 1, self.dp),
-            ("block_size", 1, math.inf),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(f"RowPattern: {name} must be an integer in [{low}, {high}], got {value!r}")
+        check_integers(self, n=1, dp=1, block_size=1)
+        check_integers(self, offset=(0, self.dp - 1), keep=(1, self.dp))
         if self.order is not None:
             order = torch.as_tensor(self.order, dtype=torch.int64, device="cpu")
             if order.shape != (self.n_blocks,) or not torch.equal(order.sort().values, torch.arange(self.n_blocks)):
@@ -180,7 +186,7 @@ class RowPattern:
     @cached_property
     def _by_cell(self) -> _ByCell:
         if self.order is None:
-            return _natural_cells(self.n, self.dp, self.offset, self.block_size)
+            return natural_cells(self.n, self.dp, self.offset, self.block_size)
         return _sort_by_cell(self.n, (self.order - self.offset).remainder(self.dp), self.dp, self.block_size)
 
     def cells(self) -> tuple[Tensor, ...]:
@@ -257,7 +263,8 @@ def _sort_by_cell(n: int, cell: Tensor, dp: int, block_size: int) -> _ByCell:
 
 
 @lru_cache(maxsize=1024)
-def _natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
+def natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
+    """Units in their natural order by cell: unit ``j`` lies in ``(j // block_size - offset) mod dp``."""
     return _sort_by_cell(n, (torch.arange(-(-n // block_size)) - offset).remainder(dp), dp, block_size)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.tile_pattern import TilePattern
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
@@ -33,3 +34,8 @@ def row_linear(
     dense = x if in_pattern is None else unpack(x, in_pattern, leading_shape)
     y = F.linear(dense, weight, bias)
     return y.reshape(-1, y.shape[-1]) if out_pattern is None else pack(y, out_pattern)
+
+
+def tile_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern, scale: float) -> Tensor:
+    """``x @ (scale * weight * mask).T + bias``. Shapes as in :mod:`.tiles`."""
+    return F.linear(x, weight * (pattern.mask().to(weight) * scale), bias)

@@ -1,0 +1,192 @@
+"""What the Triton kernels share beside a launch: tile sizes, their choice by timing, what is compiled ahead of time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from approxdrop_lightning.ops.triton_launch import Launch
+
+#: Types that the kernels multiply; sums are float32.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: Compute capabilities that the tables of tile sizes are made for: A100, H100, B200.
+ARCHS = (80, 90, 100)
+
+_NAMES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32",
+}  # fmt: skip
+
+
+class Tiling(NamedTuple):
+    """How a product is cut.
+
+    Attributes:
+        rows: Rows of the result that a program makes.
+        columns: Its columns.
+        depth: Terms that are summed at a time.
+        num_warps: Warps of a program.
+        num_stages: Steps of ``depth`` in flight.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+#: By compute capability; the first of each list serves where nothing is timed. 3 * (128 + 128) * 64 * 2 bytes = 96 KB
+#: also fit the 99 KB of the consumer cards that use the first table.
+_TENSOR_CORE = {
+    80: (Tiling(128, 128, 32, 4, 4), Tiling(128, 64, 64, 4, 3), Tiling(64, 64, 64, 4, 4), Tiling(32, 64, 64, 4, 4)),
+    90: (Tiling(128, 128, 64, 8, 4), Tiling(128, 64, 64, 4, 4), Tiling(64, 64, 64, 4, 4), Tiling(64, 128, 64, 4, 4)),
+    100: (
+        Tiling(128, 128, 64, 4, 4),
+        Tiling(128, 64, 64, 4, 4),
+        Tiling(64, 64, 64, 4, 4),
+        Tiling(128, 128, 32, 4, 4),
+    ),
+}
+#: float32 without tf32 runs on ordinary multiply-adds: tiles that fit the registers, on every architecture.
+_PLAIN = (Tiling(64, 64, 16, 4, 3), Tiling(32, 64, 16, 4, 3), Tiling(64, 32, 32, 4, 3))
+
+
+def arch_of(device: torch.device) -> int:
+    """The entry of :data:`ARCHS` whose tile sizes a device uses: 80 for the interpreter and for small cards."""
+    if device.type != "cuda":
+        return 80
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def tilings(arch: int, dtype: torch.dtype, precision: str = "ieee") -> tuple[Tiling, ...]:
+    """Tile sizes worth trying, the one to take untried first.
+
+    Args:
+        arch: One of :data:`ARCHS`.
+        dtype: One of :data:`DTYPES`.
+        precision: ``"tf32"`` or ``"ieee"``; only float32 knows a difference.
+    """
+    if dtype != torch.float32:
+        return _TENSOR_CORE[arch]
+    if precision == "ieee":
+        return _PLAIN
+    return tuple(t._replace(depth=t.depth // 2) for t in _TENSOR_CORE[arch])  # twice the bytes for each term
+
+
+def bucket(size: int) -> int:
+    """The power of two at or above a size: sizes of one bucket share a choice of tiles."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+_fastest: dict[Hashable, int] = {}
+
+
+def fastest(key: Hashable, launches: list[Launch]) -> Launch:
+    """The fastest of launches that do the same; all are timed when the key is new.
+
+    Nothing is timed in the interpreter, while a CUDA graph is captured, or if ``APPROXDROP_AUTOTUNE=0``: then it is
+    the first.
+
+    Args:
+        key: What the choice depends on: the kernel, types, and the :func:`bucket` of dense sizes, so that it does not
+            change with the pattern.
+        launches: Candidates. What they write does not depend on what was there.
+    """
+    if len(launches) == 1 or os.environ.get("APPROXDROP_AUTOTUNE", "1") == "0" or not _on_gpu(launches[0]):
+        return launches[0]
+    if key not in _fastest:
+        if torch.cuda.is_current_stream_capturing():
+            return launches[0]
+        times = [_seconds(launch.run) for launch in launches]
+        _fastest[key] = times.index(min(times))
+    return launches[_fastest[key]]
+
+
+def _on_gpu(launch: Launch) -> bool:
+    """Whether a launch runs on a GPU, not in the interpreter."""
+    return any(isinstance(value, Tensor) and value.is_cuda for value in launch.arguments.values())
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    try:
+        return triton.testing.do_bench(run, warmup=5, rep=20) / 1e3
+    except OutOfResources:  # of shared memory, on a card smaller than the table was made for
+        return float("inf")
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One kernel with the types, constants and options of one launch: what is compiled ahead of time.
+
+    Attributes:
+        name: What it is, for people.
+        kernel: The ``triton.jit`` function.
+        signature: Type of each argument, as ``triton.compiler.ASTSource`` wants it.
+        constants: Values of the arguments of type ``"constexpr"``.
+        aligned: Arguments that are divisible by 16.
+        num_warps: Warps of a program.
+        num_stages: Tiles in flight.
+        archs: Compute capabilities to compile it for.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    archs: tuple[int, ...] = ARCHS
+
+
+def specimen(name: str, launch: Launch, archs: tuple[int, ...] = ARCHS) -> Specimen:
+    """What Triton would compile for a launch: it specialises on types, on numbers that are 1 and on multiples of 16.
+
+    Args:
+        name: What it is, for people.
+        launch: A launch; its tensors may be of the meta device and count as aligned, as PyTorch's allocator has them.
+        archs: Compute capabilities to compile it for.
+    """
+    signature, constants, aligned = {}, dict(launch.constants), []
+    for parameter in launch.kernel.params:
+        if parameter.name in constants:
+            signature[parameter.name] = "constexpr"
+            continue
+        value = launch.arguments[parameter.name]
+        signature[parameter.name] = _type(value, parameter.do_not_specialize)
+        if signature[parameter.name] == "constexpr":
+            constants[parameter.name] = value
+        elif isinstance(value, Tensor) or _is_aligned(value, parameter):
+            aligned.append(parameter.name)
+    return Specimen(
+        name, launch.kernel, signature, constants, tuple(aligned), launch.num_warps, launch.num_stages, archs
+    )
+
+
+def _type(value: Any, general: bool) -> str:
+    """Triton's name of an argument's type; ``general`` arguments are never constants."""
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_NAMES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+    if isinstance(value, Tensor):
+        return f"*{_NAMES[value.dtype]}"
+    if value is None or (value == 1 and isinstance(value, int) and not general):
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _is_aligned(value: Any, parameter: Any) -> bool:
+    if not isinstance(value, int) or parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
+        return False
+    return value % 16 == 0
