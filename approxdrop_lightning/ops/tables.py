@@ -7,7 +7,6 @@ another table into the captured one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -81,8 +80,7 @@ class Tables(NamedTuple):
     out_units: Tensor
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """All that the ops of one product need beside its operands.
 
     Attributes:

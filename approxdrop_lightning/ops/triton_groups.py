@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from approxdrop_lightning.ops.tables import GROUP_FIELDS, PAIR_FIELDS, SEGMENT_FIELDS, Sizes, Tables
+from approxdrop_lightning.ops.triton_common import Tiling
 from approxdrop_lightning.ops.triton_launch import Launch, aligned_run, finish, precision, whole
 
 _GROUP = tl.constexpr(GROUP_FIELDS)
@@ -197,6 +198,29 @@ def pack(
     tl.store(packed + packed_rows[:, None] + k[None, :], tile, mask=live)
 
 
+@_jit
+def copy(
+    dense, values, rows, groups, in_units, x_width,
+    GATHER: tl.constexpr, IN_RUN: tl.constexpr, IN_ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Kept values out of dense rows, or (not ``GATHER``) back to their places."""
+    group = groups + tl.program_id(2) * _GROUP
+    M, K = _field(group, 1), whole(_field(group, _IN + 1), IN_ALIGN)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_live, k_live = m < M, k < K
+    unit = _units(in_units, whole(_field(group, _IN), IN_ALIGN) + k, k_live, IN_RUN)
+    row = tl.load(rows + _field(group, 0) + m, mask=m_live, other=0)
+    at_dense = dense + row[:, None] * whole(x_width, IN_RUN) + unit[None, :]
+    at_values = values + _row_starts(rows, group, m, m_live, 0, _IN, IN_ALIGN, True)[:, None] + k[None, :]
+    live = m_live[:, None] & k_live[None, :]
+    if GATHER:
+        tl.store(at_values, tl.load(at_dense, mask=live), mask=live)
+    else:
+        tl.store(at_dense, tl.load(at_values, mask=live), mask=live)
+
+
 def packs(sizes: Sizes) -> bool:
     """Whether kept columns of the weight are copied first: where 16 bytes of a row are not kept together."""
     return sizes.in_run == 1
@@ -230,6 +254,7 @@ def product_launch(
     tables: Tables,
     sizes: Sizes,
     scale: float,
+    tiling: Tiling,
     activation: str = "identity",
     forward: bool = True,
 ) -> Launch:
@@ -244,13 +269,14 @@ def product_launch(
         tables: Of the plan.
         sizes: Of the plan.
         scale: Factor.
-        activation: One of :data:`.triton_launch.ACTIVATIONS`.
+        tiling: How it is cut.
+        activation: One of :data:`.reference.ACTIVATIONS`.
         forward: Whether inputs are summed over; else outputs are.
     """
     packed = packs(sizes)
     if not forward:
         tables, sizes = _turned(tables, sizes)
-    tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+    tiles = {"BLOCK_M": tiling.rows, "BLOCK_N": tiling.columns, "BLOCK_K": tiling.depth}
     programs = triton.cdiv(sizes.most_rows, tiles["BLOCK_M"]) * triton.cdiv(sizes.most_out, tiles["BLOCK_N"])
     return Launch(
         product,
@@ -265,12 +291,15 @@ def product_launch(
             "W_ALIGN": aligned_run(w.element_size(), w.stride(0)),
             "ACTIVATION": activation, "PRECISION": precision(x.dtype),
         } | tiles,
+        tiling.num_warps, tiling.num_stages,
     )  # fmt: skip
 
 
-def weight_grad_launch(dy: Tensor, x: Tensor, dw: Tensor, tables: Tables, sizes: Sizes, scale: float) -> Launch:
+def weight_grad_launch(
+    dy: Tensor, x: Tensor, dw: Tensor, tables: Tables, sizes: Sizes, scale: float, tiling: Tiling
+) -> Launch:
     """Kept entries of the weight's gradient; the others of ``dw`` are not touched."""
-    tiles = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_M": 32}
+    tiles = {"BLOCK_N": tiling.rows, "BLOCK_K": tiling.columns, "BLOCK_M": tiling.depth}
     programs = triton.cdiv(sizes.most_out, tiles["BLOCK_N"]) * triton.cdiv(sizes.most_in, tiles["BLOCK_K"])
     return Launch(
         weight_grad,
@@ -283,6 +312,7 @@ def weight_grad_launch(dy: Tensor, x: Tensor, dw: Tensor, tables: Tables, sizes:
         _sides(sizes) | {
             "W_ALIGN": aligned_run(dw.element_size(), dw.stride(0)), "PRECISION": precision(x.dtype),
         } | tiles,
+        tiling.num_warps, tiling.num_stages,
     )  # fmt: skip
 
 
@@ -297,6 +327,20 @@ def bias_grad_launch(dy: Tensor, db: Tensor, tables: Tables, sizes: Sizes, scale
             "out_units": tables.out_units, "y_width": _width(dy), "scale": scale,
         },
         {name: value for name, value in _sides(sizes).items() if name.startswith("OUT")} | tiles,
+    )  # fmt: skip
+
+
+def copy_launch(dense: Tensor, values: Tensor, tables: Tables, sizes: Sizes, gather: bool) -> Launch:
+    """Kept values out of ``dense`` rows; or, not ``gather``, back to their places in it, the others not touched."""
+    tiles = {"BLOCK_M": 32, "BLOCK_K": 64}
+    return Launch(
+        copy,
+        (triton.cdiv(sizes.most_rows, 32), triton.cdiv(sizes.most_in, 64), sizes.groups),
+        {
+            "dense": dense, "values": values, "rows": tables.rows, "groups": tables.groups,
+            "in_units": tables.in_units, "x_width": dense.shape[1],
+        },
+        {"GATHER": gather, "IN_RUN": sizes.in_run, "IN_ALIGN": sizes.in_align} | tiles,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from approxdrop_lightning.ops.triton_common import Tiling
 from approxdrop_lightning.ops.triton_launch import Launch, aligned_run, finish, precision, whole
 
 _jit = triton.jit(
@@ -161,6 +162,7 @@ def product_launch(
     inside: Kept,
     outside: Kept,
     scale: float,
+    tiling: Tiling,
     activation: str = "identity",
     forward: bool = True,
     descriptors: bool = False,
@@ -176,11 +178,12 @@ def product_launch(
         inside: Kept inputs.
         outside: Kept outputs.
         scale: Factor.
-        activation: One of :data:`.triton_launch.ACTIVATIONS`.
+        tiling: How it is cut.
+        activation: One of :data:`.reference.ACTIVATIONS`.
         forward: Whether inputs are summed over; else outputs are.
         descriptors: Whether operands may come through tensor descriptors; they do if they are aligned.
     """
-    tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+    tiles = {"BLOCK_M": tiling.rows, "BLOCK_N": tiling.columns, "BLOCK_K": tiling.depth}
     (M, K), N = x.shape, y.shape[1]
     # A packed weight has kept rows only.
     step, first = (1, 0) if inside.dp > 1 else (outside.dp, outside.offset)
@@ -207,14 +210,22 @@ def product_launch(
             "FORWARD": forward, "DESCRIPTORS": descriptors, "X_ALIGN": aligned[0], "Y_ALIGN": aligned[1],
             "W_ALIGN": aligned[2], "ACTIVATION": activation, "PRECISION": precision(x.dtype),
         } | tiles,
+        tiling.num_warps, tiling.num_stages,
     )  # fmt: skip
 
 
 def weight_grad_launch(
-    dy: Tensor, x: Tensor, dw: Tensor, inside: Kept, outside: Kept, scale: float, descriptors: bool = False
+    dy: Tensor,
+    x: Tensor,
+    dw: Tensor,
+    inside: Kept,
+    outside: Kept,
+    scale: float,
+    tiling: Tiling,
+    descriptors: bool = False,
 ) -> Launch:
     """Kept entries of the weight's gradient, ``scale * dy^T @ x``; the others of ``dw`` are not touched."""
-    tiles = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_M": 32}
+    tiles = {"BLOCK_N": tiling.rows, "BLOCK_K": tiling.columns, "BLOCK_M": tiling.depth}
     (M, N), K = dy.shape, x.shape[1]
     aligned = [aligned_run(x.element_size(), number) for number in (K, N, dw.stride(0))]
     descriptors = descriptors and _describable(dy, x) and min(aligned[:2]) > 1 and min(M, N, K) > 0
@@ -235,6 +246,7 @@ def weight_grad_launch(
             "DESCRIPTORS": descriptors, "X_ALIGN": aligned[0], "Y_ALIGN": aligned[1], "W_ALIGN": aligned[2],
             "CONTIGUOUS": inside.dp == 1, "PRECISION": precision(x.dtype),
         } | tiles,
+        tiling.num_warps, tiling.num_stages,
     )  # fmt: skip
 
 
