@@ -47,7 +47,7 @@ class Tiling(NamedTuple):
 #: By compute capability; the first of each list serves where nothing is timed. 3 * (128 + 128) * 64 * 2 bytes = 96 KB
 #: also fit the 99 KB of the consumer cards that use the first table.
 _TENSOR_CORE = {
-    80: (Tiling(128, 128, 32, 4, 4), Tiling(128, 64, 64, 4, 3), Tiling(64, 64, 64, 4, 4), Tiling(32, 64, 64, 4, 4)),
+    80: (Tiling(128, 128, 32, 8, 4), Tiling(128, 64, 64, 4, 3), Tiling(64, 64, 64, 4, 4), Tiling(32, 64, 64, 4, 4)),
     90: (Tiling(128, 128, 64, 8, 4), Tiling(128, 64, 64, 4, 4), Tiling(64, 64, 64, 4, 4), Tiling(64, 128, 64, 4, 4)),
     100: (
         Tiling(128, 128, 64, 4, 4),

@@ -6,7 +6,7 @@ sums over the kept columns, one after the other, in a closed form. No table, no 
 steps of the sum may be longer or shorter than a tile. The diagonal rule is the same for the transposed weight, so the
 gradient of the input is the same kernel with the strides of the weight exchanged.
 
-``offset`` is read from memory: a captured CUDA graph is replayed with another pattern by writing another number there.
+``offset`` is read from memory: who replays a captured CUDA graph changes the pattern by writing another number there.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def weight_grad(
 ):  # fmt: skip
     """Kept tiles of ``dw = scale * dy^T @ x``, for one block of one class; nothing else is written."""
     row = tl.program_id(1)
-    start, first, last = _kept_tiles(offset, row, tl.cdiv(K, TILE), dp, keep)
+    start, first, _ = _kept_tiles(offset, row, tl.cdiv(K, TILE), dp, keep)
     blocks_n = tl.cdiv(tl.cdiv(tl.cdiv(N, TILE), dp) * TILE, BLOCK_N)
     n = _unit(tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N), row, dp, 1, TILE)
     place = first * TILE + tl.program_id(0) // blocks_n * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -306,7 +306,7 @@ def tile_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePat
 
 
 def specimens() -> list[Specimen]:
-    """What is compiled ahead of time: each kernel with its first choice of tiles, and small and large weight tiles."""
+    """What is compiled ahead of time: each kernel for small and large tiles of the weight."""
     found = []
     for arch in ARCHS:
         for dtype, tile_size in (
