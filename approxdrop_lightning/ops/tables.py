@@ -34,19 +34,26 @@ class Sizes(NamedTuple):
 
     Attributes:
         groups: Groups of rows.
-        by_group: For inputs and outputs each, whether values are packed by group; else they are rows in their order.
-        runs: For inputs and outputs each, how many units lie together, aligned, as far as a load can gain from it.
-        most: Bounds of the rows, inputs and outputs of a group.
+        in_by_group: Whether the inputs' values are packed by group; else they are rows in their order.
+        out_by_group: The same of the outputs.
+        in_run: How many kept inputs lie together in the weight, aligned, as far as a load can gain from it; 0 if all
+            are kept in their order.
+        out_run: The same of the outputs.
+        in_align: What divides every width and offset of the inputs' values, as far as a load can gain from it.
+        out_align: The same of the outputs.
+        most_rows: Bound of the rows of a group.
+        most_in: Bound of the inputs of a group.
+        most_out: Bound of the outputs of a group.
         multiplies: Multiplies of the product.
     """
 
     groups: int
     in_by_group: int
     out_by_group: int
-    in_indexed: int
-    out_indexed: int
     in_run: int
     out_run: int
+    in_align: int
+    out_align: int
     most_rows: int
     most_in: int
     most_out: int
@@ -98,15 +105,16 @@ class _Side:
 
     def __init__(self, pattern: RowPattern | None, n: int, groups: int, item_bytes: int) -> None:
         widest = LOAD_BYTES // item_bytes
-        self.indexed = pattern is not None
         self.by_group = groups == 1 or (pattern is not None and pattern.n_groups > 1)
         if pattern is None:
-            self.run = widest if n % widest == 0 else 1
+            self.run, self.align = 0, widest if n % widest == 0 else 1
             self.starts = torch.empty(0, dtype=torch.int64)
             self.places, self.most = [slice(0, n)] * groups, n
             return
         # Then every cell is a whole number of runs, and so is every width and offset of packed values.
         self.run = widest if n % widest == 0 and pattern.block_size % widest == 0 else 1
+        equal_cells = n % (pattern.block_size * pattern.dp) == 0
+        self.align = widest if equal_cells and n // pattern.dp % widest == 0 else self.run
         grouped = pattern.n_groups > 1
         covered = pattern.covered if grouped else pattern.units(0)
         self.starts = covered.index[:: self.run]
@@ -178,8 +186,8 @@ def make_plan(
             _rows(leading_shape, groups, weight.device), *flat.split([part.numel() for part in parts])
         ),
         Sizes(
-            groups, int(inside.by_group), int(outside.by_group), int(inside.indexed), int(outside.indexed),
-            inside.run, outside.run, max(rows), inside.most, outside.most, multiplies,
+            groups, int(inside.by_group), int(outside.by_group),
+            inside.run, outside.run, inside.align, outside.align, max(rows), inside.most, outside.most, multiplies,
         ),
         inside.shape(rows),
         outside.shape(rows),

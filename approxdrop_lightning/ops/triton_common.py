@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def bucket(size: int) -> int:
 _fastest: dict[Hashable, int] = {}
 
 
-def fastest(key: Hashable, launches: list[Launch]) -> Launch:
+def fastest(key: Hashable, launches: Iterable[Launch]) -> Launch:
     """The fastest of launches that do the same; all are timed when the key is new.
 
     Nothing is timed in the interpreter, while a CUDA graph is captured, or if ``APPROXDROP_AUTOTUNE=0``: then it is
@@ -100,16 +101,19 @@ def fastest(key: Hashable, launches: list[Launch]) -> Launch:
     Args:
         key: What the choice depends on: the kernel, types, and the :func:`bucket` of dense sizes, so that it does not
             change with the pattern.
-        launches: Candidates. What they write does not depend on what was there.
+        launches: Candidates, made as they are needed. What they write does not depend on what was there.
     """
-    if len(launches) == 1 or os.environ.get("APPROXDROP_AUTOTUNE", "1") == "0" or not _on_gpu(launches[0]):
-        return launches[0]
-    if key not in _fastest:
-        if torch.cuda.is_current_stream_capturing():
-            return launches[0]
-        times = [_seconds(launch.run) for launch in launches]
-        _fastest[key] = times.index(min(times))
-    return launches[_fastest[key]]
+    launches = iter(launches)
+    if key in _fastest:
+        return next(islice(launches, _fastest[key], None))
+    first = next(launches)
+    if os.environ.get("APPROXDROP_AUTOTUNE", "1") == "0" or not _on_gpu(first):
+        return first
+    if torch.cuda.is_current_stream_capturing():
+        return first
+    times = [_seconds(launch.run) for launch in (candidates := [first, *launches])]
+    _fastest[key] = times.index(min(times))
+    return candidates[_fastest[key]]
 
 
 def _on_gpu(launch: Launch) -> bool:

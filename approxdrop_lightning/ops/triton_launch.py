@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 ACTIVATIONS = ("identity", "relu", "gelu")
 
@@ -38,6 +37,12 @@ class Launch:
         if 0 not in self.grid:
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
             self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+
+@triton.jit
+def whole(number, RUN: tl.constexpr):
+    """The number, known to be a multiple: a hint on a loaded scalar does not outlive the compiler's first pass."""
+    return number // RUN * RUN
 
 
 @triton.jit

@@ -1,0 +1,248 @@
+"""Products between regular patterns that the batch shares: ``W[offset_out::dp_out][:, offset_in::dp_in]``.
+
+Kept rows of the weight lie ``dp * n_in`` apart: that is a row stride, and costs nothing. Kept columns lie ``dp``
+elements apart, where no load can take 16 bytes: they are packed once per step (``docs/gpu_model.md`` counts the bytes
+of this and of the alternatives), and all that follows reads the packed weight. So the products know strides only.
+
+On sm90 and later operands come through tensor descriptors (TMA) where their rows are aligned to 16 bytes; else
+through pointers, asynchronously.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from approxdrop_lightning.ops.triton_launch import Launch, aligned_run, finish, precision, whole
+
+_jit = triton.jit(
+    do_not_specialize=(
+        "M", "N", "K", "w_first", "w_stride", "out_offset", "out_dp", "in_offset", "in_dp", "packed_stride",
+    )
+)  # fmt: skip
+
+
+class Kept(NamedTuple):
+    """Units ``offset, offset + dp, ...`` of ``n``."""
+
+    n: int
+    dp: int
+    offset: int
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return (self.n - self.offset + self.dp - 1) // self.dp
+
+
+@_jit
+def product(
+    x, w, bias, y, z, M, N, K, w_first, w_stride, out_offset, out_dp, scale,
+    FORWARD: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``y = act(scale * (x @ W^T + b))``; not ``FORWARD``: ``y = scale * x @ W``. The rows of ``W`` are strided."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    # Rows vary fastest: programs that run together read one tile of the weight, the larger operand, from the cache.
+    m_first, n_first = (tl.program_id(0) % tiles_m) * BLOCK_M, (tl.program_id(0) // tiles_m) * BLOCK_N
+    m, n = m_first + tl.arange(0, BLOCK_M), n_first + tl.arange(0, BLOCK_N)
+    N, K = whole(N, Y_ALIGN), whole(K, X_ALIGN)
+    m_live, n_live = m < M, n < N
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if DESCRIPTORS:
+        for start in range(0, K, BLOCK_K):
+            if FORWARD:
+                w_tile = w.load([n_first, start]).T
+            else:
+                w_tile = w.load([start, n_first])
+            accumulator = tl.dot(x.load([m_first, start]), w_tile, accumulator, input_precision=PRECISION)
+    else:
+        w_stride = whole(w_stride.to(tl.int64), W_ALIGN)
+        w += whole(w_first.to(tl.int64), W_ALIGN)
+        x_rows = x + m.to(tl.int64) * K
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            k_live = k < K
+            if FORWARD:
+                w_at = w + n[None, :] * w_stride + k[:, None]
+            else:
+                w_at = w + k[:, None] * w_stride + n[None, :]
+            x_tile = tl.load(x_rows[:, None] + k[None, :], mask=m_live[:, None] & k_live[None, :], other=0.0)
+            w_tile = tl.load(w_at, mask=k_live[:, None] & n_live[None, :], other=0.0)
+            accumulator = tl.dot(x_tile, w_tile, accumulator, input_precision=PRECISION)
+
+    if bias is not None:
+        kept_bias = tl.load(bias + out_offset + n * out_dp, mask=n_live, other=0.0)
+        accumulator += kept_bias.to(tl.float32)[None, :]
+    at = (m.to(tl.int64) * N)[:, None] + n[None, :]
+    finish(accumulator * scale, y, z, at, m_live[:, None] & n_live[None, :], ACTIVATION)
+
+
+@_jit
+def weight_grad(
+    dy, x, dw, M, N, K, out_offset, out_dp, in_offset, in_dp, w_stride, scale,
+    DESCRIPTORS: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """``dW[out_offset + n * out_dp, in_offset + k * in_dp] = scale * (dy^T @ x)[n, k]``.
+
+    ``CONTIGUOUS``: all inputs are kept.
+    """
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    n_first, k_first = (tl.program_id(0) % tiles_n) * BLOCK_N, (tl.program_id(0) // tiles_n) * BLOCK_K
+    n, k = n_first + tl.arange(0, BLOCK_N), k_first + tl.arange(0, BLOCK_K)
+    N, K = whole(N, Y_ALIGN), whole(K, X_ALIGN)
+    n_live, k_live = n < N, k < K
+    accumulator = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, M, BLOCK_M):
+        if DESCRIPTORS:
+            dy_tile, x_tile = dy.load([start, n_first]).T, x.load([start, k_first])
+        else:
+            m = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+            m_live = m < M
+            dy_at, x_at = dy + (m * N)[None, :] + n[:, None], x + (m * K)[:, None] + k[None, :]
+            dy_tile = tl.load(dy_at, mask=n_live[:, None] & m_live[None, :], other=0.0)
+            x_tile = tl.load(x_at, mask=m_live[:, None] & k_live[None, :], other=0.0)
+        accumulator = tl.dot(dy_tile, x_tile, accumulator, input_precision=PRECISION)
+
+    rows = (out_offset + n * out_dp) * whole(w_stride.to(tl.int64), W_ALIGN)
+    if CONTIGUOUS:
+        columns = k
+    else:
+        columns = in_offset + k * in_dp
+    live = n_live[:, None] & k_live[None, :]
+    tl.store(dw + rows[:, None] + columns[None, :], (accumulator * scale).to(dw.dtype.element_ty), mask=live)
+
+
+@_jit
+def pack(
+    w, packed, N, K, out_offset, out_dp, in_offset, in_dp, w_stride, packed_stride,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``packed[n, k] = W[out_offset + n * out_dp, in_offset + k * in_dp]``."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    live = (n < N)[:, None] & (k < K)[None, :]
+    rows = (out_offset + n * out_dp) * w_stride.to(tl.int64)
+    tile = tl.load(w + rows[:, None] + (in_offset + k * in_dp)[None, :], mask=live)
+    tl.store(packed + n.to(tl.int64)[:, None] * whole(packed_stride, 16) + k[None, :], tile, mask=live)
+
+
+def packed_shape(inside: Kept, outside: Kept) -> tuple[int, int]:
+    """Shape of a packed weight, whose rows are padded so that loads are aligned."""
+    return outside.count, -(-inside.count // 16) * 16
+
+
+def pack_launch(w: Tensor, packed: Tensor, inside: Kept, outside: Kept) -> Launch:
+    """Copy the kept block of the weight ``w`` to ``packed``, of :func:`packed_shape`."""
+    return Launch(
+        pack,
+        (triton.cdiv(outside.count, 32), triton.cdiv(inside.count, 64)),
+        {
+            "w": w, "packed": packed, "N": outside.count, "K": inside.count,
+            **_places(inside, outside), "w_stride": w.stride(0), "packed_stride": packed.stride(0),
+        },
+        {"BLOCK_N": 32, "BLOCK_K": 64},
+    )  # fmt: skip
+
+
+def product_launch(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    inside: Kept,
+    outside: Kept,
+    scale: float,
+    activation: str = "identity",
+    forward: bool = True,
+    descriptors: bool = False,
+) -> Launch:
+    """``y = act(scale * (x @ W[kept]^T + b[kept]))``, or not ``forward``: ``y = scale * x @ W[kept]``.
+
+    Args:
+        x: ``[M, inside.count]``, or ``[M, outside.count]`` backward.
+        w: The weight; packed if inputs are dropped.
+        bias: Dense, or None.
+        y: What is written.
+        z: Like ``y``, written for GELU: its argument; else None.
+        inside: Kept inputs.
+        outside: Kept outputs.
+        scale: Factor.
+        activation: One of :data:`.triton_launch.ACTIVATIONS`.
+        forward: Whether inputs are summed over; else outputs are.
+        descriptors: Whether operands may come through tensor descriptors; they do if they are aligned.
+    """
+    tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+    (M, K), N = x.shape, y.shape[1]
+    # A packed weight has kept rows only.
+    step, first = (1, 0) if inside.dp > 1 else (outside.dp, outside.offset)
+    w_first, w_stride = first * w.stride(0), step * w.stride(0)
+    aligned = [aligned_run(x.element_size(), *numbers) for numbers in ((K,), (N,), (w_stride, w_first))]
+    descriptors = descriptors and _describable(x, w) and min(aligned[0], aligned[2]) > 1 and min(M, N, K) > 0
+    operands: tuple = (x, w)
+    if descriptors:
+        shape, block = ((N, K), "NK") if forward else ((K, N), "KN")
+        rows = w.as_strided(shape, (w_stride, 1), w.storage_offset() + w_first)
+        operands = (
+            TensorDescriptor.from_tensor(x, [tiles["BLOCK_M"], tiles["BLOCK_K"]]),
+            TensorDescriptor.from_tensor(rows, [tiles[f"BLOCK_{letter}"] for letter in block]),
+        )
+    return Launch(
+        product,
+        (triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(N, tiles["BLOCK_N"]),),
+        {
+            "x": operands[0], "w": operands[1], "bias": bias, "y": y, "z": z, "M": M, "N": N, "K": K,
+            "w_first": w_first, "w_stride": w_stride, "out_offset": outside.offset, "out_dp": outside.dp,
+            "scale": scale,
+        },
+        {
+            "FORWARD": forward, "DESCRIPTORS": descriptors, "X_ALIGN": aligned[0], "Y_ALIGN": aligned[1],
+            "W_ALIGN": aligned[2], "ACTIVATION": activation, "PRECISION": precision(x.dtype),
+        } | tiles,
+    )  # fmt: skip
+
+
+def weight_grad_launch(
+    dy: Tensor, x: Tensor, dw: Tensor, inside: Kept, outside: Kept, scale: float, descriptors: bool = False
+) -> Launch:
+    """Kept entries of the weight's gradient, ``scale * dy^T @ x``; the others of ``dw`` are not touched."""
+    tiles = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_M": 32}
+    (M, N), K = dy.shape, x.shape[1]
+    aligned = [aligned_run(x.element_size(), number) for number in (K, N, dw.stride(0))]
+    descriptors = descriptors and _describable(dy, x) and min(aligned[:2]) > 1 and min(M, N, K) > 0
+    operands: tuple = (dy, x)
+    if descriptors:
+        operands = tuple(
+            TensorDescriptor.from_tensor(values, [tiles["BLOCK_M"], tiles[f"BLOCK_{letter}"]])
+            for values, letter in ((dy, "N"), (x, "K"))
+        )
+    return Launch(
+        weight_grad,
+        (triton.cdiv(N, tiles["BLOCK_N"]) * triton.cdiv(K, tiles["BLOCK_K"]),),
+        {
+            "dy": operands[0], "x": operands[1], "dw": dw, "M": M, "N": N, "K": K,
+            **_places(inside, outside), "w_stride": dw.stride(0), "scale": scale,
+        },
+        {
+            "DESCRIPTORS": descriptors, "X_ALIGN": aligned[0], "Y_ALIGN": aligned[1], "W_ALIGN": aligned[2],
+            "CONTIGUOUS": inside.dp == 1, "PRECISION": precision(x.dtype),
+        } | tiles,
+    )  # fmt: skip
+
+
+def _places(inside: Kept, outside: Kept) -> dict[str, int]:
+    return {
+        "out_offset": outside.offset, "out_dp": outside.dp, "in_offset": inside.offset, "in_dp": inside.dp,
+    }  # fmt: skip
+
+
+def _describable(*operands: Tensor) -> bool:
+    return all(operand.data_ptr() % 16 == 0 for operand in operands)
