@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 #: Modules that have ``specimens()``.
 MODULES = ("triton_tiles",)
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": the same for 8.0, 9.0 and 10.0 but for
-# the shared memory of an SM. 1 KB of it is taken by the system for each block; registers are given out to warps in
-# units of 256.
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": the same for 8.0, 9.0 and 10.0 but
+# for the shared memory of an SM. 1 KB of it is taken by the system for each block; registers are given out to warps
+# in units of 256.
 _REGISTERS, _REGISTER_UNIT, _WARPS, _BLOCKS, _RESERVED = 65536, 256, 64, 32, 1024
 _SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels share beside a launch: tile sizes, their choice, what is compiled ahead of time."""
+"""What Triton kernels share beside a launch: tile sizes, their choice by timing, what is compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from approxdrop_lightning.ops.triton_launch import Launch
+from approxdrop_lightning.ops.triton_launch import Launch, precision
 
 #: Types that the kernels multiply; sums are float32.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -89,6 +89,16 @@ def bucket(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
+def tilings_for(x: Tensor) -> tuple[Tiling, ...]:
+    """Tile sizes worth trying for products of an operand's type on its device."""
+    return tilings(arch_of(x.device), x.dtype, precision(x.dtype))
+
+
+def tuning_key(name: str, x: Tensor, *sizes: int) -> tuple:
+    """Key of a choice of tiles: a kernel, type and device of an operand, and buckets of sizes."""
+    return name, x.dtype, precision(x.dtype), x.device.index, *map(bucket, sizes)
+
+
 _fastest: dict[Hashable, int] = {}
 
 
@@ -111,7 +121,8 @@ def fastest(key: Hashable, launches: Iterable[Launch]) -> Launch:
         return first
     if torch.cuda.is_current_stream_capturing():
         return first
-    times = [_seconds(launch.run) for launch in (candidates := [first, *launches])]
+    candidates = [first, *launches]
+    times = [_seconds(launch.run) for launch in candidates]
     _fastest[key] = times.index(min(times))
     return candidates[_fastest[key]]
 

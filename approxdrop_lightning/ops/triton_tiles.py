@@ -11,29 +11,13 @@ gradient of the input is the same kernel with the strides of the weight exchange
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from approxdrop_lightning.ops.triton_common import (
-    ARCHS,
-    Specimen,
-    Tiling,
-    arch_of,
-    autocast,
-    bucket,
-    check_operands,
-    fastest,
-    specimen,
-    tilings,
-)
+from approxdrop_lightning.ops.triton_common import ARCHS, Specimen, Tiling, bucket, specimen, tilings
 from approxdrop_lightning.ops.triton_launch import Launch, precision
-from approxdrop_lightning.tile_pattern import TilePattern
 
 
 @triton.jit
@@ -183,130 +167,8 @@ def _blocks(tiling: Tiling, *sizes: int) -> tuple[int, ...]:
     return tuple(max(16, min(block, bucket(size))) for block, size in zip(tiling[:3], sizes, strict=True))
 
 
-@torch.library.custom_op("approxdrop::tile_linear", mutates_args=())
-def _tile_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float
-) -> Tensor:
-    return _product("forward", x, weight, bias, offset, dp, keep, tile_size, scale)
-
-
-@torch.library.custom_op("approxdrop::tile_linear_input_grad", mutates_args=())
-def _input_grad(
-    dy: Tensor, weight: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float
-) -> Tensor:
-    return _product("input_grad", dy, weight.t(), None, offset, dp, keep, tile_size, scale)
-
-
-@torch.library.custom_op("approxdrop::tile_linear_weight_grad", mutates_args=())
-def _weight_grad(dy: Tensor, x: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float) -> Tensor:
-    dw = x.new_zeros(dy.shape[1], x.shape[1])
-    dy, x = _rows(dy), _rows(x)
-    key = ("tile_weight_grad", x.dtype, precision(x.dtype), x.device, tile_size, *map(bucket, (*dw.shape, len(x))))
-    fastest(
-        key,
-        [weight_grad_launch(t, dy, x, dw, offset, dp, keep, tile_size, scale) for t in _tilings(x)],
-    ).run()
-    return dw
-
-
-def _product(
-    name: str, x: Tensor, w: Tensor, bias: Tensor | None, offset: Tensor, dp: int, keep: int, tile_size: int,
-    scale: float,
-) -> Tensor:  # fmt: skip
-    y = x.new_empty(len(x), len(w))
-    x = _rows(x)
-    key = (f"tile_{name}", x.dtype, precision(x.dtype), x.device, tile_size, *map(bucket, (*x.shape, len(w))))
-    fastest(
-        key,
-        [product_launch(t, x, w, bias, y, offset, dp, keep, tile_size, scale) for t in _tilings(x)],
-    ).run()
-    return y
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The matrix itself if its rows can be read in order, else a copy."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _tilings(x: Tensor) -> tuple[Tiling, ...]:
-    return tilings(arch_of(x.device), x.dtype, precision(x.dtype))
-
-
-@_tile_linear.register_fake
-def _(x, weight, bias, offset, dp, keep, tile_size, scale):
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@_input_grad.register_fake
-def _(dy, weight, offset, dp, keep, tile_size, scale):
-    return dy.new_empty(dy.shape[0], weight.shape[1])
-
-
-@_weight_grad.register_fake
-def _(dy, x, offset, dp, keep, tile_size, scale):
-    return x.new_empty(dy.shape[1], x.shape[1])
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, _, offset, *ctx.pattern = inputs
-    ctx.save_for_backward(x, weight, offset)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, offset = ctx.saved_tensors
-    dx = _input_grad(dy, weight, offset, *ctx.pattern) if ctx.needs_input_grad[0] else None
-    dw = _weight_grad(dy, x, offset, *ctx.pattern) if ctx.needs_input_grad[1] else None
-    db = dy.sum(0) if ctx.needs_input_grad[2] else None
-    return dx, dw, db, None, None, None, None, None
-
-
-_tile_linear.register_autograd(_backward, setup_context=_setup_context)
-autocast(_tile_linear)
-
-
-@register_flop_formula(torch.ops.approxdrop.tile_linear)
-def _product_flops(x_shape, w_shape, bias_shape, offset_shape, dp, keep, *args, out_shape=None, **kwargs) -> int:
-    """On average over the offset: two for each row and kept weight."""
-    return 2 * x_shape[0] * math.prod(w_shape) * keep // dp
-
-
-@register_flop_formula(torch.ops.approxdrop.tile_linear_input_grad)
-def _input_grad_flops(dy_shape, w_shape, offset_shape, dp, keep, *args, out_shape=None, **kwargs) -> int:
-    return 2 * dy_shape[0] * math.prod(w_shape) * keep // dp
-
-
-@register_flop_formula(torch.ops.approxdrop.tile_linear_weight_grad)
-def _weight_grad_flops(dy_shape, x_shape, offset_shape, dp, keep, *args, out_shape=None, **kwargs) -> int:
-    return 2 * math.prod(dy_shape) * x_shape[1] * keep // dp
-
-
-def tile_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern, scale: float) -> Tensor:
-    """``x @ (scale * weight * mask)^T + bias``: products with kept tiles only, as in :mod:`.tiles`.
-
-    Args:
-        x: ``[R, n_in]``, float32, float16 or bfloat16.
-        weight: ``[n_out, n_in]``, dense; its gradient is dense as well.
-        bias: ``[n_out]`` or None.
-        pattern: What is kept of the weight; its tiles are 16, 32, 64 or 128 wide.
-        scale: Factor of the kept weights.
-
-    Returns:
-        ``[R, n_out]``, contiguous.
-
-    Raises:
-        ValueError: The type, the device or the size of the tiles is not one that the kernels are for.
-    """
-    check_operands("tile_linear", x, weight)
-    if pattern.tile_size not in (16, 32, 64, 128):
-        raise ValueError(
-            f"tile_linear: the triton backend has tiles of 16, 32, 64 and 128, got tile_size={pattern.tile_size}"
-        )
-    offset = torch.full((), pattern.offset, dtype=torch.int32, device=x.device)  # a fill, which nobody waits for
-    return _tile_linear(x, weight, bias, offset, pattern.dp, pattern.keep, pattern.tile_size, float(scale))
-
-
 def specimens() -> list[Specimen]:
-    """What is compiled ahead of time: each kernel for small and large tiles of the weight."""
+    """What is compiled ahead of time: each choice of blocks for tiles of 32, the first of them for other tiles."""
     found = []
     for arch in ARCHS:
         for dtype, tile_size in (
@@ -315,14 +177,20 @@ def specimens() -> list[Specimen]:
             (torch.bfloat16, 128),
             (torch.float32, 32),
         ):
-            empty = lambda *shape, t=dtype: torch.empty(shape, dtype=t, device="meta")  # noqa: E731
-            x, w, y, offset = empty(256, 1024), empty(2048, 1024), empty(256, 2048), empty(t=torch.int32)
-            tiling = tilings(arch, dtype)[0]
-            pattern = (offset, 2, 1, tile_size, 2.0)
-            launches = {
-                "tile_forward": product_launch(tiling, x, w, y[0], y, *pattern),
-                "tile_input_grad": product_launch(tiling, y, w.t(), None, x, *pattern),
-                "tile_weight_grad": weight_grad_launch(tiling, y, x, w, *pattern),
-            }
-            found += [specimen(f"{name}_{tile_size}", launch, (arch,)) for name, launch in launches.items()]
+            for tiling in tilings(arch, dtype)[: None if tile_size == 32 else 1]:
+                blocks = "x".join(map(str, tiling[:3]))
+                found += [
+                    specimen(f"tile_{name}_{tile_size}_{blocks}", launch, (arch,))
+                    for name, launch in _example_launches(tiling, dtype, tile_size).items()
+                ]
     return found
+
+
+def _example_launches(tiling: Tiling, dtype: torch.dtype, tile_size: int) -> dict[str, Launch]:
+    x, w, y = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((256, 1024), (2048, 1024), (256, 2048)))
+    pattern = (torch.empty((), dtype=torch.int32, device="meta"), 2, 1, tile_size, 2.0)
+    return {
+        "forward": product_launch(tiling, x, w, y[0], y, *pattern),
+        "input_grad": product_launch(tiling, y, w.t(), None, x, *pattern),
+        "weight_grad": weight_grad_launch(tiling, y, x, w, *pattern),
+    }
