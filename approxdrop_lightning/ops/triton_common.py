@@ -48,7 +48,7 @@ class Tiling(NamedTuple):
 #: By compute capability; the first of each list serves where nothing is timed. 3 * (128 + 128) * 64 * 2 bytes = 96 KB
 #: also fit the 99 KB of the consumer cards that use the first table.
 _TENSOR_CORE = {
-    80: (Tiling(128, 128, 32, 4, 4), Tiling(128, 64, 64, 4, 3), Tiling(64, 64, 64, 4, 4), Tiling(32, 64, 64, 4, 4)),
+    80: (Tiling(128, 128, 32, 8, 4), Tiling(128, 64, 64, 4, 3), Tiling(64, 64, 64, 4, 4), Tiling(32, 64, 64, 4, 4)),
     90: (Tiling(128, 128, 64, 8, 4), Tiling(128, 64, 64, 4, 4), Tiling(64, 64, 64, 4, 4), Tiling(64, 128, 64, 4, 4)),
     100: (
         Tiling(128, 128, 64, 4, 4),
@@ -205,3 +205,34 @@ def _is_aligned(value: Any, parameter: Any) -> bool:
     if not isinstance(value, int) or parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
         return False
     return value % 16 == 0
+
+
+def check_operands(caller: str, *operands: Tensor) -> None:
+    """``ValueError`` unless the kernels can read the operands, here and now."""
+    for operand in operands:
+        if operand.dtype not in DTYPES:
+            raise ValueError(f"{caller}: the triton backend takes float32, float16 and bfloat16, got {operand.dtype}")
+        if operand.device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
+            raise ValueError(
+                f"{caller}: the triton backend needs tensors on a CUDA device (or TRITON_INTERPRET=1 for its "
+                f"interpreter), got {operand.device}"
+            )
+
+
+def autocast(op: Any) -> None:
+    """Let an op cast its floating-point operands as ``torch.autocast`` casts those of a linear layer.
+
+    ``op.register_autocast`` takes one type once and for all; the user of ``torch.autocast`` chooses between two.
+    """
+    name = op._qualname
+
+    def cast_for(device_type: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device_type)
+            with torch.autocast(device_type, enabled=False):
+                return op(*(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
+
+        return call
+
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        torch.library.impl(name, key, cast_for(device_type))
