@@ -1,8 +1,7 @@
 """Operators of interleaved and shuffled patterns, and of those that keep several cells.
 
 A pattern is tables on the device (:mod:`.tables`): another one of the same ``(dp, keep)`` compiles nothing, and
-changes no shape where cells are equal. The gradients of weight and bias are operators of their own; for types see
-:mod:`.row_ops`.
+changes no shape where cells are equal. The gradients of weight and bias are operators of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from approxdrop_lightning.ops import triton_groups
 from approxdrop_lightning.ops.tables import Sizes, Tables
-from approxdrop_lightning.ops.triton_common import fastest, tilings_for, tuning_key
+from approxdrop_lightning.ops.triton_common import autocast, fastest, tilings_for, tuning_key
 from approxdrop_lightning.ops.triton_launch import before_activation, saved_for
 
 
@@ -145,6 +144,7 @@ def _groups_backward(ctx, dy, *_):
 
 
 groups_linear.register_autograd(_groups_backward, setup_context=_groups_setup)
+autocast(groups_linear)
 
 
 @register_flop_formula([torch.ops.approxdrop.groups_linear])

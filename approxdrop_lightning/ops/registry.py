@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from functools import cache
 from types import ModuleType
 
@@ -39,14 +38,16 @@ def ops_for(backend: str, x: Tensor, widths: tuple[int, ...]) -> ModuleType:
 
     Raises:
         ImportError: ``"triton"`` is asked for and not installed.
-        ValueError: The backend is unknown, or ``"triton"`` is asked for where it cannot run.
+        ValueError: The backend is unknown.
     """
     if check_backend(backend) == "reference":
         return reference
-    if backend == "triton":
-        _check_triton(x)
-    elif backend == "compact" or not _gains(x, widths):
+    if backend == "compact" or (backend == "auto" and not _gains(x, widths)):
         return compact
+    if not _has_triton():
+        raise ImportError(
+            "backend 'triton' needs triton, which is not installed: pip install 'approxdrop-lightning[triton]'"
+        )
     from approxdrop_lightning.ops import triton_backend
 
     return triton_backend
@@ -55,18 +56,6 @@ def ops_for(backend: str, x: Tensor, widths: tuple[int, ...]) -> ModuleType:
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _check_triton(x: Tensor) -> None:
-    if not _has_triton():
-        raise ImportError(
-            "backend 'triton' needs triton, which is not installed: pip install 'approxdrop-lightning[triton]'"
-        )
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            "backend 'triton' runs on CUDA; on the CPU only in its interpreter, for tests: set TRITON_INTERPRET=1 "
-            "before triton is imported"
-        )
 
 
 def _gains(x: Tensor, widths: tuple[int, ...]) -> bool:

@@ -1,8 +1,7 @@
 """Operators of regular patterns that the batch shares.
 
 A pattern is two integers, which are arguments of the operators and of the kernels: another ``(dp, offset)`` compiles
-nothing. The gradient of the weight is an operator of its own. Inputs are cast before an operator is called, as
-``torch.autocast`` casts those of ``F.linear``: a rule registered with the operator could name one type only.
+nothing. The gradient of the weight is an operator of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from approxdrop_lightning.ops import triton_rows
-from approxdrop_lightning.ops.triton_common import arch_of, fastest, tilings_for, tuning_key
+from approxdrop_lightning.ops.triton_common import arch_of, autocast, fastest, tilings_for, tuning_key
 from approxdrop_lightning.ops.triton_launch import before_activation, saved_for
 from approxdrop_lightning.ops.triton_rows import Kept
 
@@ -160,6 +159,7 @@ def _rows_backward(ctx, dy, *_):
 
 
 rows_linear.register_autograd(_rows_backward, setup_context=_rows_setup)
+autocast(rows_linear)
 
 
 @register_flop_formula(torch.ops.approxdrop.rows_linear)

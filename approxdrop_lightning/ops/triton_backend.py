@@ -9,20 +9,22 @@ from approxdrop_lightning.ops import reference
 from approxdrop_lightning.ops.group_ops import gather, groups_linear, scatter
 from approxdrop_lightning.ops.row_ops import rows_linear
 from approxdrop_lightning.ops.tables import make_plan
-from approxdrop_lightning.ops.triton_common import DTYPES
+from approxdrop_lightning.ops.triton_common import check_operands
 from approxdrop_lightning.ops.triton_rows import Kept
 from approxdrop_lightning.pattern import RowPattern
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
     """Values that the pattern keeps of a dense ``[*leading, n]``: flat, group after group."""
-    plan = make_plan(pattern, None, tuple(x.shape[:-1]), x.reshape(-1, pattern.n))
+    check_operands("pack", x)
     rows = x.reshape(-1, pattern.n).contiguous()
+    plan = make_plan(pattern, None, tuple(x.shape[:-1]), rows)
     return gather(rows, plan.tables, plan.sizes, plan.in_shape).view(-1)
 
 
 def unpack(values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
     """Dense ``[*leading, n]`` with zeros where the pattern drops; inverse of :func:`pack`."""
+    check_operands("unpack", values)
     plan = make_plan(pattern, None, leading_shape, values.new_empty(0, pattern.n))
     values = values.reshape(plan.in_shape).contiguous()
     return scatter(values, plan.tables, plan.sizes, pattern.n).view(*leading_shape, pattern.n)
@@ -41,10 +43,9 @@ def row_linear(
     """``act(scale * product)`` over kept units only. Shapes as in :mod:`.compact`.
 
     Raises:
-        ValueError: A type that the kernels do not multiply.
+        ValueError: The type or the device is not one that the kernels are for.
     """
-    if x.dtype not in DTYPES:
-        raise ValueError(f"backend 'triton' multiplies {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    check_operands("row_linear", x, weight)
     regular = [_regular(p, n) for p, n in zip((in_pattern, out_pattern), weight.shape[::-1], strict=True)]
     if all(kept is not None and kept.dp == 1 for kept in regular):
         return reference.finish(F.linear(x.reshape(-1, weight.shape[1]), weight, bias), scale, activation)

@@ -7,13 +7,15 @@ bytes that are kept together are one load. No atomics: each entry of a result is
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from approxdrop_lightning.ops.tables import GROUP_FIELDS, PAIR_FIELDS, SEGMENT_FIELDS, Sizes, Tables
-from approxdrop_lightning.ops.triton_common import Tiling
+from approxdrop_lightning.ops.tables import GROUP_FIELDS, PAIR_FIELDS, SEGMENT_FIELDS, Sizes, Tables, make_plan
+from approxdrop_lightning.ops.triton_common import ARCHS, DTYPES, Specimen, Tiling, specimen, tilings
 from approxdrop_lightning.ops.triton_launch import Launch, aligned_run, finish, precision, whole
+from approxdrop_lightning.pattern import RowPattern
 
 _GROUP = tl.constexpr(GROUP_FIELDS)
 _PAIR = tl.constexpr(PAIR_FIELDS)
@@ -276,7 +278,8 @@ def product_launch(
     packed = packs(sizes)
     if not forward:
         tables, sizes = _turned(tables, sizes)
-    tiles = {"BLOCK_M": tiling.rows, "BLOCK_N": tiling.columns, "BLOCK_K": tiling.depth}
+    blocks = tiling.blocks(tables.rows.numel(), sizes.n_out, sizes.n_in)
+    tiles = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True))
     programs = triton.cdiv(sizes.most_rows, tiles["BLOCK_M"]) * triton.cdiv(sizes.most_out, tiles["BLOCK_N"])
     return Launch(
         product,
@@ -299,7 +302,8 @@ def weight_grad_launch(
     dy: Tensor, x: Tensor, dw: Tensor, tables: Tables, sizes: Sizes, scale: float, tiling: Tiling
 ) -> Launch:
     """Kept entries of the weight's gradient; the others of ``dw`` are not touched."""
-    tiles = {"BLOCK_N": tiling.rows, "BLOCK_K": tiling.columns, "BLOCK_M": tiling.depth}
+    blocks = tiling.blocks(sizes.n_out, sizes.n_in, tables.rows.numel())
+    tiles = dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_M"), blocks, strict=True))
     programs = triton.cdiv(sizes.most_out, tiles["BLOCK_N"]) * triton.cdiv(sizes.most_in, tiles["BLOCK_K"])
     return Launch(
         weight_grad,
@@ -360,7 +364,7 @@ def _turned(tables: Tables, sizes: Sizes) -> tuple[Tables, Sizes]:
             in_by_group=sizes.out_by_group, out_by_group=sizes.in_by_group,
             in_run=sizes.out_run, out_run=sizes.in_run,
             in_align=sizes.out_align, out_align=sizes.in_align,
-            most_in=sizes.most_out, most_out=sizes.most_in,
+            most_in=sizes.most_out, most_out=sizes.most_in, n_in=sizes.n_out, n_out=sizes.n_in,
         ),
     )  # fmt: skip
 
@@ -368,3 +372,42 @@ def _turned(tables: Tables, sizes: Sizes) -> tuple[Tables, Sizes]:
 def _width(values: Tensor) -> int:
     """Width of rows; values that are packed by group have none."""
     return values.shape[1] if values.dim() == 2 else 0
+
+
+def specimens() -> list[Specimen]:
+    """What is compiled ahead of time: the default pattern in all ways to cut it; others in the first way."""
+    shuffled = RowPattern(2048, 2, 0, interleave=True, order=torch.arange(128), block_size=16)
+    regular, overlapping = (RowPattern(2048, dp, 0, dp - 1, interleave=True) for dp in (2, 3))
+    ragged = RowPattern(650, 2, 0, interleave=True, order=torch.arange(50), block_size=13)
+    found = []
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            for name, pattern in (
+                ("shuffled", shuffled), ("regular", regular), ("overlapping", overlapping), ("ragged", ragged),
+            ):  # fmt: skip
+                for tiling in tilings(arch, dtype)[: None if pattern is shuffled else 1]:
+                    found += [
+                        specimen(f"group_{kind}_{name}_{'x'.join(map(str, tiling[:3]))}", launch, (arch,))
+                        for kind, launch in _example_launches(pattern, dtype, tiling).items()
+                    ]
+    return found
+
+
+def _example_launches(pattern: RowPattern, dtype: torch.dtype, tiling: Tiling) -> dict[str, Launch]:
+    w = torch.empty(pattern.n, pattern.n, dtype=dtype, device="meta")
+    tables, sizes, in_shape, out_shape, _ = make_plan(pattern, pattern, (256,), w)
+    x, y, dense = (w.new_empty(shape) for shape in (in_shape, out_shape, (256, pattern.n)))
+    launches = {}
+    if packs(sizes):
+        w_packed = w.new_empty(packed_shape(sizes))
+        launches["pack"] = pack_launch(w, w_packed, tables, sizes)
+    else:
+        w_packed = w
+    return launches | {
+        "forward": product_launch(x, w_packed, w[0], y, y, tables, sizes, 2.0, tiling, "gelu"),
+        "input_grad": product_launch(y, w_packed, None, x, None, tables, sizes, 2.0, tiling, forward=False),
+        "weight_grad": weight_grad_launch(y, x, w, tables, sizes, 2.0, tiling),
+        "bias_grad": bias_grad_launch(y, w[0], tables, sizes, 2.0),
+        "gather": copy_launch(dense, x, tables, sizes, gather=True),
+        "scatter": copy_launch(dense, x, tables, sizes, gather=False),
+    }

@@ -76,7 +76,7 @@ def saved_for(activation: str, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
 def before_activation(activation: str, dy: Tensor, *values: Tensor) -> Tensor:
     """Gradient of the argument of the activation."""
     if activation == "relu":
-        return dy * (values[0] > 0)
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(dy, values[0])
+        dy = dy * (values[0] > 0)
+    elif activation == "gelu":
+        dy = torch.ops.aten.gelu_backward(dy, values[0])
     return dy.contiguous()
