@@ -127,13 +127,15 @@ def pack(
     w, packed, N, K, out_offset, out_dp, in_offset, in_dp, w_stride, packed_stride,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``packed[n, k] = W[out_offset + n * out_dp, in_offset + k * in_dp]``."""
+    """``packed[n, k] = W[out_offset + n * out_dp, in_offset + k * in_dp]``, zeros up to the end of a row."""
+    packed_stride = whole(packed_stride, 16)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    live = (n < N)[:, None] & (k < K)[None, :]
     rows = (out_offset + n * out_dp) * w_stride.to(tl.int64)
-    tile = tl.load(w + rows[:, None] + (in_offset + k * in_dp)[None, :], mask=live)
-    tl.store(packed + n.to(tl.int64)[:, None] * whole(packed_stride, 16) + k[None, :], tile, mask=live)
+    kept = (n < N)[:, None] & (k < K)[None, :]
+    tile = tl.load(w + rows[:, None] + (in_offset + k * in_dp)[None, :], mask=kept, other=0.0)
+    at = packed + n.to(tl.int64)[:, None] * packed_stride + k[None, :]
+    tl.store(at, tile, mask=(n < N)[:, None] & (k < packed_stride)[None, :])
 
 
 def packed_shape(inside: Kept, outside: Kept) -> tuple[int, int]:
@@ -145,7 +147,7 @@ def pack_launch(w: Tensor, packed: Tensor, inside: Kept, outside: Kept) -> Launc
     """Copy the kept block of the weight ``w`` to ``packed``, of :func:`packed_shape`."""
     return Launch(
         pack,
-        (triton.cdiv(outside.count, 32), triton.cdiv(inside.count, 64)),
+        (triton.cdiv(outside.count, 32), triton.cdiv(packed.shape[1], 64)),
         {
             "w": w, "packed": packed, "N": outside.count, "K": inside.count,
             **_places(inside, outside), "w_stride": w.stride(0), "packed_stride": packed.stride(0),
