@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from approxdrop_lightning.ops.triton_common import Specimen
 
 #: Modules that have ``specimens()``.
-MODULES = ("triton_lstm", "triton_tiles")
+MODULES = ("triton_groups", "triton_lstm", "triton_rows", "triton_tiles")
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": the same for 8.0, 9.0 and 10.0 but
 # for the shared memory of an SM. 1 KB of it is taken by the system for each block; registers are given out to warps
@@ -148,7 +148,7 @@ def compile_all(substring: str = "", archs: Sequence[int] = (80, 90, 100), jobs:
     """
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("kernels are compiled ahead of time without TRITON_INTERPRET=1")
-    count = len(_tasks(substring, archs))
+    count = len(_tasks(substring, tuple(archs)))
     if not count:
         names = sorted({specimen.name for specimen in specimens()})
         raise ValueError(f"no kernel for {list(archs)} has {substring!r} in its name; there are {', '.join(names)}")
@@ -159,7 +159,8 @@ def compile_all(substring: str = "", archs: Sequence[int] = (80, 90, 100), jobs:
         return list(pool.map(compile_one, range(count)))
 
 
-def _tasks(substring: str, archs: Sequence[int]) -> list[tuple[Specimen, int]]:
+@cache
+def _tasks(substring: str, archs: tuple[int, ...]) -> list[tuple[Specimen, int]]:
     return [(specimen, arch) for specimen in specimens(substring) for arch in specimen.archs if arch in archs]
 
 

@@ -7,7 +7,6 @@ another table into the captured one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -34,6 +33,8 @@ class Sizes(NamedTuple):
 
     Attributes:
         groups: Groups of rows.
+        n_in: Inputs, kept or not.
+        n_out: Outputs, kept or not.
         in_by_group: Whether the inputs' values are packed by group; else they are rows in their order.
         out_by_group: The same of the outputs.
         in_run: How many kept inputs lie together in the weight, aligned, as far as a load can gain from it; 0 if all
@@ -48,6 +49,8 @@ class Sizes(NamedTuple):
     """
 
     groups: int
+    n_in: int
+    n_out: int
     in_by_group: int
     out_by_group: int
     in_run: int
@@ -81,8 +84,7 @@ class Tables(NamedTuple):
     out_units: Tensor
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """All that the ops of one product need beside its operands.
 
     Attributes:
@@ -186,7 +188,7 @@ def make_plan(
             _rows(leading_shape, groups, weight.device), *flat.split([part.numel() for part in parts])
         ),
         Sizes(
-            groups, int(inside.by_group), int(outside.by_group),
+            groups, n_in, n_out, int(inside.by_group), int(outside.by_group),
             inside.run, outside.run, inside.align, outside.align, max(rows), inside.most, outside.most, multiplies,
         ),
         inside.shape(rows),

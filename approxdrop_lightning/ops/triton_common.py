@@ -44,6 +44,11 @@ class Tiling(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def blocks(self, rows: int, columns: int, depth: int) -> tuple[int, int, int]:
+        """Rows, columns and depth for dense operands of such sizes: not beyond them, at least a tensor core's."""
+        sizes = zip(self[:3], (rows, columns, depth), strict=True)
+        return tuple(max(16, min(block, bucket(size))) for block, size in sizes)
+
 
 #: By compute capability; the first of each list serves where nothing is timed. 3 * (128 + 128) * 64 * 2 bytes = 96 KB
 #: also fit the 99 KB of the consumer cards that use the first table.

@@ -7,12 +7,15 @@ bytes that are kept together are one load. No atomics: each entry of a result is
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from approxdrop_lightning.ops.tables import GROUP_FIELDS, PAIR_FIELDS, SEGMENT_FIELDS, Sizes, Tables
+from approxdrop_lightning.ops.tables import GROUP_FIELDS, PAIR_FIELDS, SEGMENT_FIELDS, Sizes, Tables, make_plan
+from approxdrop_lightning.ops.triton_common import ARCHS, DTYPES, Specimen, Tiling, specimen, tilings
 from approxdrop_lightning.ops.triton_launch import Launch, aligned_run, finish, precision, whole
+from approxdrop_lightning.pattern import RowPattern
 
 _GROUP = tl.constexpr(GROUP_FIELDS)
 _PAIR = tl.constexpr(PAIR_FIELDS)
@@ -197,6 +200,29 @@ def pack(
     tl.store(packed + packed_rows[:, None] + k[None, :], tile, mask=live)
 
 
+@_jit
+def copy(
+    dense, values, rows, groups, in_units, x_width,
+    GATHER: tl.constexpr, IN_RUN: tl.constexpr, IN_ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Kept values out of dense rows, or (not ``GATHER``) back to their places."""
+    group = groups + tl.program_id(2) * _GROUP
+    M, K = _field(group, 1), whole(_field(group, _IN + 1), IN_ALIGN)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_live, k_live = m < M, k < K
+    unit = _units(in_units, whole(_field(group, _IN), IN_ALIGN) + k, k_live, IN_RUN)
+    row = tl.load(rows + _field(group, 0) + m, mask=m_live, other=0)
+    at_dense = dense + row[:, None] * whole(x_width, IN_RUN) + unit[None, :]
+    at_values = values + _row_starts(rows, group, m, m_live, 0, _IN, IN_ALIGN, True)[:, None] + k[None, :]
+    live = m_live[:, None] & k_live[None, :]
+    if GATHER:
+        tl.store(at_values, tl.load(at_dense, mask=live), mask=live)
+    else:
+        tl.store(at_dense, tl.load(at_values, mask=live), mask=live)
+
+
 def packs(sizes: Sizes) -> bool:
     """Whether kept columns of the weight are copied first: where 16 bytes of a row are not kept together."""
     return sizes.in_run == 1
@@ -230,6 +256,7 @@ def product_launch(
     tables: Tables,
     sizes: Sizes,
     scale: float,
+    tiling: Tiling,
     activation: str = "identity",
     forward: bool = True,
 ) -> Launch:
@@ -244,13 +271,15 @@ def product_launch(
         tables: Of the plan.
         sizes: Of the plan.
         scale: Factor.
-        activation: One of :data:`.triton_launch.ACTIVATIONS`.
+        tiling: How it is cut.
+        activation: One of :data:`.reference.ACTIVATIONS`.
         forward: Whether inputs are summed over; else outputs are.
     """
     packed = packs(sizes)
     if not forward:
         tables, sizes = _turned(tables, sizes)
-    tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+    blocks = tiling.blocks(tables.rows.numel(), sizes.n_out, sizes.n_in)
+    tiles = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True))
     programs = triton.cdiv(sizes.most_rows, tiles["BLOCK_M"]) * triton.cdiv(sizes.most_out, tiles["BLOCK_N"])
     return Launch(
         product,
@@ -265,12 +294,16 @@ def product_launch(
             "W_ALIGN": aligned_run(w.element_size(), w.stride(0)),
             "ACTIVATION": activation, "PRECISION": precision(x.dtype),
         } | tiles,
+        tiling.num_warps, tiling.num_stages,
     )  # fmt: skip
 
 
-def weight_grad_launch(dy: Tensor, x: Tensor, dw: Tensor, tables: Tables, sizes: Sizes, scale: float) -> Launch:
+def weight_grad_launch(
+    dy: Tensor, x: Tensor, dw: Tensor, tables: Tables, sizes: Sizes, scale: float, tiling: Tiling
+) -> Launch:
     """Kept entries of the weight's gradient; the others of ``dw`` are not touched."""
-    tiles = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_M": 32}
+    blocks = tiling.blocks(sizes.n_out, sizes.n_in, tables.rows.numel())
+    tiles = dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_M"), blocks, strict=True))
     programs = triton.cdiv(sizes.most_out, tiles["BLOCK_N"]) * triton.cdiv(sizes.most_in, tiles["BLOCK_K"])
     return Launch(
         weight_grad,
@@ -283,6 +316,7 @@ def weight_grad_launch(dy: Tensor, x: Tensor, dw: Tensor, tables: Tables, sizes:
         _sides(sizes) | {
             "W_ALIGN": aligned_run(dw.element_size(), dw.stride(0)), "PRECISION": precision(x.dtype),
         } | tiles,
+        tiling.num_warps, tiling.num_stages,
     )  # fmt: skip
 
 
@@ -297,6 +331,20 @@ def bias_grad_launch(dy: Tensor, db: Tensor, tables: Tables, sizes: Sizes, scale
             "out_units": tables.out_units, "y_width": _width(dy), "scale": scale,
         },
         {name: value for name, value in _sides(sizes).items() if name.startswith("OUT")} | tiles,
+    )  # fmt: skip
+
+
+def copy_launch(dense: Tensor, values: Tensor, tables: Tables, sizes: Sizes, gather: bool) -> Launch:
+    """Kept values out of ``dense`` rows; or, not ``gather``, back to their places in it, the others not touched."""
+    tiles = {"BLOCK_M": 32, "BLOCK_K": 64}
+    return Launch(
+        copy,
+        (triton.cdiv(sizes.most_rows, 32), triton.cdiv(sizes.most_in, 64), sizes.groups),
+        {
+            "dense": dense, "values": values, "rows": tables.rows, "groups": tables.groups,
+            "in_units": tables.in_units, "x_width": dense.shape[1],
+        },
+        {"GATHER": gather, "IN_RUN": sizes.in_run, "IN_ALIGN": sizes.in_align} | tiles,
     )  # fmt: skip
 
 
@@ -316,7 +364,7 @@ def _turned(tables: Tables, sizes: Sizes) -> tuple[Tables, Sizes]:
             in_by_group=sizes.out_by_group, out_by_group=sizes.in_by_group,
             in_run=sizes.out_run, out_run=sizes.in_run,
             in_align=sizes.out_align, out_align=sizes.in_align,
-            most_in=sizes.most_out, most_out=sizes.most_in,
+            most_in=sizes.most_out, most_out=sizes.most_in, n_in=sizes.n_out, n_out=sizes.n_in,
         ),
     )  # fmt: skip
 
@@ -324,3 +372,42 @@ def _turned(tables: Tables, sizes: Sizes) -> tuple[Tables, Sizes]:
 def _width(values: Tensor) -> int:
     """Width of rows; values that are packed by group have none."""
     return values.shape[1] if values.dim() == 2 else 0
+
+
+def specimens() -> list[Specimen]:
+    """What is compiled ahead of time: the default pattern in all ways to cut it; others in the first way."""
+    shuffled = RowPattern(2048, 2, 0, interleave=True, order=torch.arange(128), block_size=16)
+    regular, overlapping = (RowPattern(2048, dp, 0, dp - 1, interleave=True) for dp in (2, 3))
+    ragged = RowPattern(650, 2, 0, interleave=True, order=torch.arange(50), block_size=13)
+    found = []
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            for name, pattern in (
+                ("shuffled", shuffled), ("regular", regular), ("overlapping", overlapping), ("ragged", ragged),
+            ):  # fmt: skip
+                for tiling in tilings(arch, dtype)[: None if pattern is shuffled else 1]:
+                    found += [
+                        specimen(f"group_{kind}_{name}_{'x'.join(map(str, tiling[:3]))}", launch, (arch,))
+                        for kind, launch in _example_launches(pattern, dtype, tiling).items()
+                    ]
+    return found
+
+
+def _example_launches(pattern: RowPattern, dtype: torch.dtype, tiling: Tiling) -> dict[str, Launch]:
+    w = torch.empty(pattern.n, pattern.n, dtype=dtype, device="meta")
+    tables, sizes, in_shape, out_shape, _ = make_plan(pattern, pattern, (256,), w)
+    x, y, dense = (w.new_empty(shape) for shape in (in_shape, out_shape, (256, pattern.n)))
+    launches = {}
+    if packs(sizes):
+        w_packed = w.new_empty(packed_shape(sizes))
+        launches["pack"] = pack_launch(w, w_packed, tables, sizes)
+    else:
+        w_packed = w
+    return launches | {
+        "forward": product_launch(x, w_packed, w[0], y, y, tables, sizes, 2.0, tiling, "gelu"),
+        "input_grad": product_launch(y, w_packed, None, x, None, tables, sizes, 2.0, tiling, forward=False),
+        "weight_grad": weight_grad_launch(y, x, w, tables, sizes, 2.0, tiling),
+        "bias_grad": bias_grad_launch(y, w[0], tables, sizes, 2.0),
+        "gather": copy_launch(dense, x, tables, sizes, gather=True),
+        "scatter": copy_launch(dense, x, tables, sizes, gather=False),
+    }

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-
-ACTIVATIONS = ("identity", "relu", "gelu")
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -67,3 +66,17 @@ def aligned_run(itemsize: int, *numbers: int) -> int:
     """Elements of a load of 16 bytes if it is aligned wherever a multiple of ``numbers`` leads; else 1."""
     widest = 16 // itemsize
     return widest if all(number % widest == 0 for number in numbers) else 1
+
+
+def saved_for(activation: str, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    """What the derivative is computed from."""
+    return {"identity": (), "relu": (y,), "gelu": (z,)}[activation]
+
+
+def before_activation(activation: str, dy: Tensor, *values: Tensor) -> Tensor:
+    """Gradient of the argument of the activation."""
+    if activation == "relu":
+        dy = dy * (values[0] > 0)
+    elif activation == "gelu":
+        dy = torch.ops.aten.gelu_backward(dy, values[0])
+    return dy.contiguous()

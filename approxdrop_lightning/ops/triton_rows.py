@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from approxdrop_lightning.ops.triton_common import ARCHS, DTYPES, Specimen, Tiling, specimen, tilings
 from approxdrop_lightning.ops.triton_launch import Launch, aligned_run, finish, precision, whole
 
 _jit = triton.jit(
@@ -161,6 +163,7 @@ def product_launch(
     inside: Kept,
     outside: Kept,
     scale: float,
+    tiling: Tiling,
     activation: str = "identity",
     forward: bool = True,
     descriptors: bool = False,
@@ -176,12 +179,14 @@ def product_launch(
         inside: Kept inputs.
         outside: Kept outputs.
         scale: Factor.
-        activation: One of :data:`.triton_launch.ACTIVATIONS`.
+        tiling: How it is cut.
+        activation: One of :data:`.reference.ACTIVATIONS`.
         forward: Whether inputs are summed over; else outputs are.
         descriptors: Whether operands may come through tensor descriptors; they do if they are aligned.
     """
-    tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
     (M, K), N = x.shape, y.shape[1]
+    dense = (outside.n, inside.n) if forward else (inside.n, outside.n)
+    tiles = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tiling.blocks(M, *dense), strict=True))
     # A packed weight has kept rows only.
     step, first = (1, 0) if inside.dp > 1 else (outside.dp, outside.offset)
     w_first, w_stride = first * w.stride(0), step * w.stride(0)
@@ -207,15 +212,23 @@ def product_launch(
             "FORWARD": forward, "DESCRIPTORS": descriptors, "X_ALIGN": aligned[0], "Y_ALIGN": aligned[1],
             "W_ALIGN": aligned[2], "ACTIVATION": activation, "PRECISION": precision(x.dtype),
         } | tiles,
+        tiling.num_warps, tiling.num_stages,
     )  # fmt: skip
 
 
 def weight_grad_launch(
-    dy: Tensor, x: Tensor, dw: Tensor, inside: Kept, outside: Kept, scale: float, descriptors: bool = False
+    dy: Tensor,
+    x: Tensor,
+    dw: Tensor,
+    inside: Kept,
+    outside: Kept,
+    scale: float,
+    tiling: Tiling,
+    descriptors: bool = False,
 ) -> Launch:
     """Kept entries of the weight's gradient, ``scale * dy^T @ x``; the others of ``dw`` are not touched."""
-    tiles = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_M": 32}
     (M, N), K = dy.shape, x.shape[1]
+    tiles = dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_M"), tiling.blocks(outside.n, inside.n, M), strict=True))
     aligned = [aligned_run(x.element_size(), number) for number in (K, N, dw.stride(0))]
     descriptors = descriptors and _describable(dy, x) and min(aligned[:2]) > 1 and min(M, N, K) > 0
     operands: tuple = (dy, x)
@@ -235,6 +248,7 @@ def weight_grad_launch(
             "DESCRIPTORS": descriptors, "X_ALIGN": aligned[0], "Y_ALIGN": aligned[1], "W_ALIGN": aligned[2],
             "CONTIGUOUS": inside.dp == 1, "PRECISION": precision(x.dtype),
         } | tiles,
+        tiling.num_warps, tiling.num_stages,
     )  # fmt: skip
 
 
@@ -246,3 +260,36 @@ def _places(inside: Kept, outside: Kept) -> dict[str, int]:
 
 def _describable(*operands: Tensor) -> bool:
     return all(operand.data_ptr() % 16 == 0 for operand in operands)
+
+
+def specimens() -> list[Specimen]:
+    """What is compiled ahead of time: all ways to cut it, operands by pointer and, from sm90 on, by descriptor."""
+    found = []
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            for tiling in tilings(arch, dtype):
+                for descriptors in (False, True) if arch >= 90 else (False,):
+                    blocks = "x".join(map(str, tiling[:3]))
+                    way = "descriptor" if descriptors else "pointer"
+                    found += [
+                        specimen(f"row_{kind}_{way}_{blocks}", launch, (arch,))
+                        for kind, launch in _example_launches(dtype, tiling, descriptors).items()
+                    ]
+            found += [
+                specimen(f"row_{kind}_ragged", launch, (arch,))
+                for kind, launch in _example_launches(dtype, tilings(arch, dtype)[0], False, 650).items()
+            ]
+    return found
+
+
+def _example_launches(dtype: torch.dtype, tiling: Tiling, descriptors: bool, n: int = 2048) -> dict[str, Launch]:
+    inside, outside = Kept(n, 2, 1), Kept(n, 2, 0)
+    w, x = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((n, n), (256, n // 2)))
+    packed, y = w.new_empty(packed_shape(inside, outside)), torch.empty_like(x)
+    sides, options = (inside, outside, 2.0, tiling), {"descriptors": descriptors}
+    return {
+        "pack": pack_launch(w, packed, inside, outside),
+        "forward": product_launch(x, packed, w[0], y, y, *sides, "gelu", **options),
+        "input_grad": product_launch(y, packed, None, x, None, *sides, forward=False, **options),
+        "weight_grad": weight_grad_launch(y, x, w, *sides, **options),
+    }

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from approxdrop_lightning.ops.triton_common import ARCHS, Specimen, Tiling, bucket, specimen, tilings
+from approxdrop_lightning.ops.triton_common import ARCHS, Specimen, Tiling, specimen, tilings
 from approxdrop_lightning.ops.triton_launch import Launch, precision
 
 
@@ -108,7 +108,7 @@ def product_launch(
 ) -> Launch:  # fmt: skip
     """``y = scale * x @ (w * mask)^T + bias``; ``w`` may be a transposed view, whose pattern is the same."""
     (rows, n_in), n_out = x.shape, w.shape[0]
-    blocks = _blocks(tiling, rows, n_out, n_in)
+    blocks = tiling.blocks(rows, n_out, n_in)
     tiles = triton.cdiv(n_out, tile_size)
     programs = triton.cdiv(rows, blocks[0]) * triton.cdiv(triton.cdiv(tiles, dp) * tile_size, blocks[1])
     return Launch(
@@ -141,7 +141,7 @@ def weight_grad_launch(
 ) -> Launch:
     """Kept tiles of ``dw = scale * dy^T @ x``."""
     rows, (n_out, n_in) = len(x), dw.shape
-    blocks = _blocks(tiling, n_out, n_in, rows)
+    blocks = tiling.blocks(n_out, n_in, rows)
     tiles_out, tiles_in = triton.cdiv(n_out, tile_size), triton.cdiv(n_in, tile_size)
     most_kept = tiles_in // dp * keep + min(tiles_in % dp, keep)  # of a row of tiles, whatever the offset
     programs = triton.cdiv(triton.cdiv(tiles_out, dp) * tile_size, blocks[0])
@@ -160,11 +160,6 @@ def weight_grad_launch(
         tiling.num_warps,
         tiling.num_stages,
     )  # fmt: skip
-
-
-def _blocks(tiling: Tiling, *sizes: int) -> tuple[int, ...]:
-    """Rows, columns and depth of a block: no more than a dense operand has, at least what a tensor core takes."""
-    return tuple(max(16, min(block, bucket(size))) for block, size in zip(tiling[:3], sizes, strict=True))
 
 
 def specimens() -> list[Specimen]:
