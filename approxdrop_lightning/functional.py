@@ -10,7 +10,7 @@ from torch import Tensor
 from approxdrop_lightning.ops import compact, lstm, reference, tiles
 from approxdrop_lightning.ops.registry import check_backend, ops_for
 from approxdrop_lightning.pattern import RowPattern
-from approxdrop_lightning.tile_pattern import TilePattern
+from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
 
 
 def lines_up(first: RowPattern | None, second: RowPattern | None) -> bool:
@@ -136,7 +136,7 @@ def tile_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    pattern: TilePattern,
+    pattern: TilePattern | BernoulliPattern,
     scale: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -150,7 +150,7 @@ def tile_linear(
         x: ``[*leading, n_in]``.
         weight: ``[n_out, n_in]``.
         bias: ``[n_out]``, or None.
-        pattern: Pattern of the weight.
+        pattern: Pattern of the weight. One of independent weights has no tiles: its product is masked and dense.
         scale: Factor of the kept weights.
         backend: ``"reference"`` (masked dense), ``"compact"`` (products of parts), or ``"auto"``.
 
@@ -161,18 +161,41 @@ def tile_linear(
         ValueError: Shapes do not fit, or the backend is unknown.
     """
     n_out, n_in = pattern.n_out, pattern.n_in
-    if tuple(weight.shape) != (n_out, n_in):
-        raise ValueError(
-            f"tile_linear: the pattern is of a weight [{n_out}, {n_in}], got shape {tuple(weight.shape)}"
-        )
+    _check_weight("tile_linear", weight, pattern)
     if bias is not None and tuple(bias.shape) != (n_out,):
         raise ValueError(f"tile_linear: bias must be [{n_out}], got shape {tuple(bias.shape)}")
     if x.dim() == 0 or x.shape[-1] != n_in:
         raise ValueError(f"tile_linear: x must be [..., {n_in}], got shape {tuple(x.shape)}")
-    ops = reference if check_backend(backend) == "reference" else tiles
+    compact_tiles = check_backend(backend) != "reference" and isinstance(pattern, TilePattern)
+    ops = tiles if compact_tiles else reference
     leading = x.shape[:-1]
     x, weight, bias = _autocast(x.reshape(-1, n_in), weight, bias)
     return ops.tile_linear(x, weight, bias, pattern, scale).view(*leading, n_out)
+
+
+def masked_weight(weight: Tensor, pattern: TilePattern | BernoulliPattern, scale: float = 1.0) -> Tensor:
+    """``scale * weight * mask``: for products that skip nothing.
+
+    Args:
+        weight: ``[n_out, n_in]``.
+        pattern: Pattern of the weight.
+        scale: Factor of the kept weights.
+
+    Returns:
+        ``[n_out, n_in]``, zero where the pattern drops.
+
+    Raises:
+        ValueError: The pattern is not of this shape.
+    """
+    _check_weight("masked_weight", weight, pattern)
+    return reference.masked_weight(weight, pattern, scale)
+
+
+def _check_weight(caller: str, weight: Tensor, pattern: TilePattern | BernoulliPattern) -> None:
+    if tuple(weight.shape) != (pattern.n_out, pattern.n_in):
+        raise ValueError(
+            f"{caller}: the pattern is of a weight [{pattern.n_out}, {pattern.n_in}], got shape {tuple(weight.shape)}"
+        )
 
 
 def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:
