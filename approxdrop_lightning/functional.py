@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops import compact, lstm, reference, tiles
-from approxdrop_lightning.ops.registry import check_backend, ops_for
+from approxdrop_lightning.ops import compact, flat_weights, lstm, reference, tiles
+from approxdrop_lightning.ops.registry import ops_for
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
 
@@ -152,13 +152,15 @@ def tile_linear(
         bias: ``[n_out]``, or None.
         pattern: Pattern of the weight. One of independent weights has no tiles: its product is masked and dense.
         scale: Factor of the kept weights.
-        backend: ``"reference"`` (masked dense), ``"compact"`` (products of parts), or ``"auto"``.
+        backend: ``"reference"`` (masked dense), ``"compact"`` (products of parts), ``"triton"`` (kernels for CUDA) or
+            ``"auto"``.
 
     Returns:
         ``[*leading, n_out]``.
 
     Raises:
-        ValueError: Shapes do not fit, or the backend is unknown.
+        ImportError: Triton is asked for and not installed.
+        ValueError: Shapes do not fit, or the backend is unknown or cannot be had here.
     """
     n_out, n_in = pattern.n_out, pattern.n_in
     _check_weight("tile_linear", weight, pattern)
@@ -166,10 +168,13 @@ def tile_linear(
         raise ValueError(f"tile_linear: bias must be [{n_out}], got shape {tuple(bias.shape)}")
     if x.dim() == 0 or x.shape[-1] != n_in:
         raise ValueError(f"tile_linear: x must be [..., {n_in}], got shape {tuple(x.shape)}")
-    compact_tiles = check_backend(backend) != "reference" and isinstance(pattern, TilePattern)
-    ops = tiles if compact_tiles else reference
     leading = x.shape[:-1]
     x, weight, bias = _autocast(x.reshape(-1, n_in), weight, bias)
+    ops = ops_for(backend, x, (n_in, n_out))
+    if isinstance(pattern, BernoulliPattern):
+        ops = reference
+    elif ops is compact:
+        ops = tiles
     return ops.tile_linear(x, weight, bias, pattern, scale).view(*leading, n_out)
 
 
@@ -211,11 +216,36 @@ def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:
     Raises:
         ValueError: The pattern is interleaved or not of ``n_in`` units.
     """
+    return compact.select_columns(weight, _columns("select_columns", weight, pattern))
+
+
+def _columns(caller: str, weight: Tensor, pattern: RowPattern) -> RowPattern:
     if pattern.interleave or weight.dim() != 2 or weight.shape[1] != pattern.n:
         raise ValueError(
-            f"select_columns: needs a shared pattern of the weight's inputs, got {pattern} for {tuple(weight.shape)}"
+            f"{caller}: needs a shared pattern of the weight's inputs, got {pattern} for {tuple(weight.shape)}"
         )
-    return compact.select_columns(weight, pattern)
+    return pattern
+
+
+def lstm_weights(pattern: RowPattern | None, weight_ih: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Weights with which the vendor's LSTM kernel reads kept inputs only.
+
+    Args:
+        pattern: Shared pattern of the ``n_in`` inputs, or None.
+        weight_ih: ``[4 * H, n_in]``.
+        *others: ``weight_hh``, and the biases if there are any.
+
+    Returns:
+        As many tensors, the first ``[4 * H, n_kept]`` with a dense gradient. On CUDA they are copies in one piece of
+        memory, as cuDNN wants them.
+
+    Raises:
+        ValueError: The pattern is interleaved or not of ``n_in`` units.
+    """
+    if weight_ih.is_cuda:
+        kept = None if pattern is None else _columns("lstm_weights", weight_ih, pattern).kept.to(weight_ih.device)
+        return flat_weights.flat_weights(kept, weight_ih, *others)
+    return (weight_ih if pattern is None else select_columns(weight_ih, pattern)), *others
 
 
 def lstm_sequence(

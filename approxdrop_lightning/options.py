@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from approxdrop_lightning.distribution import PatternDistribution, check_rate
-from approxdrop_lightning.functional import check_backend
+from approxdrop_lightning.ops.registry import check_backend
 from approxdrop_lightning.sampler import PatternSampler
 
 PATTERNS = ("row", "tile", "dropconnect")
