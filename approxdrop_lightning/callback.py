@@ -27,7 +27,9 @@ class ApproxDropout(Callback):
 
     Args:
         rate: Dropout rate of all sites, in [0, 1); None: each keeps the ``p`` of its own layer.
-        pattern: ``"row"``: units are dropped (Song et al., DATE 2019, section 3.1).
+        pattern: ``"row"``: units are dropped (Song et al., DATE 2019, section 3.1). ``"tile"``: in their place, tiles
+            of the weights that read them (section 3.2). ``"dropconnect"``: the same weights one by one, masked and
+            dense (Wan et al., 2013): the baseline of ``"tile"``. Arguments about units are for ``"row"``.
         interleave: Whether rows of the batch take the cells of a pattern in turn; else the batch shares it.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
         block_size: Most units permuted together, >= 1; narrow layers take smaller blocks.
@@ -38,7 +40,7 @@ class ApproxDropout(Callback):
         scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
         recurrent: Whether the recurrent inputs of LSTMs are dropped too, by one pattern per batch, layer and call, at
             the rate of the LSTM.
-        tile_size: Side of a tile; for ``pattern="tile"``. Not available yet.
+        tile_size: Largest side of a tile, >= 1; small weights have smaller ones. For ``pattern="tile"``.
         min_features: Sites narrower than this are masked and computed densely.
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense: their vendor kernel gains
             more than skipping would.
@@ -114,7 +116,7 @@ class ApproxDropout(Callback):
 
     @property
     def realised_rate(self) -> float | None:
-        """Mean share of units dropped per step and site over the training so far; None before the first step."""
+        """Mean share of units or weights dropped per step and site so far; None before the first step."""
         return self._dropped / self._steps if self._steps else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

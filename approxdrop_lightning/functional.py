@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops import compact, lstm, reference, tiles
-from approxdrop_lightning.ops.registry import check_backend, ops_for
+from approxdrop_lightning.ops import compact, flat_weights, lstm, reference, tiles
+from approxdrop_lightning.ops.registry import ops_for
 from approxdrop_lightning.pattern import RowPattern
-from approxdrop_lightning.tile_pattern import TilePattern
+from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
 
 
 def lines_up(first: RowPattern | None, second: RowPattern | None) -> bool:
@@ -136,7 +136,7 @@ def tile_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    pattern: TilePattern,
+    pattern: TilePattern | BernoulliPattern,
     scale: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -150,29 +150,57 @@ def tile_linear(
         x: ``[*leading, n_in]``.
         weight: ``[n_out, n_in]``.
         bias: ``[n_out]``, or None.
-        pattern: Pattern of the weight.
+        pattern: Pattern of the weight. One of independent weights has no tiles: its product is masked and dense.
         scale: Factor of the kept weights.
-        backend: ``"reference"`` (masked dense), ``"compact"`` (products of parts), or ``"auto"``.
+        backend: ``"reference"`` (masked dense), ``"compact"`` (products of parts), ``"triton"`` (kernels for CUDA) or
+            ``"auto"``.
 
     Returns:
         ``[*leading, n_out]``.
 
     Raises:
-        ValueError: Shapes do not fit, or the backend is unknown.
+        ImportError: Triton is asked for and not installed.
+        ValueError: Shapes do not fit, or the backend is unknown or cannot be had here.
     """
     n_out, n_in = pattern.n_out, pattern.n_in
-    if tuple(weight.shape) != (n_out, n_in):
-        raise ValueError(
-            f"tile_linear: the pattern is of a weight [{n_out}, {n_in}], got shape {tuple(weight.shape)}"
-        )
+    _check_weight("tile_linear", weight, pattern)
     if bias is not None and tuple(bias.shape) != (n_out,):
         raise ValueError(f"tile_linear: bias must be [{n_out}], got shape {tuple(bias.shape)}")
     if x.dim() == 0 or x.shape[-1] != n_in:
         raise ValueError(f"tile_linear: x must be [..., {n_in}], got shape {tuple(x.shape)}")
-    ops = reference if check_backend(backend) == "reference" else tiles
     leading = x.shape[:-1]
     x, weight, bias = _autocast(x.reshape(-1, n_in), weight, bias)
+    ops = ops_for(backend, x, (n_in, n_out))
+    if isinstance(pattern, BernoulliPattern):
+        ops = reference
+    elif ops is compact:
+        ops = tiles
     return ops.tile_linear(x, weight, bias, pattern, scale).view(*leading, n_out)
+
+
+def masked_weight(weight: Tensor, pattern: TilePattern | BernoulliPattern, scale: float = 1.0) -> Tensor:
+    """``scale * weight * mask``: for products that skip nothing.
+
+    Args:
+        weight: ``[n_out, n_in]``.
+        pattern: Pattern of the weight.
+        scale: Factor of the kept weights.
+
+    Returns:
+        ``[n_out, n_in]``, zero where the pattern drops.
+
+    Raises:
+        ValueError: The pattern is not of this shape.
+    """
+    _check_weight("masked_weight", weight, pattern)
+    return reference.masked_weight(weight, pattern, scale)
+
+
+def _check_weight(caller: str, weight: Tensor, pattern: TilePattern | BernoulliPattern) -> None:
+    if tuple(weight.shape) != (pattern.n_out, pattern.n_in):
+        raise ValueError(
+            f"{caller}: the pattern is of a weight [{pattern.n_out}, {pattern.n_in}], got shape {tuple(weight.shape)}"
+        )
 
 
 def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:
@@ -188,11 +216,36 @@ def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:
     Raises:
         ValueError: The pattern is interleaved or not of ``n_in`` units.
     """
+    return compact.select_columns(weight, _columns("select_columns", weight, pattern))
+
+
+def _columns(caller: str, weight: Tensor, pattern: RowPattern) -> RowPattern:
     if pattern.interleave or weight.dim() != 2 or weight.shape[1] != pattern.n:
         raise ValueError(
-            f"select_columns: needs a shared pattern of the weight's inputs, got {pattern} for {tuple(weight.shape)}"
+            f"{caller}: needs a shared pattern of the weight's inputs, got {pattern} for {tuple(weight.shape)}"
         )
-    return compact.select_columns(weight, pattern)
+    return pattern
+
+
+def lstm_weights(pattern: RowPattern | None, weight_ih: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Weights with which the vendor's LSTM kernel reads kept inputs only.
+
+    Args:
+        pattern: Shared pattern of the ``n_in`` inputs, or None.
+        weight_ih: ``[4 * H, n_in]``.
+        *others: ``weight_hh``, and the biases if there are any.
+
+    Returns:
+        As many tensors, the first ``[4 * H, n_kept]`` with a dense gradient. On CUDA they are copies in one piece of
+        memory, as cuDNN wants them.
+
+    Raises:
+        ValueError: The pattern is interleaved or not of ``n_in`` units.
+    """
+    if weight_ih.is_cuda:
+        kept = None if pattern is None else _columns("lstm_weights", weight_ih, pattern).kept.to(weight_ih.device)
+        return flat_weights.flat_weights(kept, weight_ih, *others)
+    return (weight_ih if pattern is None else select_columns(weight_ih, pattern)), *others
 
 
 def lstm_sequence(

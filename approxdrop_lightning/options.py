@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from approxdrop_lightning.distribution import PatternDistribution, check_rate
-from approxdrop_lightning.functional import check_backend
+from approxdrop_lightning.ops.registry import check_backend
 from approxdrop_lightning.sampler import PatternSampler
+
+PATTERNS = ("row", "tile", "dropconnect")
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,9 @@ class Options:
 
     Attributes:
         rate: Dropout rate of all sites, in [0, 1); None: each keeps the ``p`` of its own layer.
-        pattern: ``"row"``: units are dropped (Song et al., DATE 2019, section 3.1).
+        pattern: ``"row"``: units are dropped (Song et al., DATE 2019, section 3.1). ``"tile"``: in their place, tiles
+            of the weights that read them (section 3.2). ``"dropconnect"``: the same weights one by one, masked and
+            dense (Wan et al., 2013): the baseline of ``"tile"``. Arguments about units are for ``"row"``.
         interleave: Whether rows of the batch take the cells of a pattern in turn; else the batch shares it.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
         block_size: Most units permuted together, >= 1; narrow layers take smaller blocks.
@@ -26,7 +30,7 @@ class Options:
         scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
         recurrent: Whether the recurrent inputs of LSTMs are dropped too, by one pattern per batch, layer and call, at
             the rate of the LSTM.
-        tile_size: Side of a tile; for ``pattern="tile"``.
+        tile_size: Largest side of a tile, >= 1; small weights have smaller ones. For ``pattern="tile"``.
         min_features: Sites narrower than this are masked and computed densely.
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense: their vendor kernel gains
             more than skipping would (measured on 2 CPU cores at 20 rows: break-even at 650).
@@ -50,8 +54,8 @@ class Options:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.pattern != "row":
-            raise ValueError(f"pattern must be 'row', got {self.pattern!r}")
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern must be one of {', '.join(map(repr, PATTERNS))}, got {self.pattern!r}")
         if self.scale not in ("rate", "dp"):
             raise ValueError(f"scale must be 'rate' or 'dp', got {self.scale!r}")
         for name, low in (("block_size", 1), ("tile_size", 1), ("min_features", 0), ("min_hidden", 0)):
@@ -61,6 +65,8 @@ class Options:
         for name in ("interleave", "shuffle", "recurrent"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.recurrent and self.pattern != "row":
+            raise ValueError(f"recurrent=True needs pattern='row', got {self.pattern!r}")
         check_backend(self.backend)
         if self.rate is not None:
             check_rate(self.rate)
@@ -73,4 +79,6 @@ class Options:
 
     def sampler(self, rate: float, seed: int, rank: int = 0) -> PatternSampler:
         """A sampler of patterns of a rate."""
-        return PatternSampler(self.distribution(rate), self.interleave, self.shuffle, self.block_size, seed, rank)
+        return PatternSampler(
+            self.distribution(rate), self.interleave, self.shuffle, self.block_size, seed, rank, self.tile_size
+        )

@@ -36,7 +36,7 @@ class Row:
 
     @property
     def consumers(self) -> tuple[str, ...]:
-        """Layers that have read the output so far, its kept units only."""
+        """Layers that have read the output so far: its kept units, or by their kept weights."""
         return tuple(sorted(self.site.consumers)) if self.site else ()
 
     @property
@@ -52,11 +52,8 @@ class Row:
             if self.site.steps:
                 return "nothing: not called in training mode so far (frozen or not used)"
             return "not known before the first training batch"
-        parts = (["producer's rows"] if self.producer else []) + (["consumers' columns"] if self.consumers else [])
-        readers = ", ".join(sorted(self.site.dense_readers))
-        if not parts:
-            return f"nothing: no linear layer before it, and read whole by {readers or 'nobody'}"
-        return " and ".join(parts) + (f"; read whole by {readers}" if readers else "")
+        skipped = " and ".join(self.site.skips)
+        return "; ".join([skipped, *self.site.remarks]) if skipped else f"nothing: {'; '.join(self.site.remarks)}"
 
 
 @dataclass

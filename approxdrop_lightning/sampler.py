@@ -10,6 +10,7 @@ import torch
 
 from approxdrop_lightning.distribution import PatternDistribution
 from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
 
 
 def fitting_block_size(n: int, dp: int, block_size: int) -> int:
@@ -23,12 +24,24 @@ def fitting_block_size(n: int, dp: int, block_size: int) -> int:
     return next((size for size in range(most, most // 2, -1) if n % (size * dp) == 0), most)
 
 
+def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
+    """Side of the tiles of a weight that suits a period.
+
+    ``tile_size``, halved until there are ``4 * dp`` tiles on both sides or one weight is a tile: then every row and
+    every column of weights keeps some, and what they keep differs by a quarter at most. Halves, because what is
+    aligned stays aligned.
+    """
+    while tile_size > 1 and min(n_out, n_in) < 4 * dp * tile_size:
+        tile_size //= 2
+    return tile_size
+
+
 class PatternSampler:
     """Draws patterns. Owns the only random state of the package; the global one is never touched.
 
-    A step begins with :meth:`draw`, which picks ``(dp, keep)``; every :meth:`pattern` of that step has them in
-    common (so that the groups of interleaved patterns line up from layer to layer) and an offset and an order
-    of its own.
+    A step begins with :meth:`draw`, which picks ``(dp, keep)``; every :meth:`pattern` of that step, and its
+    :meth:`tiles`, have them in common (so that the groups of interleaved patterns line up from layer to layer) and
+    an offset and an order of their own.
 
     Args:
         distribution: Probabilities over ``(dp, keep)``.
@@ -39,6 +52,7 @@ class PatternSampler:
         seed: Seed of the private generator.
         rank: Of this process. Processes of one seed draw the same ``(dp, keep)`` at each step, so that none waits
             for another, but patterns of their own.
+        tile_size: Largest side of a tile, >= 1; see :func:`fitting_tile_size`.
     """
 
     def __init__(
@@ -49,11 +63,13 @@ class PatternSampler:
         block_size: int = 1,
         seed: int = 0,
         rank: int = 0,
+        tile_size: int = 32,
     ) -> None:
         self.distribution = distribution
         self.interleave = interleave
         self.shuffle = shuffle
         self.block_size = block_size
+        self.tile_size = tile_size
         self.rank = rank
         self._steps = torch.Generator().manual_seed(seed)
         # Seeded anew at each step, from the first one: processes cannot drift apart, and a step's patterns do not
@@ -86,6 +102,19 @@ class PatternSampler:
         block_size = fitting_block_size(n, self.dp, self.block_size)
         order = torch.randperm(-(-n // block_size), generator=self._patterns)
         return RowPattern(n, self.dp, offset, self.keep, interleave, order, block_size)
+
+    def tiles(self, n_out: int, n_in: int) -> TilePattern:
+        """Draw a pattern of a weight ``[n_out, n_in]`` with the step's ``(dp, keep)``."""
+        if self.keep == self.dp:
+            return TilePattern(n_out, n_in, 1, 0)
+        offset = int(torch.randint(self.dp, (), generator=self._patterns))
+        tile_size = fitting_tile_size(n_out, n_in, self.dp, self.tile_size)
+        return TilePattern(n_out, n_in, self.dp, offset, self.keep, tile_size)
+
+    def bernoulli(self, n_out: int, n_in: int) -> BernoulliPattern:
+        """Draw independent entries of a matrix ``[n_out, n_in]`` at the distribution's rate."""
+        seed = int(torch.randint(2**31, (), generator=self._patterns))
+        return BernoulliPattern(n_out, n_in, self.distribution.rate, seed)
 
     def state_dict(self) -> dict[str, Any]:
         """State from which the very same sequence continues; loads under ``weights_only=True``."""

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from approxdrop_lightning.inspection import functional_dropouts
-from approxdrop_lightning.layers import ApproxDropoutSite, ApproxLinear, ApproxLSTM, Site
+from approxdrop_lightning.layers import (
+    ApproxDropoutSite,
+    ApproxLinear,
+    ApproxLSTM,
+    Site,
+    TileLinear,
+    TileLSTM,
+    TileSite,
+)
 from approxdrop_lightning.options import Options
 from approxdrop_lightning.report import Report, Row
 from approxdrop_lightning.sampler import PatternSampler
@@ -22,7 +30,13 @@ _ATTRIBUTES = (
     "site", "sites", "recurrent_sites", "sequence", "name", "backend", "work",
     "defers", "waited", "dropped_by", "read_whole_too",
 )  # fmt: skip
-_STOCK: dict[type, type] = {ApproxDropoutSite: nn.Dropout, ApproxLinear: nn.Linear, ApproxLSTM: nn.LSTM}
+_STOCK: dict[type, type] = {
+    ApproxDropoutSite: nn.Dropout,
+    ApproxLinear: nn.Linear,
+    ApproxLSTM: nn.LSTM,
+    TileLinear: nn.Linear,
+    TileLSTM: nn.LSTM,
+}
 
 
 class NoEffectWarning(UserWarning):
@@ -53,7 +67,11 @@ class Conversion:
         options, rate = self.options, self.rate(own)
         if rate not in self.samplers:
             self.samplers[rate] = options.sampler(rate, self.seed + len(self.samplers), self.rank)
-        site = Site(name, rate, self.samplers[rate], options.scale, options.min_features, options.backend)
+        arguments = (name, rate, self.samplers[rate], options.scale, options.min_features, options.backend)
+        if options.pattern == "row":
+            site = Site(*arguments)
+        else:
+            site = TileSite(*arguments, independent=options.pattern == "dropconnect")
         self.report.rows.append(Row(name, rate, site=site, own_rate=None if own == rate else own))
         return site
 
@@ -143,18 +161,8 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
     if any(site.rate for site in conversion.report.sites):
         for name, module in model.named_modules():
             if type(module) is nn.Linear and "weight" in module._parameters:
-                conversion.swap(
-                    module,
-                    ApproxLinear,
-                    name=name,
-                    backend=options.backend,
-                    defers=True,
-                    waited=False,
-                    dropped_by=set(),
-                    read_whole_too=False,
-                    work=Ledger(),
-                )
-        conversion.others = [m for m in model.modules() if not isinstance(m, (ApproxLinear, ApproxLSTM))]
+                _convert_linear(conversion, name, module)
+        conversion.others = [m for m in model.modules() if type(m) not in _STOCK]
     else:
         warnings.warn(f"no dropout could be converted:\n{conversion.report}", NoEffectWarning, stacklevel=3)
     object.__setattr__(model, _RECORD, conversion)
@@ -170,6 +178,23 @@ def _convert_dropout(conversion: Conversion, name: str, module: nn.Module) -> No
         conversion.left(name, module.p, "it drops everything")
     else:
         conversion.swap(module, ApproxDropoutSite, site=conversion.site(name, module.p))
+
+
+def _convert_linear(conversion: Conversion, name: str, module: nn.Linear) -> None:
+    if conversion.options.pattern != "row":
+        conversion.swap(module, TileLinear, name=name, work=Ledger())
+        return
+    conversion.swap(
+        module,
+        ApproxLinear,
+        name=name,
+        backend=conversion.options.backend,
+        defers=True,
+        waited=False,
+        dropped_by=set(),
+        read_whole_too=False,
+        work=Ledger(),
+    )
 
 
 def _convert_lstm(conversion: Conversion, name: str, module: nn.LSTM) -> None:
@@ -195,7 +220,7 @@ def _convert_lstm(conversion: Conversion, name: str, module: nn.LSTM) -> None:
                 conversion.left(site, 0.0, "the rate is 0")
     conversion.swap(
         module,
-        ApproxLSTM,
+        ApproxLSTM if options.pattern == "row" else TileLSTM,
         name=name,
         backend=options.backend,
         sites=sites,

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from approxdrop_lightning.distribution import check_rate
 from approxdrop_lightning.pattern import Units, check_integers, natural_cells
 
 
@@ -78,6 +79,42 @@ class TilePattern:
         """Which weights are kept: bool ``[n_out, n_in]``."""
         i, j = torch.arange(self.n_out) // self.tile_size, torch.arange(self.n_in) // self.tile_size
         return (i[:, None] + j - self.offset).remainder(self.dp) < self.keep
+
+
+@dataclass(frozen=True)
+class BernoulliPattern:
+    """Independent entries of a matrix ``[n_out, n_in]``: conventional dropout, or DropConnect (Wan et al., 2013).
+
+    It has no structure, so nothing can be skipped.
+
+    Attributes:
+        n_out: Rows of the matrix, >= 1.
+        n_in: Columns of the matrix, >= 1.
+        rate: Probability that an entry is dropped, in [0, 1).
+        seed: Seed of the mask, >= 0.
+
+    Raises:
+        ValueError: An argument is outside of its range.
+    """
+
+    n_out: int
+    n_in: int
+    rate: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_integers(self, n_out=1, n_in=1, seed=0)
+        check_rate(self.rate)
+
+    @property
+    def share(self) -> float:
+        """Share of the entries kept, in expectation."""
+        return 1 - self.rate
+
+    def mask(self) -> Tensor:
+        """Which entries are kept: bool ``[n_out, n_in]``, the same at each call."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.empty(self.n_out, self.n_in, dtype=torch.bool).bernoulli_(self.share, generator=generator)
 
 
 @lru_cache(maxsize=1024)

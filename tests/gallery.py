@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +11,55 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import MLPBlock, VisionTransformer
 from torchvision.ops import MLP
 
+from approxdrop_lightning import RowPattern
+
 
 class Masks:
     """Replays the patterns of a converted model's sites as masks, in order of use."""
 
     def __init__(self, report) -> None:
-        self._uses: dict[str, Iterator] = {row.name: iter(row.site.last_patterns) for row in report if row.site}
+        self._uses: dict[str, list] = {row.name: list(row.site.last_patterns) for row in report if row.site}
         self._scale = {row.name: row.site.scale for row in report if row.site}
 
     def has(self, name: str) -> bool:
         return name in self._uses
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
-        pattern = next(self._uses[name])
-        return x * (pattern.mask(*x.shape[:-1]).to(x) * self._scale[name])
+        pattern = self._uses[name][0]
+        if isinstance(pattern, RowPattern):
+            return x * (self._uses[name].pop(0).mask(*x.shape[:-1]).to(x) * self._scale[name])
+        if (pattern.n_out, pattern.n_in) == (x.shape[:-1].numel(), x.shape[-1]):  # of units: no weight has this shape
+            return x * (self._uses[name].pop(0).mask().view(x.shape).to(x) / (1 - pattern.rate))
+        return Marked.of(x, self, name)
+
+    def weight(self, name: str, weight: Tensor) -> Tensor:
+        """A weight with the next pattern of a site applied."""
+        return weight * (self._uses[name].pop(0).mask().to(weight) * self._scale[name])
+
+
+class Marked(Tensor):
+    """Input of a layer that drops weights of its own."""
+
+    @staticmethod
+    def of(x: Tensor, masks: Masks, name: str) -> Tensor:
+        marked = x.as_subclass(Marked)
+        marked.masks, marked.site = masks, name
+        return marked
+
+    @property
+    def plain(self) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs, x = kwargs or {}, args[0]
+        if func is F.linear:
+            return F.linear(x.plain, x.masks.weight(x.site, args[1]), *args[2:], **kwargs)
+        if func.__name__ in ("view", "reshape", "flatten", "unsqueeze", "squeeze"):
+            return Marked.of(func(x.plain, *args[1:], **kwargs), x.masks, x.site)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
 
 class MaskedDropout(nn.Module):
@@ -63,6 +98,8 @@ class MaskedLSTM(nn.Module):
             if self.masks.has(recurrent := f"{self.name} (recurrent, layer {layer})"):
                 # Masking the recurrent input of every step alike is masking the columns of its weight.
                 weights[1] = self.masks(recurrent, weights[1])
+            if isinstance(x, Marked):
+                weights[0], x = x.masks.weight(x.site, weights[0]), x.plain
             x, h, c = torch._VF.lstm(x, state, weights, lstm.bias, 1, 0.0, False, False, lstm.batch_first)
             states.append((h[0], c[0]))
         h, c = (torch.stack(part) for part in zip(*states, strict=True))
@@ -295,10 +332,10 @@ GALLERY: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "backward hooks": (lambda: PastOverrides(hooks=True), lambda: torch.randn(6, 10)),
     "query, key and value": (Attention, lambda: torch.randn(3, 5, 12)),
     "convolutions before a head": (Convolutional, lambda: torch.randn(3, 3, 8, 8)),
-    "transformer layers": (Transformer, lambda: torch.randn(4, 3, 12)),
+    "transformer layers": (Transformer, lambda: torch.randn(5, 3, 12)),
     "transformer layers, norm first, batch first": (
         lambda: Transformer(norm_first=True, batch_first=True, activation="gelu"),
-        lambda: torch.randn(3, 4, 12),
+        lambda: torch.randn(3, 5, 12),
     ),
     "torchvision MLP": (lambda: MLP(12, [16, 20, 6], dropout=0.5), lambda: torch.randn(5, 12)),
     "torchvision MLPBlock": (lambda: MLPBlock(12, 24, 0.5), lambda: torch.randn(5, 3, 12)),

@@ -29,6 +29,14 @@ SETTINGS = {
     "masked": {"min_features": 1000},
     "masked before an LSTM": {"min_hidden": 1000},
     "recurrent": {"recurrent": True},
+    "tile": {"pattern": "tile", "tile_size": 2},
+    "tile, .7": {"pattern": "tile", "tile_size": 1, "rate": 0.7},
+    "tile, one kept of dp, any dp": {"pattern": "tile", "keep": "one", "concentration": 0.0},
+    "tile, scale dp": {"pattern": "tile", "scale": "dp", "rate": 0.7},
+    "tile, reference": {"pattern": "tile", "backend": "reference"},
+    "tile, masked": {"pattern": "tile", "min_features": 1000},
+    "tile, masked before an LSTM": {"pattern": "tile", "min_hidden": 1000},
+    "dropconnect": {"pattern": "dropconnect"},
     "recurrent, all shared, .7": {"recurrent": True, "interleave": False, "rate": 0.7, "shuffle": False},
 }
 
@@ -46,13 +54,13 @@ def test_outputs_and_all_gradients_are_those_of_the_masked_model(name, setting):
         resample(model)
         inputs = [t.clone().requires_grad_() if t.is_floating_point() else t for t in (x, x)]
         model.zero_grad()
-        found = model(inputs[0])
+        found = model(inputs[0]) * 1.0  # read, so that all patterns are drawn
         masked = twin(copy.deepcopy(stock), report)
-        expected = masked(inputs[1])
+        expected = masked(inputs[1]) * 1.0
         direction = torch.randn(expected.shape, dtype=torch.float64)
         (found * direction).sum().backward()
         (expected * direction).sum().backward()
-        torch.testing.assert_close(torch.as_tensor(found * 1.0), expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
         gradients = dict(masked.named_parameters())
         for key, parameter in model.named_parameters():
             twin_key = next(k for k in gradients if k == key or k == key.replace("lstm.", "lstm.lstm."))
@@ -567,7 +575,8 @@ def test_misuse_is_named():
         approximate(model)
     other = mlp()
     for options, message in (
-        ({"pattern": "diagonal"}, "pattern must be 'row', got 'diagonal'"),
+        ({"pattern": "diagonal"}, "pattern must be one of 'row', 'tile', 'dropconnect', got 'diagonal'"),
+        ({"pattern": "tile", "recurrent": True}, "recurrent=True needs pattern='row', got 'tile'"),
         ({"rate": 1.5}, r"\[0, 1\), got 1.5"),
         ({"scale": "none"}, "scale must be 'rate' or 'dp'"),
         ({"backend": "cuda"}, "backend must be one of"),

@@ -19,6 +19,8 @@ PATTERNS: dict[str, dict] = {
     "row": {},
     "shared": {"interleave": False, "shuffle": False},
     "paper": {"interleave": False, "shuffle": False, "keep": "one", "concentration": 0.0},
+    "tile": {"pattern": "tile"},
+    "dropconnect": {"pattern": "dropconnect"},  # masked weights: what "tile" is to be compared with
 }
 #: What they are compared with. "conventional" is what a user has today.
 BASELINES = ("conventional", "none", "compiled", "sliced", "sliceout", "narrow")

@@ -4,5 +4,16 @@ from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.layers.linear import ApproxLinear
 from approxdrop_lightning.layers.lstm import ApproxLSTM
 from approxdrop_lightning.layers.site import ApproxDropoutSite, Site
+from approxdrop_lightning.layers.tile_site import TileSite
+from approxdrop_lightning.layers.tiles import TileLinear, TileLSTM
 
-__all__ = ["ApproxDropoutSite", "ApproxLSTM", "ApproxLinear", "CompactTensor", "Site"]
+__all__ = [
+    "ApproxDropoutSite",
+    "ApproxLSTM",
+    "ApproxLinear",
+    "CompactTensor",
+    "Site",
+    "TileLSTM",
+    "TileLinear",
+    "TileSite",
+]

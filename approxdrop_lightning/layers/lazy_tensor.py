@@ -148,6 +148,12 @@ class LazyTensor(torch.Tensor):
         """Whether nobody has asked for the dense tensor, or for that of a view of it, yet."""
         return self._storage.dense is None
 
+    @property
+    def _acts(self) -> bool:
+        """Whether functions that know the tensor may act on what it holds."""
+        # Under no_grad the result must have no history, but what is held has one: compute it densely.
+        return self.is_lazy and torch.is_grad_enabled()
+
     def dense(self) -> Tensor:
         """The ordinary tensor. Computed once: whatever changes it in place is seen by all later readers."""
         storage = self._storage
@@ -173,8 +179,7 @@ class LazyTensor(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
-        # Under no_grad the result must have no history, but what is held has one: compute it densely.
-        if isinstance(first, LazyTensor) and first.is_lazy and torch.is_grad_enabled():
+        if isinstance(first, LazyTensor) and first._acts:
             result = first._apply(func, args[1:], kwargs)
             if result is not NotImplemented:
                 return result

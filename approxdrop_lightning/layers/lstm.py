@@ -10,6 +10,7 @@ from approxdrop_lightning import functional
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
 from approxdrop_lightning.layers.site import Site
+from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.work import Ledger
 
 _State = tuple[Tensor, Tensor]
@@ -60,7 +61,7 @@ class ApproxLSTM(nn.LSTM):
         batched = x.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if not batched:
-            x = as_dense(x).unsqueeze(batch_dim)
+            x = x.unsqueeze(batch_dim)
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         if hx is None:
             zeros = torch.zeros(self.num_layers, x.shape[batch_dim], self.hidden_size, dtype=x.dtype, device=x.device)
@@ -80,8 +81,7 @@ class ApproxLSTM(nn.LSTM):
 
     def _layer(self, layer: int, x: Tensor, state: _State) -> tuple[Tensor, _State]:
         """One layer, reading ``x`` dense, compact with a shared pattern, or compact and interleaved."""
-        weight_ih, weight_hh = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
-        biases = (getattr(self, f"bias_ih_l{layer}"), getattr(self, f"bias_hh_l{layer}")) if self.bias else ()
+        weight_ih, weight_hh, *biases = self._weights(layer)
         held = x.held if isinstance(x, CompactTensor) and x.is_lazy else None
         dropped = self.recurrent_sites[layer] if self.recurrent_sites else None
         if held is not None and held.pattern.interleave and not self.sequence and dropped is None:
@@ -91,7 +91,7 @@ class ApproxLSTM(nn.LSTM):
         self.work.note(held and held.site, None, rows * x.shape[-1] * 4 * self.hidden_size)
         self.work.note(dropped, None, rows * self.hidden_size * 4 * self.hidden_size)
         if held is not None:
-            held.site.read_kept(self.name if layer == 0 else f"{self.name} (layer {layer})")
+            held.site.read_kept(self._reader(layer))
         if dropped is not None or (held is not None and held.pattern.interleave):
             bias = sum(biases) if biases else None
             if held is None:
@@ -100,17 +100,42 @@ class ApproxLSTM(nn.LSTM):
                 gates = functional.row_linear(
                     held.values, weight_ih, bias, held.pattern, backend=self.backend, leading_shape=held.rows
                 ).view(*x.shape[:-1], -1)
-            gates = gates.transpose(0, 1) if self.batch_first else gates
-            pattern, scale = None, 1.0
-            if dropped is not None:
-                pattern, scale = dropped.pattern(self.hidden_size, shared=True), dropped.scale
-                dropped.read_kept(self.name)
-            y, h, c = functional.lstm_sequence(gates, *state, weight_hh, pattern, scale)
-            return (y.transpose(0, 1) if self.batch_first else y), (h, c)
+            if dropped is None:
+                return self._sequence(gates, state, weight_hh)
+            dropped.read_kept(self.name)
+            pattern = dropped.pattern(self.hidden_size, shared=True)
+            return self._sequence(gates, state, weight_hh, pattern, dropped.scale)
         if held is not None:
-            weight_ih = functional.select_columns(weight_ih, held.pattern)
             x = held.values.view(*held.shape[:-1], held.pattern.n_kept)
-        weights = [weight_ih, weight_hh, *biases]
+        return self._vendor(as_dense(x), state, [weight_ih, weight_hh, *biases], held and held.pattern)
+
+    def _weights(self, layer: int) -> tuple[Tensor, ...]:
+        """``weight_ih``, ``weight_hh`` and, if there are any, both biases of a layer."""
+        names = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if self.bias else ()))
+        return tuple(getattr(self, f"{name}_l{layer}") for name in names)
+
+    def _reader(self, layer: int) -> str:
+        """Name of a layer, for the report."""
+        return self.name if layer == 0 else f"{self.name} (layer {layer})"
+
+    def _sequence(
+        self,
+        gates: Tensor,
+        state: _State,
+        weight_hh: Tensor,
+        pattern: RowPattern | None = None,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, _State]:
+        """The recurrence of a layer over its gate inputs."""
+        gates = gates.transpose(0, 1) if self.batch_first else gates
+        y, h, c = functional.lstm_sequence(gates, *state, weight_hh, pattern, scale)
+        return (y.transpose(0, 1) if self.batch_first else y), (h, c)
+
+    def _vendor(
+        self, x: Tensor, state: _State, weights: list[Tensor], pattern: RowPattern | None = None
+    ) -> tuple[Tensor, _State]:
+        """A layer by the kernel of ``nn.LSTM``; ``x`` holds what the pattern keeps."""
+        weights = functional.lstm_weights(pattern, *weights)
         hx = (state[0].unsqueeze(0), state[1].unsqueeze(0))
-        y, h, c = torch._VF.lstm(as_dense(x), hx, weights, self.bias, 1, 0.0, True, False, self.batch_first)
+        y, h, c = torch._VF.lstm(x, hx, weights, self.bias, 1, 0.0, True, False, self.batch_first)
         return y, (h[0], c[0])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -65,8 +68,25 @@ class Site:
         if fresh:
             self._patterns.clear()
 
+    @property
+    def skips(self) -> list[str]:
+        """What is skipped, as far as it was seen."""
+        return (["producer's rows"] if self.producers else []) + (["consumers' columns"] if self.consumers else [])
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is not."""
+        readers = ", ".join(sorted(self.dense_readers))
+        if self.skips:
+            return [f"read whole by {readers}"] if readers else []
+        return [f"no linear layer before it, and read whole by {readers or 'nobody'}"]
+
     def pattern(self, n: int, shared: bool = False) -> RowPattern:
         """The pattern of the next use, of ``n`` units; with ``shared`` one for all rows of the batch."""
+        return self._next(lambda: self.sampler.pattern(n, shared), lambda pattern: pattern.n == n)
+
+    def _next(self, draw: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
+        """What is drawn for the next use: anew, or again if the step is one and it still fits."""
         if torch._C._current_graph_task_id() != -1:  # within a backward pass: activations are computed again
             if self._uses != 1:
                 raise RuntimeError(
@@ -74,9 +94,9 @@ class Site:
                     "this forward; which pattern is meant cannot be told"
                 )
             return self._patterns[0]
-        if self._uses == len(self._patterns) or self._patterns[self._uses].n != n:
+        if self._uses == len(self._patterns) or not fits(self._patterns[self._uses]):
             del self._patterns[self._uses :]
-            self._patterns.append(self.sampler.pattern(n, shared))
+            self._patterns.append(draw())
         self._uses += 1
         return self._patterns[self._uses - 1]
 
@@ -134,7 +154,8 @@ class ApproxDropoutSite(nn.Dropout):
         """``[..., n]`` to ``[..., n]``."""
         if not self.training:
             return super().forward(x)
-        if not torch.is_grad_enabled():
+        dropped = self.site.drop(x)
+        if isinstance(dropped, CompactTensor) and not torch.is_grad_enabled():
             # Training mode without gradients: nothing waits, so the product exists already.
-            return as_dense(self.site.drop(x))
-        return self.site.drop(x)
+            return as_dense(dropped)
+        return dropped

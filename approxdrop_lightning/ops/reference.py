@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from approxdrop_lightning.pattern import RowPattern
-from approxdrop_lightning.tile_pattern import TilePattern
+from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
 
 #: Functions that may follow a product.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda y: y, "relu": F.relu, "gelu": F.gelu}
@@ -48,6 +48,13 @@ def row_linear(
     return y.reshape(-1, y.shape[-1]) if out_pattern is None else pack(y, out_pattern)
 
 
-def tile_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern, scale: float) -> Tensor:
+def tile_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern | BernoulliPattern, scale: float
+) -> Tensor:
     """``x @ (scale * weight * mask).T + bias``. Shapes as in :mod:`.tiles`."""
-    return F.linear(x, weight * (pattern.mask().to(weight) * scale), bias)
+    return F.linear(x, masked_weight(weight, pattern, scale), bias)
+
+
+def masked_weight(weight: Tensor, pattern: TilePattern | BernoulliPattern, scale: float) -> Tensor:
+    """``scale * weight * mask``."""
+    return weight * (pattern.mask().to(weight) * scale)

@@ -44,7 +44,7 @@ def ops_for(backend: str, x: Tensor, widths: tuple[int, ...]) -> ModuleType:
         return reference
     if backend == "compact" or (backend == "auto" and not _gains(x, widths)):
         return compact
-    if not _has_triton():
+    if not has_triton():
         raise ImportError(
             "backend 'triton' needs triton, which is not installed: pip install 'approxdrop-lightning[triton]'"
         )
@@ -54,7 +54,8 @@ def ops_for(backend: str, x: Tensor, widths: tuple[int, ...]) -> ModuleType:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -62,4 +63,4 @@ def _gains(x: Tensor, widths: tuple[int, ...]) -> bool:
     tensor_cores = x.dtype in (torch.float16, torch.bfloat16) or (
         x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     )
-    return x.is_cuda and tensor_cores and min(widths) >= _LEAST_UNITS and _has_triton()
+    return x.is_cuda and tensor_cores and min(widths) >= _LEAST_UNITS and has_triton()

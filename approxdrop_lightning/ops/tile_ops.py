@@ -110,19 +110,15 @@ def tile_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePat
         x: ``[R, n_in]``, float32, float16 or bfloat16.
         weight: ``[n_out, n_in]``, dense; its gradient is dense as well.
         bias: ``[n_out]`` or None.
-        pattern: What is kept of the weight; its tiles are 16, 32, 64 or 128 wide.
+        pattern: What is kept of the weight. Tiles of a multiple of 16 can be read in wide loads.
         scale: Factor of the kept weights.
 
     Returns:
         ``[R, n_out]``, contiguous.
 
     Raises:
-        ValueError: The type, the device or the size of the tiles is not one that the kernels are for.
+        ValueError: The type or the device is not one that the kernels are for.
     """
     check_operands("tile_linear", x, weight)
-    if pattern.tile_size not in (16, 32, 64, 128):
-        raise ValueError(
-            f"tile_linear: the triton backend has tiles of 16, 32, 64 and 128, got tile_size={pattern.tile_size}"
-        )
     offset = torch.full((), pattern.offset, dtype=torch.int32, device=x.device)  # a fill, which nobody waits for
     return _tile_linear(x, weight, bias, offset, pattern.dp, pattern.keep, pattern.tile_size, float(scale))

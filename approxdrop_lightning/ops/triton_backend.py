@@ -1,4 +1,4 @@
-"""The Triton backend of row patterns: which operator computes."""
+"""The Triton backend: which operator computes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from approxdrop_lightning.ops import reference
 from approxdrop_lightning.ops.group_ops import gather, groups_linear, scatter
 from approxdrop_lightning.ops.row_ops import rows_linear
 from approxdrop_lightning.ops.tables import make_plan
+from approxdrop_lightning.ops.tile_ops import tile_linear as tile_linear
 from approxdrop_lightning.ops.triton_common import check_operands
 from approxdrop_lightning.ops.triton_rows import Kept
 from approxdrop_lightning.pattern import RowPattern

@@ -33,8 +33,8 @@ def _kept_tiles(offset, row, tiles, dp, keep):
 @triton.jit
 def _unit(place, first, period, length, TILE: tl.constexpr):
     """Unit at a place of tiles that come in runs of ``length`` every ``period``, the first of which is ``first``."""
-    # A power of two divides the tile, and that many units lie together, aligned: loads are as wide.
-    RUN: tl.constexpr = TILE & -TILE
+    # As many units as divide the tile, and blocks of places, lie together: loads are as wide.
+    RUN: tl.constexpr = TILE & -TILE if TILE % 16 else 16
     tile = place // TILE
     unit = (first + tile // length * period + tile % length) * TILE + place % TILE
     return tl.max_contiguous(tl.multiple_of(unit, RUN), RUN)

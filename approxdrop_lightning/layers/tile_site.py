@@ -1,0 +1,93 @@
+"""Where weights are dropped instead of units: a site draws a pattern for each weight that reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from approxdrop_lightning.layers.lazy_tensor import as_dense
+from approxdrop_lightning.layers.site import Site
+from approxdrop_lightning.layers.tiled_tensor import Marked, TiledTensor, Use
+from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
+
+
+class TileSite(Site):
+    """Dropout that acts on the weights of the layers that read it (DropConnect), not on the units they read.
+
+    Each weight has a pattern of its own at each use of the site. What is not read by a linear layer or an LSTM sees
+    conventional dropout of the units.
+
+    Args:
+        *args: As of :class:`Site`.
+        independent: Whether weights are dropped independently of each other (Wan et al., 2013), which skips nothing;
+            else by tiles.
+        **kwargs: As of :class:`Site`.
+    """
+
+    def __init__(self, *args: Any, independent: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.independent = independent
+        #: Layers that multiply densely with a masked weight, and why.
+        self.masked: dict[str, str] = {}
+        self._patterns: list[Use] = []
+
+    @property
+    def last_patterns(self) -> tuple[TilePattern | BernoulliPattern, ...]:
+        """Patterns of the last training forward, in the order in which the site was used and its output read."""
+        return tuple(pattern for use in self._patterns[: self._uses] for pattern in use.values())
+
+    @property
+    def skips(self) -> list[str]:
+        """What is skipped."""
+        return ["consumers' tiles"] if self.consumers else []
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is not."""
+        masked = [f"{name} is masked and dense ({why})" for name, why in sorted(self.masked.items())]
+        readers = ", ".join(sorted(self.dense_readers))
+        return masked + ([f"units are dropped for {readers}"] if readers else [])
+
+    def drop(self, x: Tensor) -> Tensor:
+        """``x`` (``[..., n]``), marked for the layers that read it."""
+        if self.rate == 0:
+            return as_dense(x)
+        if x.dim() == 0 or x.numel() == 0:
+            return as_dense(x) * self.scale
+        return TiledTensor(Marked(as_dense(x), self, self._next(Use, lambda use: True)))
+
+    def weights(self, use: Use, reader: str, weight: Tensor) -> TilePattern | BernoulliPattern:
+        """The pattern of a reader's weight ``[n_out, n_in]``, drawn when it reads for the first time."""
+        n_out, n_in = weight.shape
+        if (reader, n_out, n_in) not in use:
+            draw = self.sampler.bernoulli if self.independent else self.sampler.tiles
+            use[reader, n_out, n_in] = draw(n_out, n_in)
+        return use[reader, n_out, n_in]
+
+    def units(self, use: Use, rows: int, n: int) -> BernoulliPattern:
+        """The pattern of ``[rows, n]`` units for those that have no weight."""
+        if ("", rows, n) not in use:
+            use["", rows, n] = self.sampler.bernoulli(rows, n)
+        return use["", rows, n]
+
+    def read_by(self, name: str, weight: Tensor, dense: str | None = None) -> bool:
+        """A layer of that name reads with part of its weight.
+
+        Args:
+            name: Of the layer.
+            weight: ``[n_out, n_in]``.
+            dense: Why the layer multiplies densely, if it does for a reason of its own.
+
+        Returns:
+            Whether the dropped weights are skipped; else they are masked.
+        """
+        if self.independent:
+            dense = "pattern='dropconnect'"
+        elif min(weight.shape) < self.min_features:
+            dense = f"a side of {min(weight.shape)} is below min_features={self.min_features}"
+        if dense is None:
+            self.consumers.add(name)
+        else:
+            self.masked[name] = dense
+        return dense is None

@@ -1,0 +1,61 @@
+"""The layers that drop weights where a site has marked their input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
+from approxdrop_lightning.layers.lstm import ApproxLSTM
+from approxdrop_lightning.layers.tiled_tensor import TiledTensor
+from approxdrop_lightning.work import Ledger
+
+
+def _is_marked(x: Tensor) -> bool:
+    return isinstance(x, TiledTensor) and x.is_marked
+
+
+class TileLinear(nn.Linear):
+    """``nn.Linear`` that drops weights of its own, by tiles, where its input comes from a site.
+
+    In evaluation it is ``nn.Linear``.
+
+    Attributes:
+        name: Name in the model, for the report.
+        work: Multiplies of its last products.
+    """
+
+    name: str
+    work: Ledger
+
+    @run_eagerly
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        if self.training and _is_marked(x) and x.shape[-1] == self.in_features:
+            return x.linear(self.weight, self.bias, self.name, self.work)
+        x = as_dense(x)
+        y = super().forward(x)
+        if self.training and torch.is_grad_enabled():
+            self.work.note(None, None, x.numel() * self.out_features)
+        return y
+
+
+class TileLSTM(ApproxLSTM):
+    """``nn.LSTM`` that drops weights of its inputs, layer by layer, by tiles.
+
+    The input product of all steps is one product with kept tiles, and the recurrence runs over ready-made gate
+    inputs; without ``sequence`` the vendor's kernel runs with the masked weight. Recurrent weights are not dropped.
+    """
+
+    def _layer(self, layer: int, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if not _is_marked(x):
+            return super()._layer(layer, as_dense(x), state)
+        weight_ih, weight_hh, *biases = self._weights(layer)
+        reader = self._reader(layer)
+        self.work.note(None, None, x.shape[0] * x.shape[1] * weight_hh.numel())
+        if self.sequence:
+            gates = x.linear(weight_ih, sum(biases) if biases else None, reader, self.work)
+            return self._sequence(gates, state, weight_hh)
+        self.work.note(None, None, x.numel() * len(weight_ih))
+        weight_ih = x.masked_weight(weight_ih, reader, "its hidden size is below min_hidden")
+        return self._vendor(x.held.source, state, [weight_ih, weight_hh, *biases])
