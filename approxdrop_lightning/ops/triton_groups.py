@@ -223,6 +223,11 @@ def copy(
         tl.store(at_dense, tl.load(at_values, mask=live), mask=live)
 
 
+def aligned(sizes: Sizes) -> bool:
+    """Whether all rows of a product's operands begin at multiples of 16 bytes."""
+    return min(sizes.in_align, sizes.out_align) > 1
+
+
 def packs(sizes: Sizes) -> bool:
     """Whether kept columns of the weight are copied first: where 16 bytes of a row are not kept together."""
     return sizes.in_run == 1
@@ -386,7 +391,9 @@ def specimens() -> list[Specimen]:
             for name, pattern in (
                 ("shuffled", shuffled), ("regular", regular), ("overlapping", overlapping), ("ragged", ragged),
             ):  # fmt: skip
-                for tiling in tilings(arch, dtype)[: None if pattern is shuffled else 1]:
+                for tiling in tilings(arch, dtype, aligned=pattern is not ragged)[
+                    : None if pattern is shuffled else 1
+                ]:
                     found += [
                         specimen(f"group_{kind}_{name}_{'x'.join(map(str, tiling[:3]))}", launch, (arch,))
                         for kind, launch in _example_launches(pattern, dtype, tiling).items()

@@ -138,6 +138,11 @@ def pack(
     tl.store(at, tile, mask=(n < N)[:, None] & (k < packed_stride)[None, :])
 
 
+def aligned(values: Tensor, inside: Kept, outside: Kept) -> bool:
+    """Whether all rows of a product's operands begin at multiples of 16 bytes."""
+    return aligned_run(values.element_size(), inside.n, inside.count, outside.count) > 1
+
+
 def packed_shape(inside: Kept, outside: Kept) -> tuple[int, int]:
     """Shape of a packed weight, whose rows are padded so that loads are aligned."""
     return outside.count, -(-inside.count // 16) * 16
@@ -192,8 +197,8 @@ def product_launch(
     # A packed weight has kept rows only.
     step, first = (1, 0) if inside.dp > 1 else (outside.dp, outside.offset)
     w_first, w_stride = first * w.stride(0), step * w.stride(0)
-    aligned = [aligned_run(x.element_size(), *numbers) for numbers in ((K,), (N,), (w_stride, w_first))]
-    descriptors = descriptors and _describable(x, w) and min(aligned[0], aligned[2]) > 1 and min(M, N, K) > 0
+    runs = [aligned_run(x.element_size(), *numbers) for numbers in ((K,), (N,), (w_stride, w_first))]
+    descriptors = descriptors and _describable(x, w) and min(runs[0], runs[2]) > 1 and min(M, N, K) > 0
     operands: tuple = (x, w)
     if descriptors:
         shape, block = ((N, K), "NK") if forward else ((K, N), "KN")
@@ -211,8 +216,8 @@ def product_launch(
             "scale": scale,
         },
         {
-            "FORWARD": forward, "DESCRIPTORS": descriptors, "X_ALIGN": aligned[0], "Y_ALIGN": aligned[1],
-            "W_ALIGN": aligned[2], "ACTIVATION": activation, "PRECISION": precision(x.dtype),
+            "FORWARD": forward, "DESCRIPTORS": descriptors, "X_ALIGN": runs[0], "Y_ALIGN": runs[1],
+            "W_ALIGN": runs[2], "ACTIVATION": activation, "PRECISION": precision(x.dtype),
         } | tiles,
         tiling.num_warps, tiling.num_stages,
     )  # fmt: skip
@@ -231,8 +236,8 @@ def weight_grad_launch(
     """Kept entries of the weight's gradient, ``scale * dy^T @ x``; the others of ``dw`` are not touched."""
     (M, N), K = dy.shape, x.shape[1]
     tiles = dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_M"), tiling.blocks(outside.n, inside.n, M), strict=True))
-    aligned = [aligned_run(x.element_size(), number) for number in (K, N, dw.stride(0))]
-    descriptors = descriptors and _describable(dy, x) and min(aligned[:2]) > 1 and min(M, N, K) > 0
+    runs = [aligned_run(x.element_size(), number) for number in (K, N, dw.stride(0))]
+    descriptors = descriptors and _describable(dy, x) and min(runs[:2]) > 1 and min(M, N, K) > 0
     operands: tuple = (dy, x)
     if descriptors:
         operands = tuple(
@@ -247,7 +252,7 @@ def weight_grad_launch(
             **_places(inside, outside), "w_stride": dw.stride(0), "scale": scale,
         },
         {
-            "DESCRIPTORS": descriptors, "X_ALIGN": aligned[0], "Y_ALIGN": aligned[1], "W_ALIGN": aligned[2],
+            "DESCRIPTORS": descriptors, "X_ALIGN": runs[0], "Y_ALIGN": runs[1], "W_ALIGN": runs[2],
             "CONTIGUOUS": inside.dp == 1, "PRECISION": precision(x.dtype),
         } | tiles,
         tiling.num_warps, tiling.num_stages,
@@ -279,7 +284,9 @@ def specimens() -> list[Specimen]:
                     ]
             found += [
                 specimen(f"row_{kind}_ragged", launch, (arch,))
-                for kind, launch in _example_launches(dtype, tilings(arch, dtype)[0], False, 650).items()
+                for kind, launch in _example_launches(
+                    dtype, tilings(arch, dtype, aligned=False)[0], False, 650
+                ).items()
             ]
     return found
 
