@@ -6,7 +6,7 @@ changes no shape where cells are equal. The gradients of weight and bias are ope
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from approxdrop_lightning.ops import triton_groups
 from approxdrop_lightning.ops.tables import Sizes, Tables
-from approxdrop_lightning.ops.triton_common import autocast, fastest, tilings_for, tuning_key
-from approxdrop_lightning.ops.triton_launch import before_activation, saved_for
+from approxdrop_lightning.ops.triton_common import Tiling, autocast, run_fastest
+from approxdrop_lightning.ops.triton_launch import Launch, before_activation, saved_for
+
+
+def _run(name: str, x: Tensor, tables: Tables, sizes: Sizes, launch: Callable[[Tiling], Launch]) -> None:
+    dense = (tables.rows.numel(), sizes.n_out, sizes.n_in)
+    run_fastest(name, x, dense, launch, triton_groups.aligned(sizes))
 
 
 @torch.library.custom_op("approxdrop::groups_linear", mutates_args=())
@@ -50,14 +55,13 @@ def groups_linear(
     y, z, packed = _groups_linear_results(x, weight, bias, tables, sizes, in_shape, out_shape, scale, activation)
     if packed.numel():
         triton_groups.pack_launch(weight, packed, tables, sizes).run()
-    launches = (
-        triton_groups.product_launch(
-            x, packed if triton_groups.packs(sizes) else weight, bias, y, z if activation == "gelu" else None,
-            tables, sizes, scale, tiling, activation,
-        )
-        for tiling in tilings_for(x)
-    )  # fmt: skip
-    fastest(tuning_key("groups_linear", x, tables.rows.numel(), *weight.shape), launches).run()
+    argument = z if activation == "gelu" else None
+    read = packed if triton_groups.packs(sizes) else weight
+
+    def launch(tiling: Tiling) -> Launch:
+        return triton_groups.product_launch(x, read, bias, y, argument, tables, sizes, scale, tiling, activation)
+
+    _run("groups_linear", x, tables, sizes, launch)
     return y, z, packed
 
 
@@ -76,11 +80,11 @@ def groups_input_grad(
     """``dx[g] = scale * dy[g] @ W_g``, of ``in_shape``; ``weight`` as the forward product read it."""
     tables, sizes = Tables(*tables), Sizes(*sizes)
     dx = _groups_input_grad_result(dy, weight, tables, sizes, in_shape, scale)
-    launches = (
-        triton_groups.product_launch(dy, weight, None, dx, None, tables, sizes, scale, tiling, forward=False)
-        for tiling in tilings_for(dy)
-    )
-    fastest(tuning_key("groups_input_grad", dy, tables.rows.numel(), *weight.shape), launches).run()
+
+    def launch(tiling: Tiling) -> Launch:
+        return triton_groups.product_launch(dy, weight, None, dx, None, tables, sizes, scale, tiling, forward=False)
+
+    _run("groups_input_grad", dy, tables, sizes, launch)
     return dx
 
 
@@ -96,10 +100,11 @@ def groups_weight_grad(
     """``[n_out, n_in]``: sum over the groups that keep an entry of ``scale * dy[g].T @ x[g]``, zero elsewhere."""
     tables, sizes = Tables(*tables), Sizes(*sizes)
     dw = dy.new_zeros(n_out, n_in)
-    launches = (
-        triton_groups.weight_grad_launch(dy, x, dw, tables, sizes, scale, tiling) for tiling in tilings_for(dy)
-    )
-    fastest(tuning_key("groups_weight_grad", dy, tables.rows.numel(), n_out, n_in), launches).run()
+
+    def launch(tiling: Tiling) -> Launch:
+        return triton_groups.weight_grad_launch(dy, x, dw, tables, sizes, scale, tiling)
+
+    _run("groups_weight_grad", dy, tables, sizes, launch)
     return dw
 
 

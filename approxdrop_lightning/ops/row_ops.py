@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from approxdrop_lightning.ops import triton_rows
-from approxdrop_lightning.ops.triton_common import arch_of, autocast, fastest, tilings_for, tuning_key
-from approxdrop_lightning.ops.triton_launch import before_activation, saved_for
+from approxdrop_lightning.ops.triton_common import Tiling, arch_of, autocast, run_fastest
+from approxdrop_lightning.ops.triton_launch import Launch, before_activation, saved_for
 from approxdrop_lightning.ops.triton_rows import Kept
 
 
@@ -48,14 +48,16 @@ def rows_linear(
     y, z, packed = _rows_linear_results(x, weight, bias, in_dp, in_offset, out_dp, out_offset, scale, activation)
     if packed.numel():
         triton_rows.pack_launch(weight, packed, inside, outside).run()
-    launches = (
-        triton_rows.product_launch(
-            x, packed if in_dp > 1 else weight, bias, y, z if activation == "gelu" else None, inside, outside, scale,
-            tiling, activation, descriptors=arch_of(x.device) >= 90,
-        )
-        for tiling in tilings_for(x)
-    )  # fmt: skip
-    fastest(tuning_key("rows_linear", x, len(x), *weight.shape), launches).run()
+    argument = z if activation == "gelu" else None
+    read = packed if in_dp > 1 else weight
+
+    def launch(tiling: Tiling) -> Launch:
+        return triton_rows.product_launch(
+            x, read, bias, y, argument, inside, outside, scale, tiling, activation,
+            descriptors=arch_of(x.device) >= 90,
+        )  # fmt: skip
+
+    run_fastest("rows_linear", x, (len(x), *weight.shape), launch, triton_rows.aligned(x, inside, outside))
     return y, z, packed
 
 
@@ -82,16 +84,14 @@ def rows_input_grad(
     """``scale * dy @ W[kept]``, ``[M, kept inputs]``; ``weight`` is packed if inputs are dropped."""
     dx = _rows_input_grad_result(dy, weight, n_out, n_in, in_dp, in_offset, out_dp, out_offset, scale)
     inside, outside = Kept(n_in, in_dp, in_offset), Kept(n_out, out_dp, out_offset)
-    launches = (
-        triton_rows.product_launch(
+
+    def launch(tiling: Tiling) -> Launch:
+        return triton_rows.product_launch(
             dy, weight, None, dx, None, inside, outside, scale, tiling,
             forward=False, descriptors=arch_of(dy.device) >= 90,
-        )
-        for tiling in tilings_for(dy)
-    )  # fmt: skip
-    fastest(
-        tuning_key("rows_input_grad", dy, len(dy), len(weight) * (out_dp if in_dp > 1 else 1), n_in), launches
-    ).run()
+        )  # fmt: skip
+
+    run_fastest("rows_input_grad", dy, (len(dy), n_out, n_in), launch, triton_rows.aligned(dy, inside, outside))
     return dx
 
 
@@ -115,13 +115,12 @@ def rows_weight_grad(
     """``[n_out, n_in]``: ``scale * dy.T @ x`` at the kept entries, zero elsewhere."""
     dw = (dy.new_empty if in_dp == out_dp == 1 else dy.new_zeros)(n_out, n_in)
     inside, outside = Kept(n_in, in_dp, in_offset), Kept(n_out, out_dp, out_offset)
-    launches = (
-        triton_rows.weight_grad_launch(
-            dy, x, dw, inside, outside, scale, tiling, descriptors=arch_of(dy.device) >= 90
-        )
-        for tiling in tilings_for(dy)
-    )
-    fastest(tuning_key("rows_weight_grad", dy, len(dy), n_out, n_in), launches).run()
+
+    def launch(tiling: Tiling) -> Launch:
+        descriptors = arch_of(dy.device) >= 90
+        return triton_rows.weight_grad_launch(dy, x, dw, inside, outside, scale, tiling, descriptors)
+
+    run_fastest("rows_weight_grad", dy, (len(dy), n_out, n_in), launch, triton_rows.aligned(dy, inside, outside))
     return dw
 
 

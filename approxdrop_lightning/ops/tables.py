@@ -168,7 +168,7 @@ def make_plan(
     rows = [r.count for r in (grouped or RowPattern(1, 1, 0)).row_groups(leading_shape)]
 
     records = zip(
-        _before(rows), rows, _before(outside.widths),
+        _before(rows), rows, _before([outside.most] * groups),
         (p.start for p in inside.places), inside.widths, _values_before(inside, rows),
         (p.start for p in outside.places), outside.widths, _values_before(outside, rows),
         strict=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def row_linear(
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     if all(regular):
         inside, outside = regular
-        x = x.reshape(-1, inside.count).contiguous()
+        x = x.reshape(math.prod(leading_shape), inside.count).contiguous()
         places = (inside.dp, inside.offset, outside.dp, outside.offset)
         return rows_linear(x, weight, bias, *places, scale, activation)[0]
     plan = make_plan(in_pattern, out_pattern, leading_shape, weight)

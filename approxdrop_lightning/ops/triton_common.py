@@ -59,14 +59,16 @@ _TENSOR_CORE = {
     80: (Tiling(128, 128, 32, 8, 4), Tiling(128, 64, 64, 4, 3), Tiling(64, 64, 64, 4, 4), Tiling(32, 64, 64, 4, 4)),
     90: (Tiling(128, 128, 64, 8, 4), Tiling(128, 64, 64, 4, 4), Tiling(64, 64, 64, 4, 4), Tiling(64, 128, 64, 4, 4)),
     100: (
-        Tiling(128, 128, 64, 4, 4),
+        Tiling(128, 128, 64, 8, 4),
         Tiling(128, 64, 64, 4, 4),
         Tiling(64, 64, 64, 4, 4),
-        Tiling(128, 128, 32, 4, 4),
+        Tiling(128, 128, 32, 8, 4),
     ),
 }
 #: float32 without tf32 runs on ordinary multiply-adds: tiles that fit the registers, on every architecture.
-_PLAIN = (Tiling(64, 64, 16, 4, 3), Tiling(32, 64, 16, 4, 3), Tiling(64, 32, 32, 4, 3))
+_PLAIN = (Tiling(64, 64, 16, 8, 3), Tiling(32, 64, 16, 4, 3), Tiling(64, 32, 32, 4, 3))
+#: 16-bit operands whose rows are not aligned are loaded one by one, through registers.
+_UNALIGNED = (Tiling(64, 64, 32, 8, 2),)
 
 
 def arch_of(device: torch.device) -> int:
@@ -77,16 +79,17 @@ def arch_of(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(major, 80)
 
 
-def tilings(arch: int, dtype: torch.dtype, precision: str = "ieee") -> tuple[Tiling, ...]:
+def tilings(arch: int, dtype: torch.dtype, precision: str = "ieee", aligned: bool = True) -> tuple[Tiling, ...]:
     """Tile sizes worth trying, the one to take untried first.
 
     Args:
         arch: One of :data:`ARCHS`.
         dtype: One of :data:`DTYPES`.
         precision: ``"tf32"`` or ``"ieee"``; only float32 knows a difference.
+        aligned: Whether all rows of the operands begin at multiples of 16 bytes.
     """
     if dtype != torch.float32:
-        return _TENSOR_CORE[arch]
+        return _TENSOR_CORE[arch] if aligned else _UNALIGNED
     if precision == "ieee":
         return _PLAIN
     return tuple(t._replace(depth=t.depth // 2) for t in _TENSOR_CORE[arch])  # twice the bytes for each term
@@ -97,9 +100,9 @@ def bucket(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def tilings_for(x: Tensor) -> tuple[Tiling, ...]:
-    """Tile sizes worth trying for products of an operand's type on its device."""
-    return tilings(arch_of(x.device), x.dtype, precision(x.dtype))
+def tilings_for(x: Tensor, aligned: bool = True) -> tuple[Tiling, ...]:
+    """Tile sizes worth trying for products of an operand's type on its device; ``aligned`` as in :func:`tilings`."""
+    return tilings(arch_of(x.device), x.dtype, precision(x.dtype), aligned)
 
 
 def tuning_key(name: str, x: Tensor, *sizes: int) -> tuple:
@@ -133,6 +136,22 @@ def fastest(key: Hashable, launches: Iterable[Launch]) -> Launch:
     times = [_seconds(launch.run) for launch in candidates]
     _fastest[key] = times.index(min(times))
     return candidates[_fastest[key]]
+
+
+def run_fastest(
+    name: str, x: Tensor, sizes: tuple[int, ...], launch_of: Callable[[Tiling], Launch], aligned: bool = True
+) -> None:
+    """Launch a product, cut as is :func:`fastest`.
+
+    Args:
+        name: Of the kernel.
+        x: One of its operands.
+        sizes: Dense rows, outputs and inputs.
+        launch_of: The launch with given tile sizes.
+        aligned: As in :func:`tilings`.
+    """
+    key = (aligned, *tuning_key(name, x, *sizes))
+    fastest(key, map(launch_of, tilings_for(x, aligned))).run()
 
 
 def _on_gpu(launch: Launch) -> bool:

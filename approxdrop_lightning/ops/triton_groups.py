@@ -24,7 +24,7 @@ _IN = tl.constexpr(3)  # where a group's fields of inputs and outputs begin
 _OUT = tl.constexpr(6)
 
 _jit = triton.jit(
-    do_not_specialize=("x_width", "y_width", "w_stride", "packed_stride"),
+    do_not_specialize=("x_width", "y_width", "w_stride", "packed_rows", "packed_stride"),
     do_not_specialize_on_alignment=("rows", "groups", "blocks", "in_units", "out_units"),
 )
 
@@ -183,21 +183,21 @@ def bias_grad(
 
 @_jit
 def pack(
-    w, packed, groups, in_units, out_units, w_stride, packed_stride,
+    w, packed, groups, in_units, out_units, w_stride, packed_rows, packed_stride,
     IN_RUN: tl.constexpr, OUT_RUN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The groups' blocks of the weight, one below the other."""
+    """The groups' blocks of the weight, one below the other, each filled up with zeros."""
     group = groups + tl.program_id(2) * _GROUP
-    N, K = _field(group, _OUT + 1), _field(group, _IN + 1)
+    packed_stride = whole(packed_stride, 16)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    n_live, k_live = n < N, k < K
+    n_live, k_live = n < _field(group, _OUT + 1), k < _field(group, _IN + 1)
     n_unit = _units(out_units, _field(group, _OUT) + n, n_live, OUT_RUN)
     k_unit = _units(in_units, _field(group, _IN) + k, k_live, IN_RUN)
-    live = n_live[:, None] & k_live[None, :]
-    tile = tl.load(w + n_unit[:, None] * w_stride.to(tl.int64) + k_unit[None, :], mask=live)
-    packed_rows = (_field(group, 2) + n).to(tl.int64) * whole(packed_stride, 16)
-    tl.store(packed + packed_rows[:, None] + k[None, :], tile, mask=live)
+    w_at = w + n_unit[:, None] * w_stride.to(tl.int64) + k_unit[None, :]
+    tile = tl.load(w_at, mask=n_live[:, None] & k_live[None, :], other=0.0)
+    at = packed + (_field(group, 2) + n).to(tl.int64)[:, None] * packed_stride + k[None, :]
+    tl.store(at, tile, mask=(n < packed_rows)[:, None] & (k < packed_stride)[None, :])
 
 
 @_jit
@@ -223,6 +223,11 @@ def copy(
         tl.store(at_dense, tl.load(at_values, mask=live), mask=live)
 
 
+def aligned(sizes: Sizes) -> bool:
+    """Whether all rows of a product's operands begin at multiples of 16 bytes."""
+    return min(sizes.in_align, sizes.out_align) > 1
+
+
 def packs(sizes: Sizes) -> bool:
     """Whether kept columns of the weight are copied first: where 16 bytes of a row are not kept together."""
     return sizes.in_run == 1
@@ -238,10 +243,11 @@ def pack_launch(w: Tensor, packed: Tensor, tables: Tables, sizes: Sizes) -> Laun
     tiles = {"BLOCK_N": 32, "BLOCK_K": 64}
     return Launch(
         pack,
-        (triton.cdiv(sizes.most_out, 32), triton.cdiv(sizes.most_in, 64), sizes.groups),
+        (triton.cdiv(sizes.most_out, 32), triton.cdiv(packed.shape[1], 64), sizes.groups),
         {
             "w": w, "packed": packed, "groups": tables.groups, "in_units": tables.in_units,
-            "out_units": tables.out_units, "w_stride": w.stride(0), "packed_stride": packed.stride(0),
+            "out_units": tables.out_units, "w_stride": w.stride(0), "packed_rows": sizes.most_out,
+            "packed_stride": packed.stride(0),
         },
         {"IN_RUN": sizes.in_run, "OUT_RUN": sizes.out_run} | tiles,
     )  # fmt: skip
@@ -385,7 +391,9 @@ def specimens() -> list[Specimen]:
             for name, pattern in (
                 ("shuffled", shuffled), ("regular", regular), ("overlapping", overlapping), ("ragged", ragged),
             ):  # fmt: skip
-                for tiling in tilings(arch, dtype)[: None if pattern is shuffled else 1]:
+                for tiling in tilings(arch, dtype, aligned=pattern is not ragged)[
+                    : None if pattern is shuffled else 1
+                ]:
                     found += [
                         specimen(f"group_{kind}_{name}_{'x'.join(map(str, tiling[:3]))}", launch, (arch,))
                         for kind, launch in _example_launches(pattern, dtype, tiling).items()

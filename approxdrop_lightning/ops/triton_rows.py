@@ -127,13 +127,20 @@ def pack(
     w, packed, N, K, out_offset, out_dp, in_offset, in_dp, w_stride, packed_stride,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``packed[n, k] = W[out_offset + n * out_dp, in_offset + k * in_dp]``."""
+    """``packed[n, k] = W[out_offset + n * out_dp, in_offset + k * in_dp]``, zeros up to the end of a row."""
+    packed_stride = whole(packed_stride, 16)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    live = (n < N)[:, None] & (k < K)[None, :]
     rows = (out_offset + n * out_dp) * w_stride.to(tl.int64)
-    tile = tl.load(w + rows[:, None] + (in_offset + k * in_dp)[None, :], mask=live)
-    tl.store(packed + n.to(tl.int64)[:, None] * whole(packed_stride, 16) + k[None, :], tile, mask=live)
+    kept = (n < N)[:, None] & (k < K)[None, :]
+    tile = tl.load(w + rows[:, None] + (in_offset + k * in_dp)[None, :], mask=kept, other=0.0)
+    at = packed + n.to(tl.int64)[:, None] * packed_stride + k[None, :]
+    tl.store(at, tile, mask=(n < N)[:, None] & (k < packed_stride)[None, :])
+
+
+def aligned(values: Tensor, inside: Kept, outside: Kept) -> bool:
+    """Whether all rows of a product's operands begin at multiples of 16 bytes."""
+    return aligned_run(values.element_size(), inside.n, inside.count, outside.count) > 1
 
 
 def packed_shape(inside: Kept, outside: Kept) -> tuple[int, int]:
@@ -145,7 +152,7 @@ def pack_launch(w: Tensor, packed: Tensor, inside: Kept, outside: Kept) -> Launc
     """Copy the kept block of the weight ``w`` to ``packed``, of :func:`packed_shape`."""
     return Launch(
         pack,
-        (triton.cdiv(outside.count, 32), triton.cdiv(inside.count, 64)),
+        (triton.cdiv(outside.count, 32), triton.cdiv(packed.shape[1], 64)),
         {
             "w": w, "packed": packed, "N": outside.count, "K": inside.count,
             **_places(inside, outside), "w_stride": w.stride(0), "packed_stride": packed.stride(0),
@@ -190,8 +197,8 @@ def product_launch(
     # A packed weight has kept rows only.
     step, first = (1, 0) if inside.dp > 1 else (outside.dp, outside.offset)
     w_first, w_stride = first * w.stride(0), step * w.stride(0)
-    aligned = [aligned_run(x.element_size(), *numbers) for numbers in ((K,), (N,), (w_stride, w_first))]
-    descriptors = descriptors and _describable(x, w) and min(aligned[0], aligned[2]) > 1 and min(M, N, K) > 0
+    runs = [aligned_run(x.element_size(), *numbers) for numbers in ((K,), (N,), (w_stride, w_first))]
+    descriptors = descriptors and _describable(x, w) and min(runs[0], runs[2]) > 1 and min(M, N, K) > 0
     operands: tuple = (x, w)
     if descriptors:
         shape, block = ((N, K), "NK") if forward else ((K, N), "KN")
@@ -209,8 +216,8 @@ def product_launch(
             "scale": scale,
         },
         {
-            "FORWARD": forward, "DESCRIPTORS": descriptors, "X_ALIGN": aligned[0], "Y_ALIGN": aligned[1],
-            "W_ALIGN": aligned[2], "ACTIVATION": activation, "PRECISION": precision(x.dtype),
+            "FORWARD": forward, "DESCRIPTORS": descriptors, "X_ALIGN": runs[0], "Y_ALIGN": runs[1],
+            "W_ALIGN": runs[2], "ACTIVATION": activation, "PRECISION": precision(x.dtype),
         } | tiles,
         tiling.num_warps, tiling.num_stages,
     )  # fmt: skip
@@ -229,8 +236,8 @@ def weight_grad_launch(
     """Kept entries of the weight's gradient, ``scale * dy^T @ x``; the others of ``dw`` are not touched."""
     (M, N), K = dy.shape, x.shape[1]
     tiles = dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_M"), tiling.blocks(outside.n, inside.n, M), strict=True))
-    aligned = [aligned_run(x.element_size(), number) for number in (K, N, dw.stride(0))]
-    descriptors = descriptors and _describable(dy, x) and min(aligned[:2]) > 1 and min(M, N, K) > 0
+    runs = [aligned_run(x.element_size(), number) for number in (K, N, dw.stride(0))]
+    descriptors = descriptors and _describable(dy, x) and min(runs[:2]) > 1 and min(M, N, K) > 0
     operands: tuple = (dy, x)
     if descriptors:
         operands = tuple(
@@ -245,7 +252,7 @@ def weight_grad_launch(
             **_places(inside, outside), "w_stride": dw.stride(0), "scale": scale,
         },
         {
-            "DESCRIPTORS": descriptors, "X_ALIGN": aligned[0], "Y_ALIGN": aligned[1], "W_ALIGN": aligned[2],
+            "DESCRIPTORS": descriptors, "X_ALIGN": runs[0], "Y_ALIGN": runs[1], "W_ALIGN": runs[2],
             "CONTIGUOUS": inside.dp == 1, "PRECISION": precision(x.dtype),
         } | tiles,
         tiling.num_warps, tiling.num_stages,
@@ -277,7 +284,9 @@ def specimens() -> list[Specimen]:
                     ]
             found += [
                 specimen(f"row_{kind}_ragged", launch, (arch,))
-                for kind, launch in _example_launches(dtype, tilings(arch, dtype)[0], False, 650).items()
+                for kind, launch in _example_launches(
+                    dtype, tilings(arch, dtype, aligned=False)[0], False, 650
+                ).items()
             ]
     return found
 
