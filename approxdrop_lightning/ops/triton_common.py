@@ -21,6 +21,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Compute capabilities that the tables of tile sizes are made for: A100, H100, B200.
 ARCHS = (80, 90, 100)
 
+#: Whether kernels are interpreted: they are what they were when triton was imported.
+_INTERPRETED = triton.knobs.runtime.interpret
+
 _NAMES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32",
@@ -236,7 +239,7 @@ def check_operands(caller: str, *operands: Tensor) -> None:
     for operand in operands:
         if operand.dtype not in DTYPES:
             raise ValueError(f"{caller}: the triton backend takes float32, float16 and bfloat16, got {operand.dtype}")
-        if operand.device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
+        if operand.device.type not in ("cuda", "meta") and not _INTERPRETED:
             raise ValueError(
                 f"{caller}: the triton backend needs tensors on a CUDA device (or TRITON_INTERPRET=1 for its "
                 f"interpreter), got {operand.device}"
