@@ -38,7 +38,8 @@ def test_names():
     [
         (torch.bfloat16, (1024, 1024), False, "triton_backend"),
         (torch.float16, (64,), False, "triton_backend"),
-        (torch.float16, (1024, 10), False, "compact"),
+        (torch.float16, (1024, 10), False, "triton_backend"),
+        (torch.float16, (32, 10), False, "compact"),
         (torch.float32, (1024, 1024), False, "compact"),
         (torch.float32, (1024, 1024), True, "triton_backend"),
         (torch.float64, (1024, 1024), True, "compact"),

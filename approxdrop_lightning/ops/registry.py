@@ -12,7 +12,7 @@ from torch import Tensor
 from approxdrop_lightning.ops import compact, reference
 
 BACKENDS = ("auto", "reference", "compact", "triton")
-#: Narrower layers do not fill a tile of the kernels.
+#: Layers whose both sides are narrower take no time worth a kernel of their own.
 _LEAST_UNITS = 64
 
 
@@ -26,10 +26,10 @@ def check_backend(backend: str) -> str:
 def ops_for(backend: str, x: Tensor, widths: tuple[int, ...]) -> ModuleType:
     """The module that computes.
 
-    ``"auto"`` is ``compact``, or ``triton`` where that is expected to win: on CUDA, for layers wide enough to fill
-    tiles, and where products run on tensor cores (16-bit types, or float32 with
-    ``torch.backends.cuda.matmul.allow_tf32``). For plain float32 the vendor's product is the faster one, and worth
-    the copies that ``compact`` makes for it. This is reasoned (``docs/gpu_model.md``), not yet measured.
+    ``"auto"`` is ``compact``, or ``triton`` where that is expected to win: on CUDA, but for small layers, where
+    products run on tensor cores (16-bit types, or float32 with ``torch.backends.cuda.matmul.allow_tf32``). For plain
+    float32 the vendor's product is the faster one, and worth the copies that ``compact`` makes for it. This is
+    reasoned (``docs/gpu_model.md``), not yet measured.
 
     Args:
         backend: ``"auto"``, ``"reference"``, ``"compact"`` or ``"triton"``.
@@ -63,4 +63,4 @@ def _gains(x: Tensor, widths: tuple[int, ...]) -> bool:
     tensor_cores = x.dtype in (torch.float16, torch.bfloat16) or (
         x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     )
-    return x.is_cuda and tensor_cores and min(widths) >= _LEAST_UNITS and has_triton()
+    return x.is_cuda and tensor_cores and max(widths) >= _LEAST_UNITS and has_triton()

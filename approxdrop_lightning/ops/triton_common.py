@@ -66,7 +66,7 @@ _TENSOR_CORE = {
     ),
 }
 #: float32 without tf32 runs on ordinary multiply-adds: tiles that fit the registers, on every architecture.
-_PLAIN = (Tiling(64, 64, 16, 8, 3), Tiling(32, 64, 16, 4, 3), Tiling(64, 32, 32, 4, 3))
+_PLAIN = (Tiling(64, 64, 32, 8, 3),)
 #: 16-bit operands whose rows are not aligned are loaded one by one, through registers.
 _UNALIGNED = (Tiling(64, 64, 32, 8, 2),)
 

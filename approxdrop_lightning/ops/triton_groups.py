@@ -342,10 +342,10 @@ def bias_grad_launch(dy: Tensor, db: Tensor, tables: Tables, sizes: Sizes, scale
 
 def copy_launch(dense: Tensor, values: Tensor, tables: Tables, sizes: Sizes, gather: bool) -> Launch:
     """Kept values out of ``dense`` rows; or, not ``gather``, back to their places in it, the others not touched."""
-    tiles = {"BLOCK_M": 32, "BLOCK_K": 64}
+    tiles = {"BLOCK_M": 16, "BLOCK_K": 64}
     return Launch(
         copy,
-        (triton.cdiv(sizes.most_rows, 32), triton.cdiv(sizes.most_in, 64), sizes.groups),
+        (triton.cdiv(sizes.most_rows, 16), triton.cdiv(sizes.most_in, 64), sizes.groups),
         {
             "dense": dense, "values": values, "rows": tables.rows, "groups": tables.groups,
             "in_units": tables.in_units, "x_width": dense.shape[1],
@@ -383,21 +383,22 @@ def _width(values: Tensor) -> int:
 def specimens() -> list[Specimen]:
     """What is compiled ahead of time: the default pattern in all ways to cut it; others in the first way."""
     shuffled = RowPattern(2048, 2, 0, interleave=True, order=torch.arange(128), block_size=16)
-    regular, overlapping = (RowPattern(2048, dp, 0, dp - 1, interleave=True) for dp in (2, 3))
-    ragged = RowPattern(650, 2, 0, interleave=True, order=torch.arange(50), block_size=13)
+    others = {
+        "regular": RowPattern(2048, 2, 0, interleave=True),
+        "overlapping": RowPattern(2048, 3, 0, 2, interleave=True, order=torch.arange(128), block_size=16),
+        "ragged": RowPattern(650, 2, 0, interleave=True, order=torch.arange(50), block_size=13),
+    }
     found = []
     for arch in ARCHS:
         for dtype in DTYPES:
-            for name, pattern in (
-                ("shuffled", shuffled), ("regular", regular), ("overlapping", overlapping), ("ragged", ragged),
-            ):  # fmt: skip
-                for tiling in tilings(arch, dtype, aligned=pattern is not ragged)[
-                    : None if pattern is shuffled else 1
-                ]:
-                    found += [
-                        specimen(f"group_{kind}_{name}_{'x'.join(map(str, tiling[:3]))}", launch, (arch,))
-                        for kind, launch in _example_launches(pattern, dtype, tiling).items()
-                    ]
+            cases = [("shuffled", shuffled, tiling) for tiling in tilings(arch, dtype)]
+            for name, pattern in others.items():
+                cases.append((name, pattern, tilings(arch, dtype, aligned=name != "ragged")[0]))
+            for name, pattern, tiling in cases:
+                found += [
+                    specimen(f"group_{kind}_{name}_{'x'.join(map(str, tiling[:3]))}", launch, (arch,))
+                    for kind, launch in _example_launches(pattern, dtype, tiling).items()
+                ]
     return found
 
 
