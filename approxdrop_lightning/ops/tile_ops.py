@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from approxdrop_lightning.ops.triton_common import autocast, check_operands, fastest, tilings_for, tuning_key
-from approxdrop_lightning.ops.triton_tiles import product_launch, weight_grad_launch
+from approxdrop_lightning.ops.triton_common import Tiling, autocast, check_operands, run_fastest
+from approxdrop_lightning.ops.triton_launch import Launch
+from approxdrop_lightning.ops.triton_tiles import aligned, product_launch, weight_grad_launch
 from approxdrop_lightning.tile_pattern import TilePattern
 
 
@@ -32,9 +33,11 @@ def _input_grad(
 def _weight_grad(dy: Tensor, x: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float) -> Tensor:
     dw = x.new_zeros(dy.shape[1], x.shape[1])
     dy, x = _rows(dy), _rows(x)
-    key = tuning_key(f"tile_weight_grad_{tile_size}", x, *dw.shape, len(x))
-    launches = (weight_grad_launch(t, dy, x, dw, offset, dp, keep, tile_size, scale) for t in tilings_for(x))
-    fastest(key, launches).run()
+
+    def launch(tiling: Tiling) -> Launch:
+        return weight_grad_launch(tiling, dy, x, dw, offset, dp, keep, tile_size, scale)
+
+    run_fastest(f"tile_weight_grad_{tile_size}", x, (len(x), *dw.shape), launch, aligned(dw, tile_size))
     return dw
 
 
@@ -44,9 +47,11 @@ def _product(
 ) -> Tensor:  # fmt: skip
     y = x.new_empty(len(x), len(w))
     x = _rows(x)
-    key = tuning_key(f"tile_{name}_{tile_size}", x, *x.shape, len(w))
-    launches = (product_launch(t, x, w, bias, y, offset, dp, keep, tile_size, scale) for t in tilings_for(x))
-    fastest(key, launches).run()
+
+    def launch(tiling: Tiling) -> Launch:
+        return product_launch(tiling, x, w, bias, y, offset, dp, keep, tile_size, scale)
+
+    run_fastest(f"tile_{name}_{tile_size}", x, (len(x), *w.shape), launch, aligned(w, tile_size))
     return y
 
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from approxdrop_lightning.ops.triton_common import ARCHS, Specimen, Tiling, specimen, tilings
-from approxdrop_lightning.ops.triton_launch import Launch, precision
+from approxdrop_lightning.ops.triton_common import ARCHS, DTYPES, Specimen, Tiling, specimen, tilings
+from approxdrop_lightning.ops.triton_launch import Launch, aligned_run, precision
 
 
 @triton.jit
@@ -162,27 +162,29 @@ def weight_grad_launch(
     )  # fmt: skip
 
 
+def aligned(w: Tensor, tile_size: int) -> bool:
+    """Whether all rows of tiles of a product's operands begin at multiples of 16 bytes."""
+    return aligned_run(w.element_size(), *w.shape, tile_size) > 1
+
+
 def specimens() -> list[Specimen]:
-    """What is compiled ahead of time: each choice of blocks for tiles of 32, the first of them for other tiles."""
+    """What is compiled ahead of time: tiles of 32 in all ways to cut the product, others and ragged ones in the first."""
     found = []
     for arch in ARCHS:
-        for dtype, tile_size in (
-            (torch.bfloat16, 32),
-            (torch.float16, 16),
-            (torch.bfloat16, 128),
-            (torch.float32, 32),
-        ):
-            for tiling in tilings(arch, dtype)[: None if tile_size == 32 else 1]:
-                blocks = "x".join(map(str, tiling[:3]))
-                found += [
-                    specimen(f"tile_{name}_{tile_size}_{blocks}", launch, (arch,))
-                    for name, launch in _example_launches(tiling, dtype, tile_size).items()
-                ]
+        for dtype in DTYPES:
+            for tile_size, n_in in ((32, 1024), (16, 1024), (128, 1024), (32, 650)):
+                choices = tilings(arch, dtype, aligned=n_in != 650)
+                for tiling in choices if (tile_size, n_in) == (32, 1024) else choices[:1]:
+                    blocks = "x".join(map(str, tiling[:3])) + ("_ragged" if n_in == 650 else "")
+                    found += [
+                        specimen(f"tile_{kind}_{tile_size}_{blocks}", launch, (arch,))
+                        for kind, launch in _example_launches(tiling, dtype, tile_size, n_in).items()
+                    ]
     return found
 
 
-def _example_launches(tiling: Tiling, dtype: torch.dtype, tile_size: int) -> dict[str, Launch]:
-    x, w, y = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((256, 1024), (2048, 1024), (256, 2048)))
+def _example_launches(tiling: Tiling, dtype: torch.dtype, tile_size: int, n_in: int) -> dict[str, Launch]:
+    x, w, y = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((256, n_in), (2048, n_in), (256, 2048)))
     pattern = (torch.empty((), dtype=torch.int32, device="meta"), 2, 1, tile_size, 2.0)
     return {
         "forward": product_launch(tiling, x, w, y[0], y, *pattern),
