@@ -238,6 +238,11 @@ for dp in range(2, 9):
             "gather": triton_groups.copy_launch(dense, x, tables, sizes, gather=True),
         }.items():
             launches.setdefault(name, []).append(launch)
+        single = [make_pattern(n, dp, keep, interleave=True, shuffle=True) for _ in range(2)]
+        tables, sizes, *_ = make_plan(*single, (256,), weight)
+        assert triton_groups.packs(sizes)
+        packed = weight.new_empty(triton_groups.packed_shape(sizes))
+        launches.setdefault("pack", []).append(triton_groups.pack_launch(weight, packed, tables, sizes))
 print([compilations(group) for group in launches.values()])
 """
 
@@ -248,4 +253,4 @@ def test_no_compilation_for_another_pattern():
         [sys.executable, "-c", COMPILATIONS], env=compiler_environment() | {"PYTHONPATH": "tests:."},
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
     )  # fmt: skip
-    assert result.stdout.split("\n")[0] == "[1, 1, 1, 1, 1]"
+    assert result.stdout.split("\n")[0] == "[1, 1, 1, 1, 1, 1]"
