@@ -168,7 +168,7 @@ def aligned(w: Tensor, tile_size: int) -> bool:
 
 
 def specimens() -> list[Specimen]:
-    """What is compiled ahead of time: tiles of 32 in all ways to cut the product, others and ragged ones in the first."""
+    """What is compiled ahead of time: tiles of 32 in all ways to cut the product, others in the first."""
     found = []
     for arch in ARCHS:
         for dtype in DTYPES:
