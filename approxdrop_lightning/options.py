@@ -34,7 +34,7 @@ class Options:
         min_features: Sites narrower than this are masked and computed densely.
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense: their vendor kernel gains
             more than skipping would (measured on 2 CPU cores at 20 rows: break-even at 650).
-        backend: ``"auto"``, ``"compact"`` or ``"reference"``.
+        backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"``.
     """
 
     rate: float | None = None
