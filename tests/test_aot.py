@@ -37,17 +37,20 @@ def _compiler():
 
 
 #: One kernel of each module, in the way of cutting that is taken untried; the others are for the command line.
-KERNELS = ("tile_forward_32_128x128", "tile_input_grad_16", "tile_weight_grad_128", "lstm_backward_kept")
+PRODUCTS = (
+    "tile_forward_32_128x128",
+    "tile_input_grad_16_128x128",
+    "tile_weight_grad_128_128x128",
+    "group_forward_overlapping_128x128",
+)
+KERNELS = (*PRODUCTS, "lstm_backward_kept")
 
 
 @pytest.fixture(scope="module")
 def reports():
-    found = []
-    for kernel in KERNELS:
-        done = run("--kernel", kernel, "--json")
-        assert done.returncode == 0, done.stderr
-        found += [aot.Report(**report) for report in json.loads(done.stdout)]
-    return found
+    done = run("--kernel", *KERNELS, "--json")
+    assert done.returncode == 0, done.stderr
+    return [aot.Report(**report) for report in json.loads(done.stdout)]
 
 
 def test_every_kernel_and_architecture_is_there(reports):
@@ -62,14 +65,20 @@ def test_nothing_is_spilled(reports):
 
 def test_products_of_16_bit_types_run_on_tensor_cores(reports):
     instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-    products = [r for r in reports if r.kernel.startswith("tile") and r.dtype != "fp32"]
-    assert products
+    products = [r for r in reports if r.kernel.startswith(PRODUCTS)]
+    assert {r.dtype for r in products} == {"fp16", "bf16"}
     assert [r for r in products if instruction[r.arch] not in r.tensor_core] == []
 
 
 def test_operands_are_copied_asynchronously(reports):
-    products = [r for r in reports if r.kernel.startswith("tile")]
-    assert [r for r in products if r.copies == "-"] == []
+    assert [r for r in reports if r.kernel.startswith(PRODUCTS) and r.copies == "-"] == []
+
+
+def test_descriptors_become_bulk_copies():
+    done = run("--kernel", "row_forward_descriptor_128x128x64", "--arch", "90", "--json")
+    reports = json.loads(done.stdout)
+    assert len(reports) == 2  # float16 and bfloat16
+    assert [r for r in reports if "cp.async.bulk.tensor" not in r["copies"] or r["spills"]] == []
 
 
 def test_blocks_fit_an_sm(reports):
@@ -89,7 +98,7 @@ def test_the_table_has_a_row_for_each_report():
 def test_mistakes_are_named():
     done = run("--kernel", "no such kernel")
     assert done.returncode == 2
-    assert "no kernel for [80, 90, 100] has 'no such kernel' in its name; there are group_" in done.stderr
+    assert "no kernel for [80, 90, 100] has one of ['no such kernel'] in its name; there are " in done.stderr
     done = run(environment=compiler_environment() | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 2
     assert "without TRITON_INTERPRET=1" in done.stderr

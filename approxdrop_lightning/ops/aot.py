@@ -126,19 +126,19 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def specimens(substring: str = "") -> list[Specimen]:
-    """Specimens of all modules whose names contain ``substring``."""
+def specimens(parts: Sequence[str] = ("",)) -> list[Specimen]:
+    """Specimens of all modules whose names contain one of ``parts``."""
     found = []
     for name in MODULES:
         found += import_module(f"approxdrop_lightning.ops.{name}").specimens()
-    return [specimen for specimen in found if substring in specimen.name]
+    return [specimen for specimen in found if any(part in specimen.name for part in parts)]
 
 
-def compile_all(substring: str = "", archs: Sequence[int] = (80, 90, 100), jobs: int = 1) -> list[Report]:
-    """Reports of all specimens whose names contain ``substring``.
+def compile_all(parts: Sequence[str] = ("",), archs: Sequence[int] = (80, 90, 100), jobs: int = 1) -> list[Report]:
+    """Reports of all specimens whose names contain one of ``parts``.
 
     Args:
-        substring: Part of a name; all of them if empty.
+        parts: Parts of names; an empty one is in all of them.
         archs: Compute capabilities.
         jobs: Processes, since the compiler holds Python's lock.
 
@@ -148,11 +148,14 @@ def compile_all(substring: str = "", archs: Sequence[int] = (80, 90, 100), jobs:
     """
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("kernels are compiled ahead of time without TRITON_INTERPRET=1")
-    count = len(_tasks(substring, tuple(archs)))
+    parts, archs = tuple(parts), tuple(archs)
+    count = len(_tasks(parts, archs))
     if not count:
         names = sorted({specimen.name for specimen in specimens()})
-        raise ValueError(f"no kernel for {list(archs)} has {substring!r} in its name; there are {', '.join(names)}")
-    compile_one = partial(_compile_task, substring, tuple(archs))
+        raise ValueError(
+            f"no kernel for {list(archs)} has one of {list(parts)} in its name; there are {', '.join(names)}"
+        )
+    compile_one = partial(_compile_task, parts, archs)
     if jobs == 1:
         return [compile_one(number) for number in range(count)]
     with ProcessPoolExecutor(jobs) as pool:
@@ -160,19 +163,19 @@ def compile_all(substring: str = "", archs: Sequence[int] = (80, 90, 100), jobs:
 
 
 @cache
-def _tasks(substring: str, archs: tuple[int, ...]) -> list[tuple[Specimen, int]]:
-    return [(specimen, arch) for specimen in specimens(substring) for arch in specimen.archs if arch in archs]
+def _tasks(parts: tuple[str, ...], archs: tuple[int, ...]) -> list[tuple[Specimen, int]]:
+    return [(specimen, arch) for specimen in specimens(parts) for arch in specimen.archs if arch in archs]
 
 
-def _compile_task(substring: str, archs: Sequence[int], number: int) -> Report:
+def _compile_task(parts: tuple[str, ...], archs: tuple[int, ...], number: int) -> Report:
     """By number, since kernels cannot be sent to another process."""
-    return compile_specimen(*_tasks(substring, archs)[number])
+    return compile_specimen(*_tasks(parts, archs)[number])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, or the reports as JSON."""
     parser = argparse.ArgumentParser(prog="python -m approxdrop_lightning.ops.aot", description=__doc__)
-    parser.add_argument("--kernel", default="", help="only kernels with this in their names")
+    parser.add_argument("--kernel", nargs="+", default=[""], help="only kernels with one of these in their names")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=(80, 90, 100))
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -67,8 +67,9 @@ _TENSOR_CORE = {
 }
 #: float32 without tf32 runs on ordinary multiply-adds: tiles that fit the registers, on every architecture.
 _PLAIN = (Tiling(64, 64, 32, 8, 3),)
-#: 16-bit operands whose rows are not aligned are loaded one by one, through registers.
+#: Elements of rows that are not aligned are loaded one by one: in 16 bits through registers, and addresses take more.
 _UNALIGNED = (Tiling(64, 64, 32, 8, 2),)
+_PLAIN_UNALIGNED = (Tiling(32, 64, 32, 8, 3),)
 
 
 def arch_of(device: torch.device) -> int:
@@ -91,7 +92,7 @@ def tilings(arch: int, dtype: torch.dtype, precision: str = "ieee", aligned: boo
     if dtype != torch.float32:
         return _TENSOR_CORE[arch] if aligned else _UNALIGNED
     if precision == "ieee":
-        return _PLAIN
+        return _PLAIN if aligned else _PLAIN_UNALIGNED
     return tuple(t._replace(depth=t.depth // 2) for t in _TENSOR_CORE[arch])  # twice the bytes for each term
 
 
