@@ -219,8 +219,8 @@ from approxdrop_lightning.ops.triton_common import tilings
 from triton_cases import compilations, make_pattern
 
 tiling = tilings(90, torch.float16)[0]
-n = 16 * 16 * 15 * 7
-weight = torch.empty(n, n, dtype=torch.float16, device="meta")
+n, narrow = 16 * 16 * 15 * 7, 8 * 3 * 5 * 7
+weight, small = (torch.empty(m, m, dtype=torch.float16, device="meta") for m in (n, narrow))
 launches = {}
 for dp in range(2, 9):
     for keep in range(1, dp):
@@ -238,11 +238,11 @@ for dp in range(2, 9):
             "gather": triton_groups.copy_launch(dense, x, tables, sizes, gather=True),
         }.items():
             launches.setdefault(name, []).append(launch)
-        single = [make_pattern(n, dp, keep, interleave=True, shuffle=True) for _ in range(2)]
-        tables, sizes, *_ = make_plan(*single, (256,), weight)
+        single = [make_pattern(narrow, dp, keep, interleave=True, shuffle=True) for _ in range(2)]
+        tables, sizes, *_ = make_plan(*single, (256,), small)
         assert triton_groups.packs(sizes)
         packed = weight.new_empty(triton_groups.packed_shape(sizes))
-        launches.setdefault("pack", []).append(triton_groups.pack_launch(weight, packed, tables, sizes))
+        launches.setdefault("pack", []).append(triton_groups.pack_launch(small, packed, tables, sizes))
 print([compilations(group) for group in launches.values()])
 """
 
