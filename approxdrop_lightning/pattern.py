@@ -47,6 +47,13 @@ class Units:
         """All of ``n`` units, in one run."""
         return _every(n)
 
+    def __add__(self, other: Units) -> Units:
+        """These units, then others."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        starts, lengths = torch.cat([self.starts, other.starts]), torch.cat([self.lengths, other.lengths])
+        return Units(starts, lengths, self.count + other.count)
+
     def is_all(self, n: int) -> bool:
         """Whether these are all of ``n`` units in their order, told without looking at them."""
         return self.count == n and len(self.starts) == 1
@@ -168,15 +175,15 @@ class RowPattern:
         starts, order = groups[0].starts.sort()
         return (Units(starts, groups[0].lengths[order], groups[0].count),)
 
-    @cached_property
-    def covered(self) -> Units:
-        """Units that some group keeps, cell after cell from the first kept one: each group's are a range of them."""
-        return self._by_cell.between(0, (self.n_groups - 1) * self._shift + self.keep)
+    def dropped(self, group: int) -> Units:
+        """Units that a group does not keep."""
+        first = group * self._shift
+        return self._by_cell.between(0, first) + self._by_cell.between(first + self.keep, self.dp)
 
-    def place(self, group: int) -> slice:
-        """Where the units of a group lie in :attr:`covered`."""
-        ends, first = self._by_cell.units, group * self._shift
-        return slice(ends[first], ends[first + self.keep])
+    @property
+    def common(self) -> Units:
+        """Units that both groups keep, where groups overlap: the last ones of group 0, the first ones of group 1."""
+        return self._by_cell.between(self._shift, self.keep)
 
     @property
     def never_kept(self) -> Units:

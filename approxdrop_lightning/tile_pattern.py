@@ -57,6 +57,12 @@ class TilePattern:
         """Pattern of the transposed weight: the diagonals are the same."""
         return TilePattern(self.n_in, self.n_out, self.dp, self.offset, self.keep, self.tile_size)
 
+    @property
+    def dropped(self) -> TilePattern:
+        """Pattern of what this one drops, if it drops anything."""
+        offset = (self.offset + self.keep) % self.dp
+        return TilePattern(self.n_out, self.n_in, self.dp, offset, self.dp - self.keep, self.tile_size)
+
     def parts(self) -> tuple[tuple[Units, Units], ...]:
         """Kept weights as ``(rows, columns)`` of dense blocks.
 
@@ -77,8 +83,11 @@ class TilePattern:
 
     def mask(self) -> Tensor:
         """Which weights are kept: bool ``[n_out, n_in]``."""
-        i, j = torch.arange(self.n_out) // self.tile_size, torch.arange(self.n_in) // self.tile_size
-        return (i[:, None] + j - self.offset).remainder(self.dp) < self.keep
+        size = self.tile_size
+        i, j = torch.arange(-(-self.n_out // size)), torch.arange(-(-self.n_in // size))
+        tiles = (i[:, None] + j - self.offset).remainder(self.dp) < self.keep
+        rows = tiles.repeat_interleave(size, 1)[:, : self.n_in]
+        return rows.repeat_interleave(size, 0)[: self.n_out]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from approxdrop_lightning.benchmark import contenders, measure
 from approxdrop_lightning.benchmark.__main__ import COLUMNS, main
-from approxdrop_lightning.ops import groups
+from approxdrop_lightning.ops import groups, tiles
 
 
 @pytest.fixture(autouse=True)
@@ -25,14 +25,18 @@ MLP = ["mlp", "--hidden", "96", "96", "--batch", "24", *SMALL]
 
 def test_one_table_with_every_contender_and_a_csv_that_grows(tmp_path, capsys):
     path, plot = tmp_path / "new" / "b.csv", tmp_path / "b.png"
-    arguments = [*MLP, "--csv", str(path), "--pattern", "row", "shared", "paper"]
+    patterns = ["row", "shared", "paper", "tile", "dropconnect"]
+    arguments = [*MLP, "--csv", str(path), "--pattern", *patterns]
     rows = main([*arguments, "--baseline", "none", "narrow", "sliced", "sliceout", "--plot", str(plot)])
-    names = ["conventional", "none", "narrow", "sliced", "sliceout", "row", "shared", "paper"]
+    names = ["conventional", "none", "narrow", "sliced", "sliceout", *patterns]
     assert [row["contender"] for row in rows] == names * 2
     by_name = {(row["contender"], row["rate"]): row for row in rows}
     assert by_name["conventional", 0.5]["to_conventional"] == 1
     # 784-96-96-10 at .5, mostly (dp, keep) = (2, 1): halves of the outer products, a quarter of the middle one
     assert by_name["row", 0.5]["ceiling"] == pytest.approx(2.1, abs=0.1)
+    # the ten outputs are too few for tiles, and nothing is dropped of the first layer's weight
+    assert by_name["tile", 0.5]["ceiling"] == pytest.approx(1 / (1 - 0.5 * 96 / (784 + 96 + 10)))
+    assert by_name["dropconnect", 0.5]["ceiling"] == 1
     assert all(row["peak_mb"] > 0 and row["first_quartile_ms"] <= row["median_ms"] for row in rows)
     assert plot.read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
@@ -41,7 +45,7 @@ def test_one_table_with_every_contender_and_a_csv_that_grows(tmp_path, capsys):
     with path.open() as file:
         recorded = list(csv.DictReader(file))
     assert set(recorded[0]) == {*COLUMNS, "device", "threads", "torch", "python", "commit", "time"}
-    assert len(recorded) == 2 * len(names) + 2 * 6
+    assert len(recorded) == 2 * len(names) + 2 * (3 + len(patterns))
 
 
 def test_lstm_and_profile(capsys):
@@ -52,20 +56,31 @@ def test_lstm_and_profile(capsys):
 
 
 def test_ops():
-    rows = main(["ops", "--hidden", "64", "--batch", "16", *SMALL, "--steps", "3"])
-    assert {"linear 64x64, batch 16, in and out", "what the callback does per step, ten sites"} <= {
-        row["workload"] for row in rows
-    }
+    patterns = ["--pattern", "row", "tile", "dropconnect"]
+    rows = main(["ops", "--hidden", "64", "--batch", "16", *SMALL, "--steps", "3", *patterns])
+    assert {
+        "linear 64x64, batch 16, in and out",
+        "linear 64x64, batch 16, weight",
+        "what the callback does per step, ten sites",
+    } <= {row["workload"] for row in rows}
 
 
-@pytest.mark.parametrize("name", list(contenders.PATTERNS))
-def test_a_wrong_gradient_is_not_timed(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "place", "layer"),
+    [
+        ("row", (groups.Groups, "weight_grad"), "0.weight"),
+        ("shared", (groups.Groups, "weight_grad"), "0.weight"),
+        ("paper", (groups.Groups, "weight_grad"), "0.weight"),
+        ("tile", (tiles, "_weight_grad"), "3.weight"),
+    ],
+)
+def test_a_wrong_gradient_is_not_timed(name, place, layer, monkeypatch):
     torch.manual_seed(0)
     step = contenders.contender(contenders.mlp([784, 96, 10], 24), name, 0.5, min_features=0)
     contenders.verify(step, 0.5, min_features=0)
-    right = groups.Groups.weight_grad
-    monkeypatch.setattr(groups.Groups, "weight_grad", lambda *a: right(*a) * 1.01)
-    with pytest.raises(AssertionError, match=r"the gradient of 0.weight is off by 1.0%"):
+    right = getattr(*place)
+    monkeypatch.setattr(*place, lambda *a: right(*a) * 1.01)
+    with pytest.raises(AssertionError, match=rf"the gradient of {layer} is off by 1.0%"):
         contenders.verify(step, 0.5, min_features=0)
 
 

@@ -142,18 +142,37 @@ def test_seed_everything_reproduces_training_and_another_seed_does_not(tmp_path)
     assert not torch.equal(weights(1), weights(2))
 
 
+@pytest.mark.parametrize("pattern", ["tile", "dropconnect"])
+@pytest.mark.parametrize(("make", "data", "sites"), [(mlp, loader, 2), (lstm, text, 3)])
+def test_fit_with_weights_dropped(make, data, sites, pattern, tmp_path):
+    seed_everything(0)
+    callback = ApproxDropout(pattern=pattern, min_hidden=0, min_features=0)
+    record = Record(callback)
+    model = make()
+    before = [type(m) for m in model.modules()]
+    run = trainer(callback, record, tmp_path=tmp_path)
+    run.fit(model, data())
+    assert all({"ApproxDropoutSite", "TileLinear"} <= names for names in record.classes)
+    assert [type(m) for m in model.modules()] == before
+    assert all(len(patterns) == sites for patterns in record.patterns)
+    assert len(set(map(tuple, record.patterns))) > 2  # of tiles there are few: those of the offsets
+    assert callback.realised_rate == pytest.approx(0.5, abs=0.05)
+    assert all(("consumers' tiles" in row.skipped) == (pattern == "tile") for row in callback.report)
+
+
 def resumable(data):
     return ResumableLoader(data.dataset, batch_size=data.batch_size)
 
 
+@pytest.mark.parametrize("options", [{"recurrent": True}, {"pattern": "tile"}, {"pattern": "dropconnect"}])
 @pytest.mark.parametrize(("make", "data"), [(mlp, loader), (lstm, text)])
 @pytest.mark.parametrize("every_n_steps", [4, 5])  # within the first epoch; the first step of the second (of 5)
-def test_resume_is_bit_identical_to_an_uninterrupted_run(make, data, every_n_steps, tmp_path):
+def test_resume_is_bit_identical_to_an_uninterrupted_run(make, data, every_n_steps, options, tmp_path):
     def run(max_steps, ckpt_path=None):
         seed_everything(3)
         model = make()
         checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=every_n_steps, save_top_k=-1)
-        callback = ApproxDropout(rate=0.7, min_hidden=0, recurrent=True)
+        callback = ApproxDropout(rate=0.7, min_hidden=0, **options)
         run = trainer(callback, checkpoint, tmp_path=tmp_path, max_epochs=3, max_steps=max_steps)
         run.fit(model, resumable(data()), ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
         return model, callback

@@ -52,9 +52,15 @@ def test_cells_mask_and_counts_follow_the_definition(pattern):
             assert kept.tolist() == expected  # ascending
         assert pattern.units(group).index.tolist() == kept.tolist()
         assert pattern.units(group).count == len(kept)
-        assert pattern.covered.index[pattern.place(group)].tolist() == kept.tolist() or not pattern.interleave
+        dropped = pattern.dropped(group)
+        assert sorted(dropped.index.tolist()) == sorted(set(range(pattern.n)) - set(expected))
+        assert dropped.count == pattern.n - len(kept)
+    if pattern.overlaps:
+        common, first, second = (u.index.tolist() for u in (pattern.common, pattern.units(0), pattern.units(1)))
+        assert first[len(first) - len(common) :] == common == second[: len(common)]
+        assert second[len(common) :] == pattern.dropped(0).index.tolist()
+        assert set(first) & set(second) == set(common)
     everybody = set().union(*(kept.tolist() for kept in pattern.cells()))
-    assert set(pattern.covered.index.tolist()) == everybody
     assert set(pattern.never_kept.index.tolist()) == set(range(pattern.n)) - everybody
     assert len(pattern.cells()) == pattern.n_groups == groups_by_definition(pattern)
     assert pattern.n_kept == len(pattern.cells()[0])

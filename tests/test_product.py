@@ -22,16 +22,24 @@ def units(kind: str, n: int, seed: int) -> Units:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kinds", list(itertools.product(["all", "strided", "blocks"], repeat=3)))
 @pytest.mark.parametrize(("transposed", "add"), [((False, True), False), ((True, False), True)])
-def test_product_of_parts(kinds, transposed, add, dtype):
-    sizes = (45, 67, 50)  # nothing is a multiple of a vector
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (45, 67, 50),  # nothing is a multiple of a vector
+        (1, 5, 3),  # less than a tile
+        (301, 907, 1205),  # several blocks, depths and tasks for the threads
+    ],
+)
+def test_product_of_parts(kinds, sizes, transposed, add, dtype):
     rows, inner, columns = (units(kind, n, i) for i, (kind, n) in enumerate(zip(kinds, sizes, strict=True)))
     m, k, n = sizes
     a = torch.randn(k, m, dtype=dtype).t() if transposed[0] else torch.randn(m, k, dtype=dtype)
     b = torch.randn(n, k, dtype=dtype).t() if transposed[1] else torch.randn(k, n, dtype=dtype)
-    out = torch.randn(m, n, dtype=dtype)
+    out, bias = torch.randn(m, n, dtype=dtype), torch.randn(n, dtype=dtype)
     wanted = out.double()
     product = a.double()[rows.index][:, inner.index] @ b.double()[inner.index][:, columns.index]
+    product += bias.double()[columns.index]
     place = rows.index[:, None], columns.index
     wanted[place] = wanted[place] + product if add else product
-    multiply(Block(a, rows, inner), Block(b, inner, columns), Block(out, rows, columns), add=add)
-    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-4)
+    multiply([(Block(a, rows, inner), Block(b, inner, columns), Block(out, rows, columns), add)], bias)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5 * k if dtype == torch.float32 else 1e-10)

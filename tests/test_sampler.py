@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from approxdrop_lightning import PatternDistribution, PatternSampler
-from approxdrop_lightning.sampler import fitting_block_size
+from approxdrop_lightning.sampler import fitting_block_size, fitting_tile_size
 
 # Quantile of the chi-square distribution, 9 degrees of freedom, at 1 - 1e-4: each test below fails by chance once in
 # 10,000 seeds, and the seeds are fixed.
@@ -80,6 +80,48 @@ def test_state_resumes_the_very_same_sequence_even_within_a_step():
     other.load_state_dict(torch.load(buffer, weights_only=True))
     sampler = other
     assert sequence(40) == expected
+
+
+@pytest.mark.parametrize("keep", ["one", "any"])
+def test_every_weight_is_dropped_at_the_rate(keep):
+    """Steps draw independently, so each weight's count is binomial; tiles of one weight, as sizes are small."""
+    shape, draws, rate = (5, 7), 4000, 0.6
+    tiles, ones = torch.zeros(shape), torch.zeros(shape)
+    sampler = make(rate, seed=4, keep=keep)
+    for _ in range(draws):
+        sampler.draw()
+        tiles += ~sampler.tiles(*shape).mask()
+        ones += ~sampler.bernoulli(*shape).mask()
+    for dropped in (tiles, ones):
+        # 35 normal deviates, dependent: Bonferroni at 1e-4 / 35 is 4.8 sd.
+        z = (dropped / draws - rate) / (rate * (1 - rate) / draws) ** 0.5
+        assert z.abs().max() < 4.8
+
+
+def test_offsets_of_tiles_are_uniform_given_the_period():
+    sampler = make(0.75, gamma=float("inf"), seed=5)  # dp = 4 always
+    counts = torch.zeros(4)
+    for _ in range(8000):
+        sampler.draw()
+        counts[sampler.tiles(64, 64).offset] += 1
+    assert ((counts - 2000) ** 2 / 2000).sum() < 21.11  # chi-square, 3 degrees of freedom, 1 - 1e-4
+
+
+def test_tiles_fit_the_weight():
+    """Four tiles of each residue on both sides, or single weights: no row and no column of weights is starved."""
+    assert fitting_tile_size(2048, 2048, 10, 32) == 32
+    assert fitting_tile_size(2600, 650, 10, 32) == 16
+    assert fitting_tile_size(10, 2048, 2, 32) == 1
+    assert fitting_tile_size(96, 96, 4, 24) == 6
+    sampler = make(0.5, keep="any", gamma=1000.0)
+    for n_out, n_in in ((64, 700), (130, 100), (333, 65), (41, 57)):
+        for _ in range(40):
+            sampler.draw()
+            pattern = sampler.tiles(n_out, n_in)
+            assert pattern.share == pytest.approx(pattern.keep / pattern.dp, abs=0.02)
+            for side in (0, 1):
+                kept = pattern.mask().double().mean(side) / (pattern.keep / pattern.dp)
+                assert kept.min() > 0.7 and kept.max() < 1.3
 
 
 def test_the_global_generator_is_not_used():

@@ -36,6 +36,7 @@ def test_mask_parts_and_counts_follow_the_definition(pattern):
     )
     assert torch.equal(pattern.mask(), expected)
     assert torch.equal(pattern.t.mask(), expected.t())
+    assert pattern.keeps_all or torch.equal(pattern.dropped.mask(), ~expected)
     found = torch.zeros_like(expected)
     for rows, columns in pattern.parts():
         for units in (rows, columns):

@@ -51,7 +51,7 @@ def weights(objects):
     return {key: value.cpu() for key, value in objects["model"].state_dict().items()}
 
 
-@pytest.mark.parametrize("dropout", ["row", "standard"])
+@pytest.mark.parametrize("dropout", ["row", "standard", "tile"])
 @pytest.mark.parametrize("source", [FILES, "synthetic"])
 @pytest.mark.parametrize("model", ["mlp", "lstm"])
 def test_end_to_end(tmp_path, model, source, dropout):
@@ -169,7 +169,7 @@ def test_a_crash_leaves_the_state_of_its_step(tmp_path, monkeypatch):
     assert (tmp_path / "csv" / "metrics.csv").is_file()
 
 
-@pytest.mark.parametrize(("model", "dropout"), [("mlp", "row"), ("lstm", "paper")])
+@pytest.mark.parametrize(("model", "dropout"), [("mlp", "row"), ("lstm", "paper"), ("mlp", "dropconnect")])
 def test_command_line_prints_the_result_table(tmp_path, model, dropout):
     arguments = [*SMALL[model], *QUICK, f"dropout={dropout}", SYNTHETIC, f"hydra.run.dir={tmp_path}"]
     done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)

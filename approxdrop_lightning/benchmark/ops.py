@@ -22,7 +22,8 @@ def rows(options: argparse.Namespace) -> list[dict]:
     found = []
     for rate in options.rate:
         for pattern in options.pattern:
-            for sides in ("in", "out", "in and out"):
+            weights = PATTERNS[pattern].get("pattern", "row") != "row"
+            for sides in ("weight",) if weights else ("in", "out", "in and out"):
                 found += _linear(width, batch, rate, pattern, sides, options)
     found += _recurrence(options)
     return found + _drawing(options)
@@ -35,6 +36,10 @@ def _linear(n: int, batch: int, rate: float, name: str, sides: str, options: arg
     x = torch.randn(batch, n, requires_grad=True)
 
     def run(backend: str) -> list[Tensor]:
+        if sides == "weight":
+            draw = sampler.tiles if settings["pattern"] == "tile" else sampler.bernoulli
+            y = functional.tile_linear(x, weight, bias, draw(n, n), backend=backend)
+            return torch.autograd.grad(y, (weight, bias, x), y.detach())
         inside = sampler.pattern(n) if "in" in sides.split() else None
         outside = sampler.pattern(n) if "out" in sides else None
         packed = x if inside is None else functional.pack(x, inside).detach().requires_grad_()

@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops.native import library
+from approxdrop_lightning.ops.native import Runs, library
 from approxdrop_lightning.pattern import Units
 
 #: Smaller buffers come from PyTorch: asking for them costs less than looking for one.
@@ -123,19 +123,33 @@ def put(matrix: Tensor, rows: Units, columns: Units, values: Tensor, clear: bool
         matrix.index_copy_(0, rows_index, target)
 
 
-def clear(matrix: Tensor, rows: Units) -> None:
-    """Make rows zero, in place."""
-    if rows.count:
-        put(matrix, rows, _NOTHING, matrix.new_empty(rows.count, 0), clear=True)
-
-
-_NOTHING = Units(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), 0)
+def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
+    """``matrix[rows][:, columns] = 0``, in place, for a contiguous matrix."""
+    if rows.count == 0 or columns.count == 0:
+        return
+    native = library()
+    if native is not None and matrix.is_cpu:
+        item, width = matrix.element_size(), matrix.shape[1]
+        size = rows.count * columns.count
+        native.zero(
+            matrix.data_ptr(),
+            width * item,
+            Runs(*rows.runs),
+            Runs(*columns.runs),
+            item,
+            size,
+            torch.get_num_threads(),
+        )
+    elif columns.is_all(matrix.shape[1]):
+        matrix.index_fill_(0, rows.index.to(matrix.device), 0)
+    else:
+        matrix[rows.index.to(matrix.device)[:, None], columns.index.to(matrix.device)] = 0
 
 
 def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple:
     """Arguments that the compiled copies have in common."""
     item, width = to.element_size(), to.shape[1]
     return (
-        to.data_ptr(), width * item, source.data_ptr(), stride * item, *rows.runs, *columns.runs,
+        to.data_ptr(), width * item, source.data_ptr(), stride * item, Runs(*rows.runs), Runs(*columns.runs),
         item, rows.count * width, torch.get_num_threads(),
     )  # fmt: skip

@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from approxdrop_lightning.ops import groups, reference
 from approxdrop_lightning.ops.blocks import buffer, put, take
-from approxdrop_lightning.ops.groups import Groups, multiply
+from approxdrop_lightning.ops.groups import Groups
+from approxdrop_lightning.ops.product import multiply
 from approxdrop_lightning.pattern import RowPattern, Units
 
 
@@ -50,30 +51,27 @@ class _RowLinear(torch.autograd.Function):
         leading_shape: tuple[int, ...],
     ) -> Tensor:
         parts = Groups(in_pattern, out_pattern, leading_shape, weight)
-        xs = parts.split(parts.inside, x)
-        weights = parts.weights(weight)
-        flat, ys = parts.new(parts.outside, x)
-        multiply(xs, [w.t() for w in weights], ys)
-        if bias is not None:
-            parts.add_bias(ys, bias)
-        ctx.parts, ctx.bias, ctx.x_shape = parts, bias is not None, x.shape
-        ctx.save_for_backward(*xs, *weights)
-        return parts.join(parts.outside, flat, ys)
+        y = parts.outside.new(x)
+        blocks = zip(parts.inside.blocks(x), parts.weights(weight), parts.outside.blocks(y), strict=True)
+        multiply([(x_g, w_g.t, y_g, False) for x_g, w_g, y_g in blocks], bias)
+        ctx.parts, ctx.bias = parts, bias is not None
+        ctx.save_for_backward(x, weight)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parts: Groups = ctx.parts
-        saved = ctx.saved_tensors
-        xs, weights = saved[: parts.count], saved[parts.count :]
-        dys = parts.split(parts.outside, grad)
+        x, weight = ctx.saved_tensors
+        dys = parts.outside.blocks(grad)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            flat, dxs = parts.new(parts.inside, grad)
-            multiply(dys, weights, dxs)
-            dx = parts.join(parts.inside, flat, dxs).view(ctx.x_shape)
+            dx = parts.inside.new(grad)
+            blocks = zip(dys, parts.weights(weight), parts.inside.blocks(dx), strict=True)
+            multiply([(dy_g, w_g, dx_g, False) for dy_g, w_g, dx_g in blocks])
+            dx = dx.view(x.shape)
         if ctx.needs_input_grad[1]:
-            dw = parts.weight_grad(dys, xs)
+            dw = parts.weight_grad(dys, parts.inside.blocks(x))
         if ctx.bias and ctx.needs_input_grad[2]:
             db = parts.bias_grad(dys)
         return dx, dw, db, None, None, None

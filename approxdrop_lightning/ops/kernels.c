@@ -7,6 +7,8 @@
 #include <omp.h>
 #endif
 
+#include "kernels.h"
+
 #define MAX_THREADS 64
 #define PARALLEL_FROM 16384  // elements below which a second thread costs more than it saves
 
@@ -19,11 +21,6 @@ static inline void copy_run(char *restrict to, const char *restrict from, int64_
 }
 
 // Runs of a list, in equal parts for the threads: each starts where the runs before it end.
-typedef struct {
-    const int64_t *starts, *lengths;
-    int64_t runs;
-} Units;
-
 static void part(Units units, int64_t *first, int64_t *last, int64_t *before) {
     int64_t thread = 0, threads = 1;
 #ifdef _OPENMP
@@ -45,10 +42,8 @@ static void cut(Units *rows, int64_t *starts, int64_t *lengths, int threads) {
 }
 
 // to = from[rows, columns]; rows of `to` follow each other.
-void take(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t from_bytes, const int64_t *row_starts,
-          const int64_t *row_lengths, int64_t row_runs, const int64_t *starts, const int64_t *lengths, int64_t runs,
-          int64_t item, int64_t size, int threads) {
-    Units rows = {row_starts, row_lengths, row_runs};
+void take(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t from_bytes, Units rows,
+          Units columns, int64_t item, int64_t size, int threads) {
     int64_t cut_starts[MAX_THREADS], cut_lengths[MAX_THREADS];
     threads = threads < MAX_THREADS ? threads : MAX_THREADS;
     cut(&rows, cut_starts, cut_lengths, threads);
@@ -60,9 +55,9 @@ void take(char *restrict to, int64_t to_bytes, const char *restrict from, int64_
         for (int64_t r = first; r < last; r++)
             for (int64_t i = rows.starts[r]; i < rows.starts[r] + rows.lengths[r]; i++, line += to_bytes) {
                 char *out = line;
-                for (int64_t c = 0; c < runs; c++) {
-                    int64_t bytes = lengths[c] * item;
-                    copy_run(out, from + i * from_bytes + starts[c] * item, bytes);
+                for (int64_t c = 0; c < columns.runs; c++) {
+                    int64_t bytes = columns.lengths[c] * item;
+                    copy_run(out, from + i * from_bytes + columns.starts[c] * item, bytes);
                     out += bytes;
                 }
             }
@@ -70,10 +65,8 @@ void take(char *restrict to, int64_t to_bytes, const char *restrict from, int64_
 }
 
 // to[rows, columns] = from, whose rows follow each other; with clear the other columns of these rows become zero.
-void put(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t from_bytes, const int64_t *row_starts,
-         const int64_t *row_lengths, int64_t row_runs, const int64_t *starts, const int64_t *lengths, int64_t runs,
-         int64_t item, int64_t size, int threads, int clear) {
-    Units rows = {row_starts, row_lengths, row_runs};
+void put(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t from_bytes, Units rows,
+         Units columns, int64_t item, int64_t size, int threads, int clear) {
     int64_t cut_starts[MAX_THREADS], cut_lengths[MAX_THREADS];
     threads = threads < MAX_THREADS ? threads : MAX_THREADS;
     cut(&rows, cut_starts, cut_lengths, threads);
@@ -86,13 +79,25 @@ void put(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t
             for (int64_t i = rows.starts[r]; i < rows.starts[r] + rows.lengths[r]; i++, line += from_bytes) {
                 const char *in = line;
                 if (clear) memset(to + i * to_bytes, 0, to_bytes);
-                for (int64_t c = 0; c < runs; c++) {
-                    int64_t bytes = lengths[c] * item;
-                    copy_run(to + i * to_bytes + starts[c] * item, in, bytes);
+                for (int64_t c = 0; c < columns.runs; c++) {
+                    int64_t bytes = columns.lengths[c] * item;
+                    copy_run(to + i * to_bytes + columns.starts[c] * item, in, bytes);
                     in += bytes;
                 }
             }
     }
+}
+
+// to[rows, columns] = 0.
+void zero(char *restrict to, int64_t to_bytes, Units rows, Units columns, int64_t item, int64_t size, int threads) {
+    int64_t cut_starts[MAX_THREADS], cut_lengths[MAX_THREADS];
+    threads = threads < MAX_THREADS ? threads : MAX_THREADS;
+    cut(&rows, cut_starts, cut_lengths, threads);
+#pragma omp parallel for num_threads(threads) if (size > PARALLEL_FROM)
+    for (int64_t r = 0; r < rows.runs; r++)
+        for (int64_t i = rows.starts[r]; i < rows.starts[r] + rows.lengths[r]; i++)
+            for (int64_t c = 0; c < columns.runs; c++)
+                memset(to + i * to_bytes + columns.starts[c] * item, 0, columns.lengths[c] * item);
 }
 
 // exp by 2^n * polynomial, relative error below 2e-7. No branch and no call, so that the compiler vectorizes it.

@@ -1,4 +1,4 @@
-"""Loads ``kernels.c``, compiled once with the compiler of the machine; without one, PyTorch's own calls serve.
+"""Loads the C sources beside it, compiled once with the compiler of the machine; without one, PyTorch serves.
 
 ``APPROXDROP_NATIVE=0`` turns it off. The library is kept in the user's cache folder, under a name that holds the
 source, the compiler and the processor.
@@ -17,14 +17,25 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "product.c")]
+_HEADER = Path(__file__).with_name("kernels.h")
 # Not -ffast-math: linking with it would change the rounding of tiny numbers for the whole process.
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=c11")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=gnu11")
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_COPY = [_POINTER, _SIZE] * 2 + [_POINTER, _POINTER, _SIZE] * 2 + [_SIZE, _SIZE, _INT]
+
+
+class Runs(ctypes.Structure):
+    """``Units`` of ``kernels.h``."""
+
+    _fields_ = [("starts", _POINTER), ("lengths", _POINTER), ("runs", _SIZE)]
+
+
+_COPY = [_POINTER, _SIZE, _POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT]
 _SIGNATURES = {
     "take": _COPY,
     "put": [*_COPY, _INT],
+    "zero": [_POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT],
+    "products": [_POINTER, _SIZE, _INT],
     "lstm_forward": [*[_POINTER] * 6, _SIZE, _SIZE, _INT],
     "lstm_backward": [*[_POINTER] * 7, _SIZE, _SIZE, _INT],
 }
@@ -52,7 +63,10 @@ def _compiled() -> Path:
     if compiler is None:
         raise OSError("no C compiler was found")
     key = hashlib.sha256(
-        b"\0".join([_SOURCE.read_bytes(), repr(_FLAGS).encode(), compiler.encode(), _processor().encode()])
+        b"\0".join(
+            [path.read_bytes() for path in (*_SOURCES, _HEADER)]
+            + [text.encode() for text in (repr(_FLAGS), compiler, _processor())]
+        )
     ).hexdigest()[:16]
     path = _cache_folder() / f"kernels-{key}.so"
     if not path.exists():
@@ -70,7 +84,7 @@ def _compiled() -> Path:
 def _run(compiler: str, out: str) -> None:
     """Compile with threads if the compiler has them."""
     for threads in (["-fopenmp"], []):
-        command = [compiler, *_FLAGS, *threads, str(_SOURCE), "-o", out, "-lm"]
+        command = [compiler, *_FLAGS, *threads, *map(str, _SOURCES), "-o", out, "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode == 0:
             return

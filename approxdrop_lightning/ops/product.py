@@ -1,80 +1,139 @@
-"""The one primitive of the compact backend: a product of parts of matrices, read and written where they lie."""
+"""The one primitive of the compact backend: products of parts of matrices, read and written where they lie."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from approxdrop_lightning.ops.blocks import buffer, put, take
+from approxdrop_lightning.ops.native import library
 from approxdrop_lightning.pattern import Units
 
 
-@dataclass(frozen=True)
 class Block:
     """``matrix[rows][:, columns]``, not copied.
 
-    Attributes:
-        matrix: ``[n, m]``, with unit stride along one of its dimensions.
+    The matrix may be a part of a larger tensor: a view of it is made only where PyTorch's own calls need one, for it
+    takes longer than all the rest.
+
+    Args:
+        tensor: Where the matrix lies.
         rows: Some of its rows, in an order.
         columns: Some of its columns, in an order.
+        shape: Of the matrix; that of the tensor if not given.
+        strides: Of the matrix, likewise.
+        offset: Of the matrix's first entry from the tensor's, in entries.
     """
 
-    matrix: Tensor
-    rows: Units
-    columns: Units
+    __slots__ = ("columns", "offset", "rows", "shape", "strides", "tensor")
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        rows: Units,
+        columns: Units,
+        shape: tuple[int, int] | None = None,
+        strides: tuple[int, int] | None = None,
+        offset: int = 0,
+    ) -> None:
+        self.tensor, self.rows, self.columns, self.offset = tensor, rows, columns, offset
+        self.shape, self.strides = shape or tensor.shape, strides or tensor.stride()
 
     @staticmethod
-    def whole(matrix: Tensor) -> Block:
-        """All of a matrix."""
-        return Block(matrix, Units.every(matrix.shape[0]), Units.every(matrix.shape[1]))
+    def whole(tensor: Tensor, shape: tuple[int, int] | None = None, offset: int = 0) -> Block:
+        """All of a matrix; with a shape, a row-major one that lies somewhere in a contiguous tensor."""
+        n, m = shape or tensor.shape
+        return Block(tensor, Units.every(n), Units.every(m), shape, shape and (m, 1), offset)
 
     @property
     def t(self) -> Block:
         """Transposed."""
-        return Block(self.matrix.t(), self.columns, self.rows)
+        return Block(self.tensor, self.columns, self.rows, self.shape[::-1], self.strides[::-1], self.offset)
+
+    def cut(self, columns: slice) -> Block:
+        """Some of the columns of a block that has all of its matrix."""
+        start, stop, _ = columns.indices(self.shape[1])
+        shape = (self.shape[0], stop - start)
+        return Block(self.tensor, self.rows, Units.every(shape[1]), shape, self.strides, self.offset + start)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the block."""
-        return self.rows.count, self.columns.count
+    def matrix(self) -> Tensor:
+        """The matrix that it is a block of."""
+        return self.tensor.as_strided(self.shape, self.strides, self.tensor.storage_offset() + self.offset)
 
     @property
     def is_whole(self) -> bool:
         """Whether it is all of the matrix, in its order."""
-        return self.rows.is_all(self.matrix.shape[0]) and self.columns.is_all(self.matrix.shape[1])
+        return self.rows.is_all(self.shape[0]) and self.columns.is_all(self.shape[1])
 
     def copied(self) -> Tensor:
         """``[rows, columns]``: the matrix itself if the block is all of it."""
         if self.is_whole:
             return self.matrix
-        if self.matrix.stride(1) != 1 and self.matrix.stride(0) == 1:
+        if self.strides[1] != 1 and self.strides[0] == 1:
             return take(self.matrix.t(), self.columns, self.rows).t()
         return take(self.matrix, self.rows, self.columns)
 
 
-def multiply(a: Block, b: Block, out: Block, add: bool = False) -> None:
-    """``out = a @ b``, in place; with ``add``, ``out += a @ b``.
+#: ``out = a @ b``, or ``out += a @ b`` if the last entry says so.
+Product = tuple[Block, Block, Block, bool]
+
+
+def multiply(products: Sequence[Product], bias: Tensor | None = None) -> None:
+    """``out = a @ b + bias`` in place, or ``out += a @ b + bias``, for each of some products.
+
+    In float32 on the CPU one compiled function reads and writes all blocks where they lie; elsewhere they are copied.
 
     Args:
-        a: ``[M, K]``.
-        b: ``[K, N]``.
-        out: ``[M, N]`` of a row-major matrix. What else is in this matrix stays.
-        add: Whether to add to what is there.
+        products: ``(a, b, out, add)`` with blocks ``[M, K]``, ``[K, N]`` and ``[M, N]`` of row-major matrices. What
+            else is in the matrices of ``out`` stays. No product reads or writes what another one writes.
+        bias: One entry for each column of ``b``'s matrix, contiguous; None for none.
     """
-    if 0 in out.shape:
+    tensors = [block.tensor for product in products for block in product[:3]]
+    native = _native(tensors if bias is None else [*tensors, bias])
+    address = 0 if bias is None else bias.data_ptr()
+    described = array("q")
+    for a, b, out, add in products:
+        if native is None or not a.columns.count:
+            _by_copies(a, b, out, add, bias)
+        elif out.rows.count and out.columns.count:
+            described.extend(
+                (
+                    a.rows.count, a.columns.count, b.columns.count,
+                    a.tensor.data_ptr() + 4 * a.offset, *a.strides, *a.rows.runs, *a.columns.runs,
+                    b.tensor.data_ptr() + 4 * b.offset, *b.strides, *b.rows.runs, *b.columns.runs,
+                    out.tensor.data_ptr() + 4 * out.offset, out.strides[0], *out.rows.runs, *out.columns.runs,
+                    address, add,
+                )
+            )  # fmt: skip
+    if described:
+        native.products(described.buffer_info()[0], len(described) // _FIELDS, torch.get_num_threads())
+
+
+#: Of ``Product`` in ``product.c``.
+_FIELDS = 31
+
+
+def _native(tensors: list[Tensor]):
+    # A dispatch mode (FlopCounterMode, for one) watches PyTorch's own calls: then these are what it shall see.
+    if torch._C._len_torch_dispatch_stack() or not all(t.is_cpu and t.dtype == torch.float32 for t in tensors):
+        return None
+    return library()
+
+
+def _by_copies(a: Block, b: Block, out: Block, add: bool, bias: Tensor | None) -> None:
+    if not out.rows.count or not out.columns.count:
         return
-    left, right = a.copied(), b.copied()
-    if out.is_whole:
-        if add:
-            out.matrix.addmm_(left, right)
-        else:
-            torch.mm(left, right, out=out.matrix)
-        return
-    values = out.copied() if add else buffer(out.shape, out.matrix)
+    shape = (out.rows.count, out.columns.count)
+    values = out.copied() if add else out.matrix if out.is_whole else buffer(shape, out.tensor)
     if add:
-        values.addmm_(left, right)
+        torch.addmm(values, a.copied(), b.copied(), out=values)
     else:
-        torch.mm(left, right, out=values)
-    put(out.matrix, out.rows, out.columns, values, clear=False)
+        torch.mm(a.copied(), b.copied(), out=values)
+    if bias is not None:
+        values += bias if b.columns.is_all(len(bias)) else bias[b.columns.index.to(bias.device)]
+    if not out.is_whole:
+        put(out.matrix, out.rows, out.columns, values, clear=False)

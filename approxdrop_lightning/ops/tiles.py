@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from approxdrop_lightning.ops.blocks import buffer, clear
+from approxdrop_lightning.ops.blocks import buffer, zero
 from approxdrop_lightning.ops.product import Block, multiply
 from approxdrop_lightning.pattern import Units
 from approxdrop_lightning.tile_pattern import TilePattern
@@ -18,8 +18,12 @@ def _product(x: Tensor, weight: Tensor, pattern: TilePattern) -> Tensor:
     """``x @ (weight * mask).T``: each part of the pattern makes outputs of its own."""
     rows = Units.every(len(x))
     y = buffer((len(x), pattern.n_out), x)
-    for outputs, inputs in pattern.parts():
-        multiply(Block(x, rows, inputs), Block(weight, outputs, inputs).t, Block(y, rows, outputs))
+    multiply(
+        [
+            (Block(x, rows, inputs), Block(weight, outputs, inputs).t, Block(y, rows, outputs), False)
+            for outputs, inputs in pattern.parts()
+        ]
+    )
     return y
 
 
@@ -28,9 +32,14 @@ def _weight_grad(dy: Tensor, x: Tensor, pattern: TilePattern) -> Tensor:
     rows = Units.every(len(x))
     grad = buffer((pattern.n_out, pattern.n_in), dy)
     if not pattern.keeps_all:
-        clear(grad, Units.every(pattern.n_out))
-    for outputs, inputs in pattern.parts():
-        multiply(Block(dy, rows, outputs).t, Block(x, rows, inputs), Block(grad, outputs, inputs))
+        for outputs, inputs in pattern.dropped.parts():
+            zero(grad, outputs, inputs)
+    multiply(
+        [
+            (Block(dy, rows, outputs).t, Block(x, rows, inputs), Block(grad, outputs, inputs), False)
+            for outputs, inputs in pattern.parts()
+        ]
+    )
     return grad
 
 
