@@ -44,7 +44,7 @@ class ApproxDropout(Callback):
         min_features: Sites narrower than this are masked and computed densely.
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense: their vendor kernel gains
             more than skipping would.
-        backend: ``"auto"``, ``"compact"`` or ``"reference"``.
+        backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"``.
         resample: ``"batch"``: patterns are drawn for each batch; ``"step"``: for each optimizer step, so that the
             batches accumulated for it share them.
         sync_patterns: Whether the processes of a distributed run draw the same patterns. They always draw the same

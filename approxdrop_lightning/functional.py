@@ -7,22 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops import compact, lstm, reference, tiles
+from approxdrop_lightning.ops import compact, flat_weights, lstm, reference, tiles
+from approxdrop_lightning.ops.registry import ops_for
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
-
-BACKENDS = ("auto", "reference", "compact")
-
-
-def check_backend(backend: str) -> str:
-    """Return ``backend``; raise ``ValueError`` if there is none of that name."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    return backend
-
-
-def _ops(backend: str):
-    return reference if check_backend(backend) == "reference" else compact
 
 
 def lines_up(first: RowPattern | None, second: RowPattern | None) -> bool:
@@ -38,7 +26,7 @@ def pack(x: Tensor, pattern: RowPattern, backend: str = "auto") -> Tensor:
     Args:
         x: Dense, ``[*leading, n]``.
         pattern: A pattern of ``n`` units.
-        backend: ``"reference"``, ``"compact"`` or ``"auto"``.
+        backend: ``"reference"``, ``"compact"``, ``"triton"`` or ``"auto"``.
 
     Returns:
         ``[*leading, n_kept]`` for a shared pattern. For an interleaved one the flat values, group after
@@ -49,7 +37,7 @@ def pack(x: Tensor, pattern: RowPattern, backend: str = "auto") -> Tensor:
     """
     if x.dim() == 0 or x.shape[-1] != pattern.n:
         raise ValueError(f"pack: the pattern is of {pattern.n} units, got x of shape {tuple(x.shape)}")
-    values = _ops(backend).pack(x, pattern)
+    values = ops_for(backend, x, (pattern.n,)).pack(x, pattern)
     return values if pattern.interleave else values.view(*x.shape[:-1], pattern.n_kept)
 
 
@@ -62,7 +50,7 @@ def unpack(
         values: What :func:`pack` returns.
         pattern: The pattern they were packed with.
         leading_shape: Shape of the batch; needed for an interleaved pattern.
-        backend: ``"reference"``, ``"compact"`` or ``"auto"``.
+        backend: ``"reference"``, ``"compact"``, ``"triton"`` or ``"auto"``.
 
     Returns:
         Dense, ``[*leading, n]``.
@@ -71,7 +59,7 @@ def unpack(
         ValueError: The number of values is not that of the pattern and shape.
     """
     leading = _leading_shape("unpack", values, pattern, leading_shape)
-    return _ops(backend).unpack(values, pattern, leading)
+    return ops_for(backend, values, (pattern.n,)).unpack(values, pattern, leading)
 
 
 def row_linear(
@@ -83,10 +71,11 @@ def row_linear(
     scale: float = 1.0,
     backend: str = "auto",
     leading_shape: tuple[int, ...] | None = None,
+    activation: str = "identity",
 ) -> Tensor:
     """Linear layer between two row patterns (Song et al., DATE 2019, section 3.1).
 
-    With shared patterns, ``y = scale * (x @ weight[kept_out][:, kept_in].T + bias[kept_out])``: compact in,
+    With shared patterns, ``y = act(scale * (x @ weight[kept_out][:, kept_in].T + bias[kept_out]))``: compact in,
     compact out. With interleaved patterns the same per group of rows. ``1 / (dp_in * dp_out)`` of the dense
     multiplies are executed (``keep = 1``); gradients are those of the masked dense product, the weight's is
     dense.
@@ -97,16 +86,25 @@ def row_linear(
         bias: ``[n_out]``.
         in_pattern: Pattern of the ``n_in`` inputs, or None to read all.
         out_pattern: Pattern of the ``n_out`` outputs, or None to compute all.
-        scale: Factor of the output.
-        backend: ``"reference"`` (masked dense), ``"compact"`` (gather and multiply), or ``"auto"``.
+        scale: Factor of the product and the bias.
+        backend: ``"reference"`` (masked dense), ``"compact"`` (gather and multiply), ``"triton"`` (kernels for CUDA)
+            or ``"auto"``.
         leading_shape: Shape of the batch; needed if ``in_pattern`` is interleaved.
+        activation: ``"identity"``, ``"relu"`` or ``"gelu"``, of what has been scaled; part of the product with
+            ``"triton"``.
 
     Returns:
         Dense ``[*leading, n_out]`` without ``out_pattern``; else packed as :func:`pack` returns it.
 
     Raises:
-        ValueError: Shapes do not fit, the groups of two interleaved patterns differ, or the backend is unknown.
+        ImportError: Triton is asked for and not installed.
+        ValueError: Shapes do not fit, the groups of two interleaved patterns differ, or the backend or the activation
+            is unknown or cannot be had here.
     """
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(
+            f"row_linear: activation must be one of {', '.join(map(repr, reference.ACTIVATIONS))}, got {activation!r}"
+        )
     if weight.dim() != 2:
         raise ValueError(f"row_linear: weight must be [n_out, n_in], got shape {tuple(weight.shape)}")
     n_out, n_in = weight.shape
@@ -127,12 +125,11 @@ def row_linear(
     else:
         leading = _leading_shape("row_linear", x, in_pattern, leading_shape)
     x, weight, bias = _autocast(x, weight, bias)
-    y = _ops(backend).row_linear(x, weight, bias, in_pattern, out_pattern, leading)
+    ops = ops_for(backend, x, (n_in, n_out))
+    y = ops.row_linear(x, weight, bias, in_pattern, out_pattern, leading, scale, activation)
     if out_pattern is None:
-        y = y.view(*leading, n_out)
-    elif not out_pattern.interleave:
-        y = y.view(*leading, out_pattern.n_kept)
-    return y if scale == 1.0 else y * scale
+        return y.view(*leading, n_out)
+    return y.view(-1) if out_pattern.interleave else y.view(*leading, out_pattern.n_kept)
 
 
 def tile_linear(
@@ -155,13 +152,15 @@ def tile_linear(
         bias: ``[n_out]``, or None.
         pattern: Pattern of the weight. One of independent weights has no tiles: its product is masked and dense.
         scale: Factor of the kept weights.
-        backend: ``"reference"`` (masked dense), ``"compact"`` (products of parts), or ``"auto"``.
+        backend: ``"reference"`` (masked dense), ``"compact"`` (products of parts), ``"triton"`` (kernels for CUDA) or
+            ``"auto"``.
 
     Returns:
         ``[*leading, n_out]``.
 
     Raises:
-        ValueError: Shapes do not fit, or the backend is unknown.
+        ImportError: Triton is asked for and not installed.
+        ValueError: Shapes do not fit, or the backend is unknown or cannot be had here.
     """
     n_out, n_in = pattern.n_out, pattern.n_in
     _check_weight("tile_linear", weight, pattern)
@@ -169,10 +168,13 @@ def tile_linear(
         raise ValueError(f"tile_linear: bias must be [{n_out}], got shape {tuple(bias.shape)}")
     if x.dim() == 0 or x.shape[-1] != n_in:
         raise ValueError(f"tile_linear: x must be [..., {n_in}], got shape {tuple(x.shape)}")
-    compact_tiles = check_backend(backend) != "reference" and isinstance(pattern, TilePattern)
-    ops = tiles if compact_tiles else reference
     leading = x.shape[:-1]
     x, weight, bias = _autocast(x.reshape(-1, n_in), weight, bias)
+    ops = ops_for(backend, x, (n_in, n_out))
+    if isinstance(pattern, BernoulliPattern):
+        ops = reference
+    elif ops is compact:
+        ops = tiles
     return ops.tile_linear(x, weight, bias, pattern, scale).view(*leading, n_out)
 
 
@@ -214,11 +216,36 @@ def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:
     Raises:
         ValueError: The pattern is interleaved or not of ``n_in`` units.
     """
+    return compact.select_columns(weight, _columns("select_columns", weight, pattern))
+
+
+def _columns(caller: str, weight: Tensor, pattern: RowPattern) -> RowPattern:
     if pattern.interleave or weight.dim() != 2 or weight.shape[1] != pattern.n:
         raise ValueError(
-            f"select_columns: needs a shared pattern of the weight's inputs, got {pattern} for {tuple(weight.shape)}"
+            f"{caller}: needs a shared pattern of the weight's inputs, got {pattern} for {tuple(weight.shape)}"
         )
-    return compact.select_columns(weight, pattern)
+    return pattern
+
+
+def lstm_weights(pattern: RowPattern | None, weight_ih: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Weights with which the vendor's LSTM kernel reads kept inputs only.
+
+    Args:
+        pattern: Shared pattern of the ``n_in`` inputs, or None.
+        weight_ih: ``[4 * H, n_in]``.
+        *others: ``weight_hh``, and the biases if there are any.
+
+    Returns:
+        As many tensors, the first ``[4 * H, n_kept]`` with a dense gradient. On CUDA they are copies in one piece of
+        memory, as cuDNN wants them.
+
+    Raises:
+        ValueError: The pattern is interleaved or not of ``n_in`` units.
+    """
+    if weight_ih.is_cuda:
+        kept = None if pattern is None else _columns("lstm_weights", weight_ih, pattern).kept.to(weight_ih.device)
+        return flat_weights.flat_weights(kept, weight_ih, *others)
+    return (weight_ih if pattern is None else select_columns(weight_ih, pattern)), *others
 
 
 def lstm_sequence(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from approxdrop_lightning.distribution import PatternDistribution, check_rate
-from approxdrop_lightning.functional import check_backend
+from approxdrop_lightning.ops.registry import check_backend
 from approxdrop_lightning.sampler import PatternSampler
 
 PATTERNS = ("row", "tile", "dropconnect")
@@ -34,7 +34,7 @@ class Options:
         min_features: Sites narrower than this are masked and computed densely.
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense: their vendor kernel gains
             more than skipping would (measured on 2 CPU cores at 20 rows: break-even at 650).
-        backend: ``"auto"``, ``"compact"`` or ``"reference"``.
+        backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"``.
     """
 
     rate: float | None = None

@@ -106,9 +106,8 @@ class ApproxLSTM(nn.LSTM):
             pattern = dropped.pattern(self.hidden_size, shared=True)
             return self._sequence(gates, state, weight_hh, pattern, dropped.scale)
         if held is not None:
-            weight_ih = functional.select_columns(weight_ih, held.pattern)
             x = held.values.view(*held.shape[:-1], held.pattern.n_kept)
-        return self._vendor(as_dense(x), state, [weight_ih, weight_hh, *biases])
+        return self._vendor(as_dense(x), state, [weight_ih, weight_hh, *biases], held and held.pattern)
 
     def _weights(self, layer: int) -> tuple[Tensor, ...]:
         """``weight_ih``, ``weight_hh`` and, if there are any, both biases of a layer."""
@@ -132,8 +131,11 @@ class ApproxLSTM(nn.LSTM):
         y, h, c = functional.lstm_sequence(gates, *state, weight_hh, pattern, scale)
         return (y.transpose(0, 1) if self.batch_first else y), (h, c)
 
-    def _vendor(self, x: Tensor, state: _State, weights: list[Tensor]) -> tuple[Tensor, _State]:
-        """A layer by the kernel of ``nn.LSTM``."""
+    def _vendor(
+        self, x: Tensor, state: _State, weights: list[Tensor], pattern: RowPattern | None = None
+    ) -> tuple[Tensor, _State]:
+        """A layer by the kernel of ``nn.LSTM``; ``x`` holds what the pattern keeps."""
+        weights = functional.lstm_weights(pattern, *weights)
         hx = (state[0].unsqueeze(0), state[1].unsqueeze(0))
         y, h, c = torch._VF.lstm(x, hx, weights, self.bias, 1, 0.0, True, False, self.batch_first)
         return y, (h[0], c[0])

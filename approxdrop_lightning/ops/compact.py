@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from approxdrop_lightning.ops import groups
+from approxdrop_lightning.ops import groups, reference
 from approxdrop_lightning.ops.blocks import buffer, put, take
 from approxdrop_lightning.ops.groups import Groups
 from approxdrop_lightning.ops.product import multiply
@@ -94,6 +94,8 @@ def row_linear(
     in_pattern: RowPattern | None,
     out_pattern: RowPattern | None,
     leading_shape: tuple[int, ...],
+    scale: float = 1.0,
+    activation: str = "identity",
 ) -> Tensor:
     """Products over kept units only.
 
@@ -104,11 +106,14 @@ def row_linear(
         in_pattern: What is kept of the inputs.
         out_pattern: What is kept of the outputs.
         leading_shape: Shape of the batch.
+        scale: Factor of the product and the bias.
+        activation: One of :data:`.reference.ACTIVATIONS`, applied last.
 
     Returns:
         Rows ``[R, n_out]``, or packed values if ``out_pattern`` is given; contiguous, possibly flat.
     """
-    return _RowLinear.apply(x, weight, bias, in_pattern, out_pattern, leading_shape)
+    y = _RowLinear.apply(x, weight, bias, in_pattern, out_pattern, leading_shape)
+    return reference.finish(y, scale, activation)
 
 
 class _SelectColumns(torch.autograd.Function):

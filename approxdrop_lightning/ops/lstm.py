@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from approxdrop_lightning.ops.blocks import buffer
 from approxdrop_lightning.ops.native import library
 from approxdrop_lightning.ops.product import Block, multiply
+from approxdrop_lightning.ops.registry import has_triton
 
 #: Widest strip of the compiled code, in units.
 _STRIP = 32
@@ -112,8 +113,17 @@ class _LSTMSequence(torch.autograd.Function):
         return dgates, dh, dc, dweight, None
 
 
+def _has_kernels(gates: Tensor) -> bool:
+    """Whether Triton kernels run the sequence."""
+    return gates.is_cuda and gates.dtype != torch.float64 and has_triton()
+
+
 def sequence(
     gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(h, h_T, c_T)``; ``weight`` is ``[4 * H, kept]`` and ``kept`` the recurrent inputs it reads, or None."""
+    if _has_kernels(gates):
+        from approxdrop_lightning.ops import lstm_ops
+
+        return lstm_ops.sequence(gates, h0, c0, weight, kept)
     return _LSTMSequence.apply(gates, h0, c0, weight, kept)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
+
+#: Functions that may follow a product.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda y: y, "relu": F.relu, "gelu": F.gelu}
+
+
+def finish(y: Tensor, scale: float, activation: str) -> Tensor:
+    """``act(scale * y)``."""
+    return ACTIVATIONS[activation](y if scale == 1.0 else y * scale)
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
@@ -29,10 +39,12 @@ def row_linear(
     in_pattern: RowPattern | None,
     out_pattern: RowPattern | None,
     leading_shape: tuple[int, ...],
+    scale: float = 1.0,
+    activation: str = "identity",
 ) -> Tensor:
-    """``x @ weight.T + bias`` over all units, then the kept ones. Shapes as in :mod:`.compact`."""
+    """``act(scale * (x @ weight.T + bias))`` over all units, then the kept ones. Shapes as in :mod:`.compact`."""
     dense = x if in_pattern is None else unpack(x, in_pattern, leading_shape)
-    y = F.linear(dense, weight, bias)
+    y = finish(F.linear(dense, weight, bias), scale, activation)
     return y.reshape(-1, y.shape[-1]) if out_pattern is None else pack(y, out_pattern)
 
 

@@ -1,0 +1,66 @@
+"""Which backend computes: by name, or by what it is expected to gain."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from approxdrop_lightning.ops import compact, reference
+
+BACKENDS = ("auto", "reference", "compact", "triton")
+#: Layers whose both sides are narrower take no time worth a kernel of their own.
+_LEAST_UNITS = 64
+
+
+def check_backend(backend: str) -> str:
+    """Return ``backend``; raise ``ValueError`` if there is none of that name."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    return backend
+
+
+def ops_for(backend: str, x: Tensor, widths: tuple[int, ...]) -> ModuleType:
+    """The module that computes.
+
+    ``"auto"`` is ``compact``, or ``triton`` where that is expected to win: on CUDA, but for small layers, where
+    products run on tensor cores (16-bit types, or float32 with ``torch.backends.cuda.matmul.allow_tf32``). For plain
+    float32 the vendor's product is the faster one, and worth the copies that ``compact`` makes for it. This is
+    reasoned (``docs/gpu_model.md``), not yet measured.
+
+    Args:
+        backend: ``"auto"``, ``"reference"``, ``"compact"`` or ``"triton"``.
+        x: What is computed with.
+        widths: Numbers of units: of a pattern, or of the inputs and outputs of a layer.
+
+    Raises:
+        ImportError: ``"triton"`` is asked for and not installed.
+        ValueError: The backend is unknown.
+    """
+    if check_backend(backend) == "reference":
+        return reference
+    if backend == "compact" or (backend == "auto" and not _gains(x, widths)):
+        return compact
+    if not has_triton():
+        raise ImportError(
+            "backend 'triton' needs triton, which is not installed: pip install 'approxdrop-lightning[triton]'"
+        )
+    from approxdrop_lightning.ops import triton_backend
+
+    return triton_backend
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _gains(x: Tensor, widths: tuple[int, ...]) -> bool:
+    tensor_cores = x.dtype in (torch.float16, torch.bfloat16) or (
+        x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    )
+    return x.is_cuda and tensor_cores and max(widths) >= _LEAST_UNITS and has_triton()

@@ -1,0 +1,13 @@
+"""Without a GPU, Triton kernels run in its interpreter: that must be chosen before anything imports triton."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def compiler_environment():
+    """Environment of a subprocess that compiles kernels, for which the interpreter must be off."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

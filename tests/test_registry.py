@@ -1,0 +1,124 @@
+"""Which backend computes, and what happens where Triton is not or cannot run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import compiler_environment
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from approxdrop_lightning import RowPattern, functional
+from approxdrop_lightning.ops import compact, reference, registry
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code, environment):
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split("\n")
+
+
+def test_names():
+    x = torch.randn(2, 4)
+    assert registry.ops_for("reference", x, (4,)) is reference
+    assert registry.ops_for("compact", x, (4,)) is compact
+    assert registry.ops_for("auto", x, (4096, 4096)) is compact
+    with pytest.raises(ValueError, match="backend must be one of .*'triton', got 'cuda'"):
+        registry.ops_for("cuda", x, (4,))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("dtype", "widths", "tf32", "expected"),
+    [
+        (torch.bfloat16, (1024, 1024), False, "triton_backend"),
+        (torch.float16, (64,), False, "triton_backend"),
+        (torch.float16, (1024, 10), False, "triton_backend"),
+        (torch.float16, (32, 10), False, "compact"),
+        (torch.float32, (1024, 1024), False, "compact"),
+        (torch.float32, (1024, 1024), True, "triton_backend"),
+        (torch.float64, (1024, 1024), True, "compact"),
+    ],
+)
+def test_auto_takes_triton_where_products_run_on_tensor_cores(dtype, widths, tf32, expected):
+    pytest.importorskip("triton")
+    with FakeTensorMode():
+        x = torch.empty(8, 1024, dtype=dtype, device="cuda")
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        assert registry.ops_for("auto", x, widths).__name__ == f"approxdrop_lightning.ops.{expected}"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.triton
+def test_types_that_kernels_do_not_multiply():
+    pytest.importorskip("triton")
+    x, weight = torch.randn(2, 4).double(), torch.randn(6, 4).double()
+    with pytest.raises(ValueError, match="takes float32, float16 and bfloat16, got torch.float64"):
+        functional.row_linear(x, weight, None, None, RowPattern(6, 2, 0), backend="triton")
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match="activation must be one of 'identity', 'relu', 'gelu', got 'tanh'"):
+        functional.row_linear(torch.randn(2, 4), torch.randn(6, 4), activation="tanh")
+
+
+@pytest.mark.parametrize("backend", ["reference", "compact"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_activation_of_other_backends(backend, activation):
+    x, weight, bias = torch.randn(5, 4), torch.randn(6, 4), torch.randn(6)
+    outside = RowPattern(6, 2, 1)
+    y = functional.row_linear(x, weight, bias, None, outside, 2.0, backend, activation=activation)
+    wanted = getattr(torch.nn.functional, activation)(2 * (x @ weight[1::2].T + bias[1::2]))
+    torch.testing.assert_close(y, wanted)
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from approxdrop_lightning import RowPattern, functional
+x, weight, pattern = torch.randn(3, 8), torch.randn(6, 8), RowPattern(6, 2, 0)
+print(tuple(functional.row_linear(x, weight, None, None, pattern).shape))
+try:
+    functional.row_linear(x, weight, None, None, pattern, backend="triton")
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_triton_all_else_works_and_the_error_says_what_to_install():
+    shape, error, _ = python(WITHOUT_TRITON, compiler_environment())
+    assert shape == "(3, 3)"
+    assert "pip install 'approxdrop-lightning[triton]'" in error
+
+
+ON_THE_CPU = """
+import torch
+from approxdrop_lightning import RowPattern, functional
+try:
+    functional.row_linear(torch.randn(3, 8), torch.randn(6, 8), None, None, RowPattern(6, 2, 0), backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.triton
+def test_on_the_cpu_only_in_the_interpreter():
+    pytest.importorskip("triton")
+    error, _ = python(ON_THE_CPU, compiler_environment())
+    assert "TRITON_INTERPRET=1" in error
+
+
+def test_no_kernel_is_imported_before_it_is_asked_for():
+    code = (
+        "import sys, approxdrop_lightning; print([m for m in sys.modules if 'approxdrop_lightning.ops.triton' in m])"
+    )
+    assert python(code, compiler_environment())[0] == "[]"
