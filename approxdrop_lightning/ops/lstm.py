@@ -29,20 +29,20 @@ def _strips(parts: int, n: int, depth: int, like: Tensor) -> Tensor:
     return buffer((parts * (n + _STRIP) * depth + _STRIP,), like)
 
 
-def _forward_step(gates: Tensor, c: Tensor, acts: Tensor, c_next: Tensor, tanh_c: Tensor, h_next: Tensor) -> None:
-    """``gates`` before their nonlinearity; the last four are written."""
+def _forward_step(gates: Tensor, c: Tensor, acts: Tensor, c_next: Tensor, h_next: Tensor) -> None:
+    """``gates`` before their nonlinearity; the last three are written."""
     hidden = c.shape[1]
     torch.sigmoid(gates, out=acts)
     i, f, g, o = acts.chunk(4, dim=-1)
     torch.tanh(gates[:, 2 * hidden : 3 * hidden], out=g)
     torch.mul(f, c, out=c_next)
     c_next.addcmul_(i, g)
-    torch.tanh(c_next, out=tanh_c)
-    torch.mul(o, tanh_c, out=h_next)
+    torch.mul(o, c_next.tanh(), out=h_next)
 
 
-def _backward_step(acts: Tensor, c: Tensor, tanh_c: Tensor, dh: Tensor, dc: Tensor, dgates: Tensor) -> None:
+def _backward_step(acts: Tensor, c: Tensor, c_next: Tensor, dh: Tensor, dc: Tensor, dgates: Tensor) -> None:
     """``dgates`` is written, and ``dc`` becomes that of the step before."""
+    tanh_c = c_next.tanh()
     i, f, g, o = acts.chunk(4, dim=-1)
     di, df, dg, do = dgates.chunk(4, dim=-1)
     dc.addcmul_(dh, o * (1 - tanh_c * tanh_c))
@@ -63,29 +63,28 @@ class _LSTMSequence(torch.autograd.Function):
         acts = buffer(tuple(gates.shape), gates)
         h = buffer((steps + 1, batch, hidden), gates)
         c = buffer((steps + 1, batch, hidden), gates)
-        tanh_c = buffer((steps, batch, hidden), gates)
         h[0], c[0] = h0, c0
         native = _native(gates, weight)
         if native is not None:
             depth = weight.shape[1]
             strips = _strips(4, hidden, depth, gates)
             native.lstm_forward(
-                *(t.data_ptr() for t in (gates, h, c, acts, tanh_c, weight)),
+                *(t.data_ptr() for t in (gates, h, c, acts, weight)),
                 None if kept is None else kept.data_ptr(), strips.data_ptr(),
                 steps, batch, hidden, depth, torch.get_num_threads(),
             )  # fmt: skip
         else:
             for t in range(steps):
                 inputs = h[t] if kept is None else h[t].index_select(1, kept)
-                _forward_step(torch.addmm(gates[t], inputs, weight.t()), c[t], acts[t], c[t + 1], tanh_c[t], h[t + 1])
-        ctx.save_for_backward(acts, h, c, tanh_c, weight, kept)
+                _forward_step(torch.addmm(gates[t], inputs, weight.t()), c[t], acts[t], c[t + 1], h[t + 1])
+        ctx.save_for_backward(acts, h, c, weight, kept)
         return h[1:].clone(), h[-1].clone(), c[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh_all: Tensor, dh_last: Tensor, dc_last: Tensor) -> tuple[Tensor | None, ...]:
-        acts, h, c, tanh_c, weight, kept = ctx.saved_tensors
-        steps, batch, hidden = tanh_c.shape
+        acts, h, c, weight, kept = ctx.saved_tensors
+        steps, batch, hidden = acts.shape[0], acts.shape[1], acts.shape[2] // 4
         depth = weight.shape[1]
         dgates = buffer(tuple(acts.shape), acts)
         dh_all = dh_all.contiguous()
@@ -94,13 +93,13 @@ class _LSTMSequence(torch.autograd.Function):
         if native is not None:
             strips = _strips(1, depth, 4 * hidden, acts)
             native.lstm_backward(
-                *(t.data_ptr() for t in (acts, c, tanh_c, dh_all, dh, dc, dgates, weight)),
+                *(t.data_ptr() for t in (acts, c, dh_all, dh, dc, dgates, weight)),
                 None if kept is None else kept.data_ptr(), strips.data_ptr(),
                 steps, batch, hidden, depth, torch.get_num_threads(),
             )  # fmt: skip
         else:
             for t in reversed(range(steps)):
-                _backward_step(acts[t], c[t], tanh_c[t], dh + dh_all[t], dc, dgates[t])
+                _backward_step(acts[t], c[t], c[t + 1], dh + dh_all[t], dc, dgates[t])
                 dh = dgates[t] @ weight
                 if kept is not None:
                     dh = torch.zeros_like(dh_last).index_copy_(1, kept, dh)

@@ -36,8 +36,8 @@ _SIGNATURES = {
     "put": [*_COPY, _INT],
     "zero": [_POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT],
     "products": [_POINTER, _SIZE, _INT],
-    "lstm_forward": [*[_POINTER] * 8, *[_SIZE] * 4, _INT],
-    "lstm_backward": [*[_POINTER] * 10, *[_SIZE] * 4, _INT],
+    "lstm_forward": [*[_POINTER] * 7, *[_SIZE] * 4, _INT],
+    "lstm_backward": [*[_POINTER] * 9, *[_SIZE] * 4, _INT],
 }
 
 

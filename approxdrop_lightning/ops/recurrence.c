@@ -78,11 +78,11 @@ static void pack_rows(const Shape *s, const float *from, const int64_t *inner, f
              to + band * s->high * s->depth);
 }
 
-// h, c and tanh_c of all steps, and acts: the gates after their nonlinearity. h and c begin with the initial state.
+// h and c of all steps, and acts: the gates after their nonlinearity. h and c begin with the initial state.
 // weight is [4 * hidden, depth], contiguous, and kept says which of the hidden units it reads; NULL: all.
 // strips has room for 4 * depth * hidden, with hidden rounded up to a multiple of COLUMNS, and 8 more.
 void lstm_forward(const float *restrict gates, float *restrict h, float *restrict c, float *restrict acts,
-                  float *restrict tanh_c, const float *restrict weight, const int64_t *kept, float *restrict strips,
+                  const float *restrict weight, const int64_t *kept, float *restrict strips,
                   int64_t steps, int64_t batch, int64_t hidden, int64_t depth, int threads) {
     const Shape s = shape_of(batch, depth, hidden);
     const int64_t blocks = (hidden + COLUMNS - 1) / COLUMNS, size = s.bands * s.high * COLUMNS;
@@ -109,15 +109,14 @@ void lstm_forward(const float *restrict gates, float *restrict h, float *restric
                     const int64_t at = b * hidden + first;
                     const float *in = gates + t * batch * 4 * hidden + 4 * b * hidden + first, *sum = sums + b * COLUMNS;
                     float *out = acts + t * batch * 4 * hidden + 4 * b * hidden + first;
-                    float *squashed = tanh_c + t * batch * hidden + at;
 #pragma omp simd
                     for (int64_t j = 0; j < wide; j++) {
                         float i = sigmoid(in[j] + sum[j]), f = sigmoid(in[hidden + j] + sum[size + j]);
                         float g = tanh_(in[2 * hidden + j] + sum[2 * size + j]);
                         float o = sigmoid(in[3 * hidden + j] + sum[3 * size + j]);
-                        float next = f * c_now[at + j] + i * g, tanh_next = tanh_(next);
+                        float next = f * c_now[at + j] + i * g;
                         out[j] = i, out[hidden + j] = f, out[2 * hidden + j] = g, out[3 * hidden + j] = o;
-                        c_next[at + j] = next, squashed[j] = tanh_next, h_next[at + j] = o * tanh_next;
+                        c_next[at + j] = next, h_next[at + j] = o * tanh_(next);
                     }
                 }
             }
@@ -129,8 +128,8 @@ void lstm_forward(const float *restrict gates, float *restrict h, float *restric
 
 // Backwards through the steps: dgates from dh_out, the gradient of all outputs. dh and dc hold those of the last state, and
 // become those of the initial one. strips has room for 4 * hidden * depth, with depth rounded up, and 8 more.
-void lstm_backward(const float *restrict acts, const float *restrict c, const float *restrict tanh_c,
-                   const float *restrict dh_out, float *restrict dh, float *restrict dc, float *restrict dgates,
+void lstm_backward(const float *restrict acts, const float *restrict c, const float *restrict dh_out,
+                   float *restrict dh, float *restrict dc, float *restrict dgates,
                    const float *restrict weight, const int64_t *kept, float *restrict strips, int64_t steps,
                    int64_t batch, int64_t hidden, int64_t depth, int threads) {
     const Shape s = shape_of(batch, 4 * hidden, 4 * hidden);
@@ -144,8 +143,8 @@ void lstm_backward(const float *restrict acts, const float *restrict c, const fl
             pack(weight, rows, 4 * hidden, columns + i * COLUMNS, (int)least(depth - i * COLUMNS, COLUMNS), COLUMNS, 0,
                  strips + i * COLUMNS * 4 * hidden);
         for (int64_t t = steps - 1; t >= 0; t--) {
-            const float *act = acts + t * batch * 4 * hidden, *squashed = tanh_c + t * batch * hidden;
-            const float *c_t = c + t * batch * hidden, *dh_t = dh_out + t * batch * hidden;
+            const float *act = acts + t * batch * 4 * hidden, *c_t = c + t * batch * hidden, *c_next = c_t + batch * hidden;
+            const float *dh_t = dh_out + t * batch * hidden;
             float *out = dgates + t * batch * 4 * hidden;
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < batch; b++) {
@@ -155,7 +154,7 @@ void lstm_backward(const float *restrict acts, const float *restrict c, const fl
                 for (int64_t j = 0; j < hidden; j++) {
                     const int64_t k = b * hidden + j;
                     float i = x[j], f = x[hidden + j], g = x[2 * hidden + j], o = x[3 * hidden + j];
-                    float both = dh_t[k] + dh[k], tanh_k = squashed[k];
+                    float both = dh_t[k] + dh[k], tanh_k = tanh_(c_next[k]);
                     float d = dc[k] + both * o * (1.0f - tanh_k * tanh_k);
                     to[j] = d * g * i * (1.0f - i);
                     to[hidden + j] = d * c_t[k] * f * (1.0f - f);
