@@ -117,10 +117,14 @@ class _Side:
         self.run = widest if n % widest == 0 and pattern.block_size % widest == 0 else 1
         equal_cells = n % (pattern.block_size * pattern.dp) == 0
         self.align = widest if equal_cells and n // pattern.dp % widest == 0 else self.run
-        grouped = pattern.n_groups > 1
-        covered = pattern.covered if grouped else pattern.units(0)
-        self.starts = covered.index[:: self.run]
-        self.places = [pattern.place(g) if grouped else slice(0, covered.count) for g in range(groups)]
+        kept = [pattern.units(g) for g in range(pattern.n_groups)]
+        # Units that two groups keep are the last ones of the one and the first ones of the other.
+        common = pattern.common.count if pattern.overlaps else 0
+        self.starts = torch.cat([u.index[common if g else 0 :] for g, u in enumerate(kept)])[:: self.run]
+        ends = accumulate(u.count - common for u in kept)
+        self.places = [slice(end + common - u.count, end + common) for end, u in zip(ends, kept, strict=True)]
+        if len(kept) == 1:
+            self.places *= groups
         self.most = min(n, pattern.keep * -(-pattern.n_blocks // pattern.dp) * pattern.block_size)
 
     @property
