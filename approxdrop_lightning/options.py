@@ -31,9 +31,11 @@ class Options:
         recurrent: Whether the recurrent inputs of LSTMs are dropped too, by one pattern per batch, layer and call, at
             the rate of the LSTM.
         tile_size: Largest side of a tile, >= 1; small weights have smaller ones. For ``pattern="tile"``.
-        min_features: Sites narrower than this are masked and computed densely.
-        min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense: their vendor kernel gains
-            more than skipping would (measured on 2 CPU cores at 20 rows: break-even at 650).
+        min_features: Sites with fewer values than 128 rows of so many units are masked and computed densely, and
+            with tiles so are weights with a shorter side: skipping takes longer than it saves (measured on 2 CPU
+            cores: break-even between 256 and 512).
+        min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense, by the vendor's kernel
+            (not measured below 200, where skipping gains).
         backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"``.
     """
 
@@ -49,8 +51,8 @@ class Options:
     scale: str = "rate"
     recurrent: bool = False
     tile_size: int = 32
-    min_features: int = 64
-    min_hidden: int = 640
+    min_features: int = 384
+    min_hidden: int = 128
     backend: str = "auto"
 
     def __post_init__(self) -> None:

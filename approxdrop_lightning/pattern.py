@@ -238,9 +238,10 @@ class RowPattern:
 
     def mask(self, *leading_shape: int) -> Tensor:
         """Which entries of a batch are kept: bool ``[*leading_shape, n]``."""
-        mask = torch.zeros(*leading_shape, self.n, dtype=torch.bool)
-        mask.view(-1)[self.flat_index(tuple(leading_shape))] = True
-        return mask
+        kept = torch.zeros(self.n_groups, self.n, dtype=torch.bool)
+        for group, units in enumerate(self._units):
+            kept[group, units.index] = True
+        return kept[_group_of_row(tuple(leading_shape), self.n_groups)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,12 +277,17 @@ def natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
 
 
 @lru_cache(maxsize=256)
-def _row_groups(leading_shape: tuple[int, ...], n_groups: int) -> tuple[Units, ...]:
-    if n_groups == 1:
-        return (Units.every(math.prod(leading_shape)),)
+def _group_of_row(leading_shape: tuple[int, ...], n_groups: int) -> Tensor:
     group = torch.zeros(leading_shape, dtype=torch.int64)
     for dim, size in enumerate(leading_shape):
         group += torch.arange(size).view(-1, *[1] * (len(leading_shape) - dim - 1))
-    group = group.view(-1).remainder(n_groups)
+    return group.remainder(n_groups)
+
+
+@lru_cache(maxsize=256)
+def _row_groups(leading_shape: tuple[int, ...], n_groups: int) -> tuple[Units, ...]:
+    if n_groups == 1:
+        return (Units.every(math.prod(leading_shape)),)
+    group = _group_of_row(leading_shape, n_groups).view(-1)
     rows = [(group == g).nonzero().squeeze(1) for g in range(n_groups)]
     return tuple(Units(r, torch.ones_like(r), len(r)) for r in rows)

@@ -15,6 +15,10 @@ from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.sampler import PatternSampler
 
 
+#: Rows of the batch for which ``min_features`` is meant; what skipping costs is shared by all rows.
+ROWS = 128
+
+
 class Site:
     """One dropout: its rate, its patterns, and what it was seen to stand between.
 
@@ -25,7 +29,7 @@ class Site:
         rate: Share of units dropped in expectation, in (0, 1).
         sampler: Source of the patterns, shared with the other sites of this rate.
         scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
-        min_features: Narrower inputs are masked and computed densely.
+        min_features: Inputs with fewer values than 128 rows of so many units are masked and computed densely.
         backend: Backend of packing.
     """
 
@@ -44,7 +48,7 @@ class Site:
         self.producers: set[str] = set()
         self.consumers: set[str] = set()
         self.dense_readers: set[str] = set()
-        self.narrow: int | None = None
+        self.narrow: tuple[int, ...] | None = None
         self.steps = 0
         self._patterns: list[RowPattern] = []
         self._uses = 0
@@ -120,8 +124,8 @@ class Site:
             self.producers.add(x.held.layer.name)
         if pattern.keeps_all:
             return as_dense(x) * self.scale
-        if shape[-1] < self.min_features:
-            self.narrow = shape[-1]
+        if x.numel() < ROWS * self.min_features:
+            self.narrow = shape
             x = as_dense(x)
             return x * (pattern.mask(*shape[:-1]).to(x) * self.scale)
         if pending:
