@@ -45,7 +45,7 @@ class ApproxDropout(Callback):
             with tiles so are weights with a shorter side: skipping takes longer than it saves (measured on 2 CPU
             cores: break-even between 256 and 512).
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense, by the vendor's kernel
-            (not measured below 200, where skipping gains).
+            (measured: break-even at 64).
         backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"``.
         resample: ``"batch"``: patterns are drawn for each batch; ``"step"``: for each optimizer step, so that the
             batches accumulated for it share them.

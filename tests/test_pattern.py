@@ -137,3 +137,10 @@ def test_equal_patterns_are_equal_and_hash_alike():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         RowPattern(**arguments)
+
+
+def test_units_of_runs():
+    for starts, lengths in (([0, 10, 20], [2, 1, 3]), ([7, 3], [2, 2]), ([4, 2], [1, 1]), ([5], [4]), ([], [])):
+        units = Units(torch.tensor(starts).long(), torch.tensor(lengths).long(), sum(lengths))
+        assert units.index.tolist() == [s + i for s, n in zip(starts, lengths, strict=True) for i in range(n)]
+    assert (units + Units.every(3)).index.tolist() == [0, 1, 2]

@@ -14,7 +14,6 @@ from approxdrop_lightning.layers.linear import PendingLinear
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.sampler import PatternSampler
 
-
 #: Rows of the batch for which ``min_features`` is meant; what skipping costs is shared by all rows.
 ROWS = 128
 
@@ -118,13 +117,14 @@ class Site:
             return as_dense(x) * self.scale
         shape = tuple(x.shape)
         pattern = self.pattern(shape[-1])
-        pending = isinstance(x, PendingLinear) and x.is_lazy
+        narrow = x.numel() < ROWS * self.min_features
+        pending = isinstance(x, PendingLinear) and x.is_lazy and not narrow
         if pending:
             x.held.layer.dropped_by.add(self)
             self.producers.add(x.held.layer.name)
         if pattern.keeps_all:
             return as_dense(x) * self.scale
-        if x.numel() < ROWS * self.min_features:
+        if narrow:
             self.narrow = shape
             x = as_dense(x)
             return x * (pattern.mask(*shape[:-1]).to(x) * self.scale)
