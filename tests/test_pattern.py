@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from approxdrop_lightning import RowPattern
+from approxdrop_lightning.pattern import Units
 
 
 @st.composite
