@@ -241,9 +241,10 @@ class RowPattern:
     def mask(self, *leading_shape: int) -> Tensor:
         """Which entries of a batch are kept: bool ``[*leading_shape, n]``."""
         kept = torch.zeros(self.n_groups, self.n, dtype=torch.bool)
-        for group, units in enumerate(self._units):
-            kept[group, units.index] = True
-        return kept[_group_of_row(tuple(leading_shape), self.n_groups)]
+        for line, units in zip(kept, self._units, strict=True):
+            line.index_fill_(0, units.index, True)
+        groups = _group_of_row(tuple(leading_shape), self.n_groups)
+        return kept.index_select(0, groups.view(-1)).view(*leading_shape, self.n)
 
 
 @dataclass(frozen=True, eq=False)
