@@ -31,9 +31,8 @@ class Options:
         recurrent: Whether the recurrent inputs of LSTMs are dropped too, by one pattern per batch, layer and call, at
             the rate of the LSTM.
         tile_size: Largest side of a tile, >= 1; small weights have smaller ones. For ``pattern="tile"``.
-        min_features: Sites with fewer values than 128 rows of so many units are masked and computed densely, and
-            with tiles so are weights with a shorter side: skipping takes longer than it saves (measured on 2 CPU
-            cores: break-even between 256 and 512).
+        min_features: Sites narrower than this are masked and computed densely, and with tiles so are weights with a
+            shorter side. At 128 rows on 2 CPU cores skipping gains from 512 on; masking is no faster than skipping.
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense, by the vendor's kernel
             (measured: break-even at 64).
         backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"``.
@@ -51,7 +50,7 @@ class Options:
     scale: str = "rate"
     recurrent: bool = False
     tile_size: int = 32
-    min_features: int = 384
+    min_features: int = 64
     min_hidden: int = 64
     backend: str = "auto"
 

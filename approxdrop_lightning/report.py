@@ -47,8 +47,7 @@ class Row:
         if self.site.rate == 0:
             return "nothing: the rate is 0"
         if self.site.narrow:
-            shape = " x ".join(map(str, self.site.narrow))
-            return f"nothing: {shape} values are too few to gain (min_features={self.site.min_features})"
+            return f"nothing: {self.site.narrow} features are too few to gain (min_features={self.site.min_features})"
         if not self.site.last_patterns and not self.site.producers | self.site.consumers | self.site.dense_readers:
             if self.site.steps:
                 return "nothing: not called in training mode so far (frozen or not used)"

@@ -96,7 +96,8 @@ def test_peak_memory_is_what_a_step_holds_at_once():
 
 def test_rounds_take_turns():
     order = []
-    seconds = measure.interleaved({name: lambda n=name: order.append(n) for name in "ab"}, repeats=3, warmup=1)
-    assert order == list("abababab")
+    steps = {name: lambda n=name: order.append(n) for name in "ab"}
+    seconds = measure.interleaved(steps, repeats=3, warmup=1, consecutive=2)
+    assert order == list("aaabbb" * 4)  # the first one of each turn is not timed
     assert [len(values) for values in seconds.values()] == [3, 3]
     assert measure.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0

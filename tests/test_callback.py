@@ -352,8 +352,8 @@ def test_the_papers_setting():
     [
         ({"rate": 1.0}, r"ApproxDropout: dropout rate must be a number in \[0, 1\), got 1.0"),
         ({"rate": 0.95}, "smallest max_dp that serves is 20"),
-        ({"pattern": "stripes"}, "pattern must be 'row', got 'stripes'"),
-        ({"backend": "fpga"}, "backend must be one of 'auto', 'reference', 'compact', got 'fpga'"),
+        ({"pattern": "stripes"}, "pattern must be one of 'row', 'tile', 'dropconnect', got 'stripes'"),
+        ({"backend": "fpga"}, "backend must be one of 'auto', 'reference', 'compact', 'triton', got 'fpga'"),
         ({"search": "guess"}, "search method must be 'maxent' or 'sgd', got 'guess'"),
         ({"seed": 1.5}, "seed must be an integer or None, got 1.5"),
     ],

@@ -11,7 +11,7 @@ import pytest
 PROGRAMS = Path(__file__).parent / "programs"
 SKIPPED = {
     "mlp": ["backbone.2  0.5   backbone.0  backbone.3", "backbone.5  0.5   backbone.3  head"],
-    "lstm": ["drop                 0.4   -         decoder", "rnn (hidden size below min_hidden)"],
+    "lstm": ["drop                 0.4   -         decoder, rnn", "rnn (layer 1)", "consumers' columns"],
     "vit": ["encoder_layer_0.mlp.0", "encoder_layer_1.mlp.3", "producer's rows and consumers' columns"],
 }
 
@@ -29,4 +29,4 @@ def test_program(name, tmp_path):
     before, after = map(float, re.search(r"val_loss (\S+) -> (\S+)", output).groups())
     assert after < 0.8 * before
     saved = int(re.search(r"saved in expectation: (\d+)%", output).group(1))
-    assert saved >= (1 if name == "lstm" else 15)  # a decoder to 50 words is small beside the LSTM
+    assert saved >= 15

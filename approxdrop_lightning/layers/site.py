@@ -14,9 +14,6 @@ from approxdrop_lightning.layers.linear import PendingLinear
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.sampler import PatternSampler
 
-#: Rows of the batch for which ``min_features`` is meant; what skipping costs is shared by all rows.
-ROWS = 128
-
 
 class Site:
     """One dropout: its rate, its patterns, and what it was seen to stand between.
@@ -28,7 +25,7 @@ class Site:
         rate: Share of units dropped in expectation, in (0, 1).
         sampler: Source of the patterns, shared with the other sites of this rate.
         scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
-        min_features: Inputs with fewer values than 128 rows of so many units are masked and computed densely.
+        min_features: Narrower inputs are masked and computed densely.
         backend: Backend of packing.
     """
 
@@ -47,7 +44,7 @@ class Site:
         self.producers: set[str] = set()
         self.consumers: set[str] = set()
         self.dense_readers: set[str] = set()
-        self.narrow: tuple[int, ...] | None = None
+        self.narrow: int | None = None
         self.steps = 0
         self._patterns: list[RowPattern] = []
         self._uses = 0
@@ -117,7 +114,7 @@ class Site:
             return as_dense(x) * self.scale
         shape = tuple(x.shape)
         pattern = self.pattern(shape[-1])
-        narrow = x.numel() < ROWS * self.min_features
+        narrow = shape[-1] < self.min_features
         pending = isinstance(x, PendingLinear) and x.is_lazy and not narrow
         if pending:
             x.held.layer.dropped_by.add(self)
@@ -125,7 +122,7 @@ class Site:
         if pattern.keeps_all:
             return as_dense(x) * self.scale
         if narrow:
-            self.narrow = shape
+            self.narrow = shape[-1]
             x = as_dense(x)
             return x * (pattern.mask(*shape[:-1]).to(x) * self.scale)
         if pending:
