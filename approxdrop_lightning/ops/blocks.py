@@ -59,6 +59,11 @@ def buffer(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape)
 
 
+def to_device(index: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host's on a device; nobody waits for it."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+
 def free_buffers() -> None:
     """Give the memory back that :func:`buffer` keeps and nobody uses."""
     _pool.storages.clear()
@@ -86,7 +91,7 @@ def take(matrix: Tensor, rows: Units, columns: Units, out: Tensor | None = None)
     parts = [(dim, units) for dim, units in enumerate((rows, columns)) if not units.is_all(matrix.shape[dim])]
     for dim, units in parts:
         last = dim == parts[-1][0]
-        matrix = torch.index_select(matrix, dim, units.index.to(matrix.device), out=out if last else None)
+        matrix = torch.index_select(matrix, dim, to_device(units.index, matrix.device), out=out if last else None)
     return out if parts else out.copy_(matrix)
 
 
@@ -108,7 +113,7 @@ def put(matrix: Tensor, rows: Units, columns: Units, values: Tensor, clear: bool
         native.put(*_places(matrix, values, columns.count, rows, columns), clear)
         return
     every_row, every_column = rows.is_all(matrix.shape[0]), columns.is_all(matrix.shape[1])
-    rows_index = rows.index.to(matrix.device)
+    rows_index = to_device(rows.index, matrix.device)
     if every_column:
         matrix.copy_(values) if every_row else matrix.index_copy_(0, rows_index, values)
         return
@@ -118,7 +123,7 @@ def put(matrix: Tensor, rows: Units, columns: Units, values: Tensor, clear: bool
         target = matrix.new_zeros(rows.count, matrix.shape[1]) if clear else matrix.index_select(0, rows_index)
     if columns.count:
         # scatter_ along a row is twice as fast as index_copy_
-        target.scatter_(1, columns.index.to(matrix.device).expand(values.shape), values)
+        target.scatter_(1, to_device(columns.index, matrix.device).expand(values.shape), values)
     if not every_row:
         matrix.index_copy_(0, rows_index, target)
 
@@ -141,9 +146,9 @@ def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
             torch.get_num_threads(),
         )
     elif columns.is_all(matrix.shape[1]):
-        matrix.index_fill_(0, rows.index.to(matrix.device), 0)
+        matrix.index_fill_(0, to_device(rows.index, matrix.device), 0)
     else:
-        matrix[rows.index.to(matrix.device)[:, None], columns.index.to(matrix.device)] = 0
+        matrix[to_device(rows.index, matrix.device)[:, None], to_device(columns.index, matrix.device)] = 0
 
 
 def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple:

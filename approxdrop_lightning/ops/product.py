@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops.blocks import buffer, put, take
+from approxdrop_lightning.ops.blocks import buffer, put, take, to_device
 from approxdrop_lightning.ops.native import library
 from approxdrop_lightning.pattern import Units
 
@@ -134,6 +134,6 @@ def _by_copies(a: Block, b: Block, out: Block, add: bool, bias: Tensor | None) -
     else:
         torch.mm(a.copied(), b.copied(), out=values)
     if bias is not None:
-        values += bias if b.columns.is_all(len(bias)) else bias[b.columns.index.to(bias.device)]
+        values += bias if b.columns.is_all(len(bias)) else bias[to_device(b.columns.index, bias.device)]
     if not out.is_whole:
         put(out.matrix, out.rows, out.columns, values, clear=False)

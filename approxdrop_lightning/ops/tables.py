@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from approxdrop_lightning.ops.blocks import to_device
 from approxdrop_lightning.pattern import RowPattern
 
 #: Fields of a group: first row in the table of rows, rows, first row of its block of a packed weight; then of the
@@ -185,7 +186,7 @@ def make_plan(
     ]
     lists = [[field for record in part for field in record] for part in (records, pairs, outside.segments())]
     parts = [*map(torch.tensor, lists), inside.starts, outside.starts]
-    flat = _to_device(torch.cat([part.to(torch.int64) for part in parts]), weight.device)
+    flat = to_device(torch.cat([part.to(torch.int64) for part in parts]), weight.device)
     multiplies = sum(r * i * o for r, i, o in zip(rows, inside.widths, outside.widths, strict=True))
     return Plan(
         Tables(
@@ -212,10 +213,4 @@ def _values_before(side: _Side, rows: list[int]) -> list[int]:
 @lru_cache(maxsize=64)
 def _rows(leading_shape: tuple[int, ...], groups: int, device: torch.device) -> Tensor:
     like = RowPattern(1, groups, 0, interleave=groups > 1)
-    return _to_device(torch.cat([rows.index for rows in like.row_groups(leading_shape)]), device)
-
-
-def _to_device(table: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return table.to(device)
-    return table.pin_memory().to(device, non_blocking=True)
+    return to_device(torch.cat([rows.index for rows in like.row_groups(leading_shape)]), device)
