@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from approxdrop_lightning.ops import blocks, lstm, native
+from approxdrop_lightning.ops import blocks, lstm, native, product
+from approxdrop_lightning.ops.product import Block
 from approxdrop_lightning.pattern import Units
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +107,31 @@ def test_the_recurrence_is_that_of_pytorch(steps, batch, hidden, depth, threads,
 @needs_compiler
 def test_the_sources_compile():
     assert native.library() is not None
+
+
+@needs_compiler
+def test_the_wider_tile_of_other_processors(tmp_path, monkeypatch):
+    """That of AVX-512, which the compiler makes of what this processor has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-DLANES=16", "-DROWS=12"))
+    wide = native.library.__wrapped__()
+    assert wide is not None
+    for module in (product, lstm):
+        monkeypatch.setattr(module, "library", lambda: wide)
+    for m, k, n in ((1, 5, 3), (45, 67, 50), (301, 907, 120)):
+        a, b, out = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
+        product.multiply([(Block.whole(a), Block.whole(b).t, Block.whole(out), False)])
+        torch.testing.assert_close(out, a @ b.t(), rtol=1e-4, atol=1e-3)
+    hidden, kept = 50, torch.randperm(50)[:17]
+    inputs = [torch.randn(s, requires_grad=True) for s in ((3, 20, 200), (20, hidden), (20, hidden), (200, 17))]
+    results = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(lstm, "library", lambda: None)
+        out = lstm.sequence(*inputs, kept)
+        results.append([*out, *torch.autograd.grad(out[0].square().sum(), inputs)])
+    for mine, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-3, atol=1e-3)
 
 
 @needs_compiler

@@ -35,7 +35,7 @@ def test_product_of_parts(kinds, sizes, transposed, add, dtype):
     m, k, n = sizes
     a = torch.randn(k, m, dtype=dtype).t() if transposed[0] else torch.randn(m, k, dtype=dtype)
     b = torch.randn(n, k, dtype=dtype).t() if transposed[1] else torch.randn(k, n, dtype=dtype)
-    out, bias = torch.randn(m, n, dtype=dtype), torch.randn(n, dtype=dtype)
+    out, bias = torch.randn(m, n, dtype=dtype), torch.randn(2 * n, dtype=dtype)[::2]
     wanted = out.double()
     product = a.double()[rows.index][:, inner.index] @ b.double()[inner.index][:, columns.index]
     product += bias.double()[columns.index]

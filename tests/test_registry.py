@@ -9,7 +9,7 @@ import torch
 from conftest import compiler_environment
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from approxdrop_lightning import RowPattern, functional
+from approxdrop_lightning import RowPattern, TilePattern, functional
 from approxdrop_lightning.ops import compact, reference, registry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +84,7 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from approxdrop_lightning import RowPattern, functional
+from approxdrop_lightning import RowPattern, TilePattern, functional
 x, weight, pattern = torch.randn(3, 8), torch.randn(6, 8), RowPattern(6, 2, 0)
 print(tuple(functional.row_linear(x, weight, None, None, pattern).shape))
 try:
@@ -102,7 +102,7 @@ def test_without_triton_all_else_works_and_the_error_says_what_to_install():
 
 ON_THE_CPU = """
 import torch
-from approxdrop_lightning import RowPattern, functional
+from approxdrop_lightning import RowPattern, TilePattern, functional
 try:
     functional.row_linear(torch.randn(3, 8), torch.randn(6, 8), None, None, RowPattern(6, 2, 0), backend="triton")
 except ValueError as error:
@@ -122,3 +122,22 @@ def test_no_kernel_is_imported_before_it_is_asked_for():
         "import sys, approxdrop_lightning; print([m for m in sys.modules if 'approxdrop_lightning.ops.triton' in m])"
     )
     assert python(code, compiler_environment())[0] == "[]"
+
+
+@pytest.mark.parametrize("backend", ["compact", pytest.param("triton", marks=pytest.mark.triton)])
+@pytest.mark.parametrize(
+    "pattern", [RowPattern(64, 2, 1), RowPattern(64, 2, 1, interleave=True), TilePattern(64, 32, 2, 1, tile_size=16)]
+)
+def test_operands_may_be_views(backend, pattern):
+    """A bias with a stride, and a gradient without any (that of a sum): compiled code is given addresses."""
+    x, weight, bias = torch.randn(8, 32), torch.randn(64, 32), torch.randn(128)
+    results = []
+    for name in (backend, "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        if isinstance(pattern, TilePattern):
+            y = functional.tile_linear(leaves[0], leaves[1], leaves[2][::2], pattern, backend=name)
+        else:
+            y = functional.row_linear(leaves[0], leaves[1], leaves[2][::2], None, pattern, backend=name)
+        results.append([y, *torch.autograd.grad(y.sum(), leaves)])
+    for mine, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)

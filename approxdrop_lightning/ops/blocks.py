@@ -134,17 +134,9 @@ def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
         return
     native = library()
     if native is not None and matrix.is_cpu:
-        item, width = matrix.element_size(), matrix.shape[1]
+        item, places = matrix.element_size(), (Runs(*rows.runs), Runs(*columns.runs))
         size = rows.count * columns.count
-        native.zero(
-            matrix.data_ptr(),
-            width * item,
-            Runs(*rows.runs),
-            Runs(*columns.runs),
-            item,
-            size,
-            torch.get_num_threads(),
-        )
+        native.zero(matrix.data_ptr(), matrix.stride(0) * item, *places, item, size, torch.get_num_threads())
     elif columns.is_all(matrix.shape[1]):
         matrix.index_fill_(0, to_device(rows.index, matrix.device), 0)
     else:

@@ -90,8 +90,9 @@ def multiply(products: Sequence[Product], bias: Tensor | None = None) -> None:
     Args:
         products: ``(a, b, out, add)`` with blocks ``[M, K]``, ``[K, N]`` and ``[M, N]`` of row-major matrices. What
             else is in the matrices of ``out`` stays. No product reads or writes what another one writes.
-        bias: One entry for each column of ``b``'s matrix, contiguous; None for none.
+        bias: One entry for each column of ``b``'s matrix; None for none.
     """
+    bias = None if bias is None else bias.contiguous()
     tensors = [block.tensor for product in products for block in product[:3]]
     native = _native(tensors if bias is None else [*tensors, bias])
     address = 0 if bias is None else bias.data_ptr()

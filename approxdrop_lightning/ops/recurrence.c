@@ -58,7 +58,7 @@ static int64_t *multiples(int64_t n, int64_t step) {
     return all;
 }
 
-// What both directions have in common: rows in bands, the depth of their products, index tables, a thread's memory.
+// What both directions have in common: rows in bands, the depth of their products, index tables.
 typedef struct {
     int64_t batch, bands, depth, *inner, *rows;
     int high;

@@ -125,5 +125,6 @@ def tile_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePat
         ValueError: The type or the device is not one that the kernels are for.
     """
     check_operands("tile_linear", x, weight)
+    bias = None if bias is None else bias.contiguous()
     offset = torch.full((), pattern.offset, dtype=torch.int32, device=x.device)  # a fill, which nobody waits for
     return _tile_linear(x, weight, bias, offset, pattern.dp, pattern.keep, pattern.tile_size, float(scale))

@@ -53,6 +53,7 @@ def row_linear(
     if all(kept is not None and kept.dp == 1 for kept in regular):
         return reference.finish(F.linear(x.reshape(-1, weight.shape[1]), weight, bias), scale, activation)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     if all(regular):
         inside, outside = regular
         x = x.reshape(math.prod(leading_shape), inside.count).contiguous()
