@@ -13,6 +13,9 @@ from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
 from approxdrop_lightning.layers.linear import PendingLinear
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.sampler import PatternSampler
+from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
+
+Pattern = RowPattern | TilePattern | BernoulliPattern
 
 
 class Site:
@@ -46,11 +49,11 @@ class Site:
         self.dense_readers: set[str] = set()
         self.narrow: int | None = None
         self.steps = 0
-        self._patterns: list[RowPattern] = []
+        self._patterns: list[Any] = []
         self._uses = 0
 
     @property
-    def last_patterns(self) -> tuple[RowPattern, ...]:
+    def last_patterns(self) -> tuple[Pattern, ...]:
         """Patterns of the last training forward, in order of use."""
         return tuple(self._patterns[: self._uses])
 
@@ -115,20 +118,20 @@ class Site:
         shape = tuple(x.shape)
         pattern = self.pattern(shape[-1])
         narrow = shape[-1] < self.min_features
-        pending = isinstance(x, PendingLinear) and x.is_lazy and not narrow
-        if pending:
-            x.held.layer.dropped_by.add(self)
-            self.producers.add(x.held.layer.name)
+        pending = x.held if isinstance(x, PendingLinear) and x.is_lazy and not narrow else None
+        if pending is not None:
+            pending.layer.dropped_by.add(self)
+            self.producers.add(pending.layer.name)
         if pattern.keeps_all:
             return as_dense(x) * self.scale
         if narrow:
             self.narrow = shape[-1]
             x = as_dense(x)
             return x * (pattern.mask(*shape[:-1]).to(x) * self.scale)
-        if pending:
-            values = x.held.kept_values(pattern, self) * self.scale
+        if pending is not None:
+            values = pending.kept_values(pattern, self) * self.scale
             return CompactTensor(Kept(shape, pattern, shape[:-1], self, values))
-        return CompactTensor(Kept(shape, pattern, shape[:-1], self, source=as_dense(x), scale=self.scale))
+        return CompactTensor(Kept(shape, pattern, shape[:-1], self, as_dense(x), packed=False, scale=self.scale))
 
 
 class ApproxDropoutSite(nn.Dropout):
@@ -141,7 +144,7 @@ class ApproxDropoutSite(nn.Dropout):
     site: Site
 
     @property
-    def last_patterns(self) -> tuple[RowPattern, ...]:
+    def last_patterns(self) -> tuple[Pattern, ...]:
         """Patterns of the last training forward, in order of use."""
         return self.site.last_patterns
 
