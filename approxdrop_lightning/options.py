@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from approxdrop_lightning.distribution import PatternDistribution, check_rate
+from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution, check_rate
 from approxdrop_lightning.ops.registry import check_backend
 from approxdrop_lightning.sampler import PatternSampler
 
@@ -43,9 +43,9 @@ class Options:
     interleave: bool = True
     shuffle: bool = True
     block_size: int = 16
-    max_dp: int = 10
-    keep: str = "any"
-    concentration: float = 1000.0
+    max_dp: int = MAX_DP
+    keep: str = KEEP
+    concentration: float = CONCENTRATION
     search: str = "maxent"
     scale: str = "rate"
     recurrent: bool = False

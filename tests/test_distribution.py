@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -9,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from approxdrop_lightning import PatternDistribution
+from approxdrop_lightning.distribution.__main__ import main
+from approxdrop_lightning.options import Options
 
 rates = st.floats(0, 0.93)
 gammas = st.one_of(st.floats(0, 1e5), st.just(math.inf))
@@ -116,3 +121,33 @@ def test_the_papers_search_says_so_when_it_does_not_converge():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         PatternDistribution.search(**arguments)
+
+
+def test_command_prints_what_was_searched(capsys):
+    main(["0.7"])
+    text = capsys.readouterr().out
+    found = PatternDistribution.search(0.7, Options.max_dp, keep=Options.keep, concentration=Options.concentration)
+    for (dp, keep), probability in zip(found.support, found.probabilities, strict=True):
+        line = re.search(rf"│ +{dp} │ +{keep} │ +{1 - keep / dp:.3f} │ +{probability:.3f} │ (#*) +│", text)
+        assert (line is not None) == (probability >= 0.001)
+        assert line is None or len(line[1]) == max(1, round(40 * probability))
+    assert f"{found.rate_std:.3f}" in text and f"{found.entropy:.2f}" in text
+
+
+def test_command_has_a_line_for_each_combination(capsys):
+    main(["0.3", "0.5", "--keep", "one", "any", "--concentration", "0", "inf"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"│ +0\.", line)]
+    assert len(lines) == 8
+    assert "58.4%" in lines[0]  # of the steps of the paper's distribution drop nothing at .3
+    assert "0.0%" in lines[3]
+
+
+def test_command_refuses_what_the_search_refuses(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["0.95"])
+    assert "the smallest max_dp that serves is 20" in capsys.readouterr().err
+
+
+def test_command_runs_as_a_module_without_a_warning():
+    command = [sys.executable, "-W", "error", "-m", "approxdrop_lightning.distribution", "0.5"]
+    assert "0.500" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+#: What the callback asks for unless it is told otherwise.
+MAX_DP, KEEP, CONCENTRATION = 10, "any", 1000.0
+
 #: Above this concentration the distribution equals its limit to float64.
 _STEADIEST = 1e6
 
@@ -74,7 +77,7 @@ class PatternDistribution:
     @property
     def entropy(self) -> float:
         """Entropy in nats."""
-        return -sum(k * math.log(k) for k in self.probabilities if k > 0)
+        return sum(-k * math.log(k) for k in self.probabilities if 0 < k < 1)
 
     @property
     def expected_rate(self) -> float:
@@ -89,6 +92,11 @@ class PatternDistribution:
             k * ((dp - kept) / dp - mean) ** 2 for k, (dp, kept) in zip(self.probabilities, self.support, strict=True)
         )
         return math.sqrt(max(second, 0.0))
+
+    @property
+    def dense_share(self) -> float:
+        """Share of the steps in which nothing is dropped."""
+        return sum(k for k, (dp, kept) in zip(self.probabilities, self.support, strict=True) if dp == kept)
 
 
 def check_rate(rate: float) -> float:

@@ -1,0 +1,83 @@
+"""What a distribution looks like: ``python -m approxdrop_lightning.distribution 0.5``."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+from rich.console import Console
+from rich.table import Table
+
+from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution
+
+_BAR = 40  # characters of a probability of 1
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print one distribution pattern by pattern, or several in a line each."""
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    settings = list(itertools.product(asked.rate, asked.keep, asked.max_dp, asked.concentration))
+    try:
+        found = [
+            PatternDistribution.search(rate, max_dp, asked.search, keep, concentration)
+            for rate, keep, max_dp, concentration in settings
+        ]
+    except ValueError as error:
+        parser.error(str(error))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    if len(found) == 1:
+        console.print(_patterns(found[0]))
+    console.print(_summary(settings, found))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m approxdrop_lightning.distribution",
+        description="How often each pattern is drawn. Several values of an option: one line for each combination.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("rate", type=float, nargs="+", help="dropout rate, in [0, 1)")
+    parser.add_argument("--keep", nargs="+", choices=("one", "any"), default=[KEEP])
+    parser.add_argument("--max-dp", type=int, nargs="+", default=[MAX_DP])
+    parser.add_argument("--concentration", type=float, nargs="+", default=[CONCENTRATION], help="or inf")
+    parser.add_argument("--search", choices=("maxent", "sgd"), default="maxent")
+    return parser
+
+
+def _patterns(found: PatternDistribution) -> Table:
+    table = Table(title="patterns of a probability of 0.001 or more", title_justify="left")
+    for name in ("dp", "keep", "dropped", "probability"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    pairs = sorted(zip(found.support, found.probabilities, strict=True), key=lambda pair: -pair[0][1] / pair[0][0])
+    for (dp, keep), probability in pairs:
+        if probability >= 0.001:
+            bar = "#" * max(1, round(_BAR * probability))
+            table.add_row(str(dp), str(keep), f"{1 - keep / dp:.3f}", f"{probability:.3f}", bar)
+    return table
+
+
+def _summary(settings: list[tuple], found: list[PatternDistribution]) -> Table:
+    table = Table(
+        title="per step: spread of the dropped share, entropy in nats, share of steps without dropout, "
+        "multiplies left with dropout on one side of a layer and on both",
+        title_justify="left",
+    )
+    for name in ("rate", "keep", "max_dp", "concentration", "sd of rate", "entropy", "no dropout", "multiplies",
+                 "twice"):  # fmt: skip
+        table.add_column(name, justify="right")
+    for (rate, keep, max_dp, concentration), one in zip(settings, found, strict=True):
+        kept = [m / dp for dp, m in one.support]
+        one_side, both = (sum(k * u**n for k, u in zip(one.probabilities, kept, strict=True)) for n in (1, 2))
+        table.add_row(
+            f"{rate:g}", keep, str(max_dp), f"{concentration:g}", f"{one.rate_std:.3f}",
+            f"{one.entropy:.2f}", f"{one.dense_share:.1%}", f"{one_side:.1%}", f"{both:.1%}",
+        )  # fmt: skip
+    return table
+
+
+if __name__ == "__main__":
+    main()
