@@ -55,8 +55,9 @@ class ApproxLinear(nn.Linear):
     work: Ledger
 
     @run_eagerly
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        x = input  # the name by which nn.Linear may be called
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(as_dense(x))
         if isinstance(x, LazyTensor) and not (isinstance(x, CompactTensor) and x.is_lazy):

@@ -54,10 +54,11 @@ class ApproxLSTM(nn.LSTM):
         return None
 
     @run_eagerly
-    def forward(self, x: Tensor | PackedSequence, hx: _State | None = None) -> tuple[Any, _State]:
+    def forward(self, input: Tensor | PackedSequence, hx: _State | None = None) -> tuple[Any, _State]:
         """As ``nn.LSTM``: ``[T, B, input]`` (``[B, T, input]`` if ``batch_first``, ``[T, input]`` unbatched)."""
-        if not self.training or isinstance(x, PackedSequence):
-            return super().forward(as_dense(x), hx)
+        if not self.training or isinstance(input, PackedSequence):
+            return super().forward(as_dense(input), hx)
+        x = input  # the name by which nn.LSTM may be called
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             return super().forward(as_dense(x), hx)  # it raises nn.LSTM's own error
         batched = x.dim() == 3

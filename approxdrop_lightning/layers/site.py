@@ -154,11 +154,11 @@ class ApproxDropoutSite(nn.Dropout):
         return self.site.scale
 
     @run_eagerly
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., n]`` to ``[..., n]``."""
         if not self.training:
-            return super().forward(x)
-        dropped = self.site.drop(x)
+            return super().forward(input)
+        dropped = self.site.drop(input)
         if isinstance(dropped, CompactTensor) and not torch.is_grad_enabled():
             # Training mode without gradients: nothing waits, so the product exists already.
             return as_dense(dropped)

@@ -31,8 +31,9 @@ class TileLinear(nn.Linear):
     work: Ledger
 
     @run_eagerly
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        x = input  # the name by which nn.Linear may be called
         if self.training and _is_marked(x) and x.shape[-1] == self.in_features:
             return x.linear(self.weight, self.bias, self.name, self.work)
         x = as_dense(x)
