@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 
 from approxdrop_lightning.options import Options
 from approxdrop_lightning.report import Report
@@ -111,7 +111,12 @@ class ApproxDropout(Callback):
     @classmethod
     def paper(cls, rate: float | None = None, max_dp: int = 10, **overrides: Any) -> ApproxDropout:
         """The paper's own setting: pattern shared by the batch, not shuffled, one cell kept, maximum entropy."""
-        settings = {"interleave": False, "shuffle": False, "keep": "one", "concentration": 0.0} | overrides
+        settings: dict[str, Any] = {
+            "interleave": False,
+            "shuffle": False,
+            "keep": "one",
+            "concentration": 0.0,
+        } | overrides
         return cls(rate=rate, max_dp=max_dp, **settings)
 
     @property
@@ -144,7 +149,7 @@ class ApproxDropout(Callback):
             raise MisconfigurationException(f"ApproxDropout: {error}") from error
         self.report, self._reported = self._conversion.report, False
         if self._saved is not None:
-            self._continue(self._saved)
+            self._continue(self._conversion, self._saved)
 
     def _seed(self) -> int:
         if self.seed is not None:
@@ -155,14 +160,16 @@ class ApproxDropout(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draw this batch's patterns."""
         fresh = self.resample == "batch" or batch_idx % trainer.accumulate_grad_batches == 0
+        assert self._conversion is not None  # setup has run
         self._conversion.resample(fresh)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the realised rate; print the report once the first batch has shown what is skipped."""
+        assert self._conversion is not None
         self._conversion.end()
-        patterns = [p for site in self.report.sites for p in site.last_patterns]
+        patterns = [p for site in self._conversion.report.sites for p in site.last_patterns]
         if patterns:
             dropped = sum(1 - p.share for p in patterns) / len(patterns)
             self._dropped += dropped
@@ -199,11 +206,11 @@ class ApproxDropout(Callback):
         """Continue the very same sequence of patterns."""
         self._saved = state_dict or None
         if self._conversion is not None and self._saved is not None:
-            self._continue(self._saved)
+            self._continue(self._conversion, self._saved)
 
-    def _continue(self, state: dict[str, Any]) -> None:
+    def _continue(self, conversion: Conversion, state: dict[str, Any]) -> None:
         try:
-            self._conversion.load_state_dict(state["samplers"])
+            conversion.load_state_dict(state["samplers"])
         except (KeyError, ValueError) as error:
             raise MisconfigurationException(
                 f"ApproxDropout: the checkpoint's patterns do not fit this run: {error}"

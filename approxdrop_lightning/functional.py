@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def row_linear(
             raise ValueError(f"row_linear: {name}_pattern is of {pattern.n} units, the weight has {n}")
     if bias is not None and tuple(bias.shape) != (n_out,):
         raise ValueError(f"row_linear: bias must be [{n_out}], got shape {tuple(bias.shape)}")
-    if not lines_up(in_pattern, out_pattern):
+    if in_pattern and out_pattern and not lines_up(in_pattern, out_pattern):
         raise ValueError(
             f"row_linear: interleaved patterns must have the same number of groups, got {in_pattern.n_groups} in "
             f"and {out_pattern.n_groups} out"
@@ -327,10 +328,10 @@ def _leading_shape(
     return leading if leading_shape is None else tuple(leading_shape)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Cast as ``torch.autocast`` casts the inputs of ``F.linear`` on this device."""
-    device = tensors[0].device.type
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Cast as ``torch.autocast`` casts the inputs of ``F.linear`` on this device; None stays None."""
+    tensors, device = (x, *others), x.device.type
     if not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return tensors
     dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.throughput import Throughput
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -38,6 +38,13 @@ class ThroughputLogger(Callback):
         >>> throughput = ThroughputLogger(unit="tokens", batch_dim=1)
         >>> trainer = Trainer(callbacks=[throughput])  # then trainer.fit(...), throughput.summary
     """
+
+    _seen: int
+    _steps: int
+    _samples: int
+    _tokens: int
+    _seconds: float
+    _started: float
 
     def __init__(
         self,
@@ -97,9 +104,9 @@ class ThroughputLogger(Callback):
         tokens = None
         if self.unit == "tokens":
             tokens = self._tokens = self._tokens + tensors[-1].numel()
-        totals = {"batches": self._steps, "samples": self._samples, "lengths": tokens}
-        self._throughput.update(time=self._seconds, **totals)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        self._throughput.update(time=self._seconds, batches=self._steps, samples=self._samples, lengths=tokens)
+        # The Trainer's logger connector sets the attribute, unseen by type checkers.
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(pl_module)
 
     def _log(self, pl_module: LightningModule) -> None:

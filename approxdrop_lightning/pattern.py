@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Units:
         shift = self.starts - self.lengths.cumsum(0) + self.lengths
         return shift.repeat_interleave(self.lengths, output_size=self.count) + torch.arange(self.count)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         # A copy must not take along what is cached: addresses are those of the tensors here.
         return Units, (self.starts, self.lengths, self.count)
 
@@ -235,7 +236,7 @@ class RowPattern:
         return index
 
     @cached_property
-    def _flat_index_of(self) -> list:
+    def _flat_index_of(self) -> list[Any]:
         return []
 
     def mask(self, *leading_shape: int, dtype: torch.dtype = torch.bool, value: float = 1) -> Tensor:

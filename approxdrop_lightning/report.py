@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from approxdrop_lightning.layers.site import Site
@@ -90,13 +91,15 @@ class Report:
 
     def saved_by(self, row: Row) -> float:
         """What one dropout alone would save of them. Shares overlap: two dropouts may skip the same multiply."""
-        own = sum(n for work in self.work for sites, n in work.items() if row.site and row.site in sites)
+        if row.site is None:
+            return 0.0
+        own = sum(n for work in self.work for sites, n in work.items() if row.site in sites)
         return own * row.site.rate / self.multiplies if own else 0.0
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
     def __getitem__(self, name: str | int) -> Row:

@@ -177,7 +177,7 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
     return conversion
 
 
-def _convert_dropout(conversion: Conversion, name: str, module: nn.Module) -> None:
+def _convert_dropout(conversion: Conversion, name: str, module: nn.modules.dropout._DropoutNd) -> None:
     if type(module) is not nn.Dropout:
         conversion.left(name, module.p, f"{type(module).__name__} drops other things than units")
     elif conversion.rate(module.p) == module.p == 0:

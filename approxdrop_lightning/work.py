@@ -37,7 +37,7 @@ class Ledger(dict[tuple[Any, Any], int]):
 _COUNTED = (nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.Linear)
 
 
-def multiplies(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> int:
+def multiplies(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
     """Multiplies of one forward call of a stock layer: of its products, not of elementwise work.
 
     Args:
@@ -83,7 +83,7 @@ class Count:
             if isinstance(module, _COUNTED)
         ]
 
-    def _hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module.training and torch.is_grad_enabled():
             self._note(multiplies(module, args, kwargs, output))
 

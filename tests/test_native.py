@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,34 @@ def test_the_recurrence_is_that_of_pytorch(steps, batch, hidden, depth, threads,
 @needs_compiler
 def test_the_sources_compile():
     assert native.library() is not None
+
+
+@needs_compiler
+def test_lack_of_memory_is_an_error_of_python():
+    """More rows than the machine has addresses: nothing is read before the memory is there."""
+    compiled = native.library()
+    described = array("q", [2**57, 1, 1, *[0] * (product._FIELDS - 3)])
+    with pytest.raises(MemoryError, match="products"):
+        compiled.products(described.buffer_info()[0], 1, 1)
+    with pytest.raises(MemoryError, match="lstm_forward"):
+        compiled.lstm_forward(*[None] * 7, 1, 2**50, 8, 8, 1)
+    with pytest.raises(MemoryError, match="lstm_backward"):
+        compiled.lstm_backward(*[None] * 9, 1, 2**50, 8, 8, 1)
+
+
+@needs_compiler
+def test_lack_of_memory_for_a_threads_blocks_is_an_error_of_python(tmp_path, monkeypatch):
+    """The library is linked with an allocator that has none."""
+    none = tmp_path / "none.c"
+    none.write_text("#include <stddef.h>\nvoid *aligned_alloc(size_t alignment, size_t size) { return NULL; }\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_SOURCES", [*native._SOURCES, none])
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-Wl,-Bsymbolic"))
+    compiled = native.library.__wrapped__()
+    monkeypatch.setattr(product, "library", lambda: compiled)
+    a, b, out = torch.randn(200, 50), torch.randn(50, 60), torch.empty(200, 60)
+    with pytest.raises(MemoryError, match="products"):
+        product.multiply([(Block.whole(a), Block.whole(b), Block.whole(out), False)])
 
 
 @needs_compiler

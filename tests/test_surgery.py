@@ -91,6 +91,18 @@ def test_evaluation_and_state_dict_are_untouched(name):
     assert [n for n, _ in model.named_modules()] == [n for n, _ in stock.named_modules()]
 
 
+@pytest.mark.parametrize("pattern", ["row", "tile"])
+def test_layers_take_the_arguments_of_the_stock_layers_by_name(pattern):
+    model = nn.ModuleDict({"linear": nn.Linear(8, 128), "drop": nn.Dropout(0.5), "lstm": nn.LSTM(128, 64)})
+    x = torch.randn(3, 2, 8)
+    approximate(model, pattern=pattern, seed=0)
+    for mode in (True, False):
+        model.train(mode)
+        resample(model)
+        y, (h, _) = model["lstm"](input=model["drop"](input=model["linear"](input=x)), hx=None)
+        torch.testing.assert_close(y[-1], h[0])
+
+
 @pytest.mark.parametrize("name", ["alexnet", "vgg11"])
 def test_torchvision_classifier_heads(name):
     """The published networks themselves, on small images; float32, for their size."""

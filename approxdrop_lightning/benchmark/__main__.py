@@ -6,6 +6,7 @@ import argparse
 import csv
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,7 +23,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> list[dict]:
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Run the benchmark; returns the rows of its table."""
     options = _parser().parse_args(arguments)
     if options.malloc == "keep":
@@ -92,7 +93,7 @@ def _workload(kind: str, options: argparse.Namespace) -> Workload:
     return contenders.lstm(hidden, options.layers, options.steps, options.batch or 20, options.vocabulary)
 
 
-def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> list[dict]:
+def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one workload and rate."""
     given = ("min_hidden", "min_features", "min_multiplies", "recurrent")
     settings = {key: value for key in given if (value := getattr(options, key)) is not None}
@@ -133,7 +134,7 @@ def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> li
     return rows
 
 
-def _show(rows: list[dict], surroundings: dict[str, str]) -> None:
+def _show(rows: list[dict[str, Any]], surroundings: dict[str, str]) -> None:
     table = Table(*(c.replace("_", " ") for c in COLUMNS), caption=", ".join(surroundings.values()))
     for i, row in enumerate(rows):
         last = i + 1 == len(rows) or (row["workload"], row["rate"]) != (rows[i + 1]["workload"], rows[i + 1]["rate"])
@@ -147,7 +148,7 @@ def _text(value: float | str | None) -> str:
     return value if isinstance(value, str) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _append(path: Path, rows: list[dict]) -> None:
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -157,7 +158,7 @@ def _append(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def _plot(rows: list[dict], path: Path) -> None:
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

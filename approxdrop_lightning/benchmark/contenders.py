@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from approxdrop_lightning.report import Report
 from approxdrop_lightning.surgery import approximate, resample
 
 #: What `approximate` is told for each pattern.
-PATTERNS: dict[str, dict] = {
+PATTERNS: dict[str, dict[str, Any]] = {
     "row": {},
     "shared": {"interleave": False, "shuffle": False},
     "paper": {"interleave": False, "shuffle": False, "keep": "one", "concentration": 0.0},
@@ -33,7 +34,7 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = []
         for a, b in pairwise(widths[:-1]):
             layers += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(rate)]
-        super().__init__(*layers, nn.Linear(*widths[-2:]))
+        super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
 class SlicedMLP(MLP):
@@ -189,7 +190,7 @@ class Step:
         self.optimizer.step()
 
 
-def contender(workload: Workload, name: str, rate: float, seed: int = 0, **options) -> Step:
+def contender(workload: Workload, name: str, rate: float, seed: int = 0, **options: Any) -> Step:
     """A contender by name: one of ``BASELINES`` or ``PATTERNS``.
 
     Raises:
@@ -212,7 +213,7 @@ def contender(workload: Workload, name: str, rate: float, seed: int = 0, **optio
     return Step(name, model, workload, report, compiled=name == "compiled")
 
 
-def verify(step: Step, rate: float, seed: int = 0, **options) -> None:
+def verify(step: Step, rate: float, seed: int = 0, **options: Any) -> None:
     """Compare loss and all gradients of a converted network with those of the reference backend.
 
     Raises:
@@ -228,6 +229,7 @@ def verify(step: Step, rate: float, seed: int = 0, **options) -> None:
         losses = [one.loss_and_gradients() for one in (step, reference)]
         torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
         for (key, found), wanted in zip(step.model.named_parameters(), reference.model.parameters(), strict=True):
+            assert found.grad is not None and wanted.grad is not None, f"{step.name}: {key} has no gradient"
             error = (found.grad - wanted.grad).norm() / wanted.grad.norm()
             if not error < 5e-3:  # rounding turns some ReLUs on or off
                 raise AssertionError(f"{step.name}: the gradient of {key} is off by {error:.1%} of its norm")

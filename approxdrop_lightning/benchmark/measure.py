@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +22,7 @@ Step = Callable[[], None]
 
 
 def interleaved(
-    steps: dict[str, Step], repeats: int, warmup: int = 2, consecutive: int = 1
+    steps: Mapping[str, Step], repeats: int, warmup: int = 2, consecutive: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of each step, ``repeats`` times: contenders take turns, so that noise falls on all alike.
 
@@ -59,7 +59,8 @@ def _synchronize() -> None:
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile."""
-    return tuple(quantiles(values, n=4, method="inclusive")) if len(values) > 1 else (values[0],) * 3
+    first, median, third = quantiles(values * 2 if len(values) == 1 else values, n=4, method="inclusive")
+    return first, median, third
 
 
 def ratio(baseline: list[float], other: list[float]) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from approxdrop_lightning.options import Options
 from approxdrop_lightning.surgery import approximate, resample
 
 
-def rows(options: argparse.Namespace) -> list[dict]:
+def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the benchmark's table: products of one width, the recurrence, and drawing."""
     width, batch = (options.hidden or [2048])[0], options.batch or 128
     found = []
@@ -29,13 +30,15 @@ def rows(options: argparse.Namespace) -> list[dict]:
     return found + _drawing(options)
 
 
-def _linear(n: int, batch: int, rate: float, name: str, sides: str, options: argparse.Namespace) -> list[dict]:
+def _linear(
+    n: int, batch: int, rate: float, name: str, sides: str, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     settings = PATTERNS[name]
     sampler = Options(rate=rate, **settings).sampler(rate, options.seed)
     weight, bias = torch.randn(n, n, requires_grad=True), torch.randn(n, requires_grad=True)
     x = torch.randn(batch, n, requires_grad=True)
 
-    def run(backend: str) -> list[Tensor]:
+    def run(backend: str) -> Sequence[Tensor]:
         if sides == "weight":
             draw = sampler.tiles if settings["pattern"] == "tile" else sampler.bernoulli
             y = functional.tile_linear(x, weight, bias, draw(n, n), backend=backend)
@@ -69,16 +72,16 @@ def _linear(n: int, batch: int, rate: float, name: str, sides: str, options: arg
     return _timed(title, rate, {"dense": dense} | {f"{name} ({b})": step(b) for b in options.backend}, options)
 
 
-def _recurrence(options: argparse.Namespace) -> list[dict]:
+def _recurrence(options: argparse.Namespace) -> list[dict[str, Any]]:
     hidden, steps, batch = (options.hidden or [650])[0], options.steps, 20
     vendor = nn.LSTM(hidden, hidden)
     x = torch.randn(steps, batch, hidden, requires_grad=True)
     zeros = torch.zeros(batch, hidden)
+    weight_ih, weight_hh, bias_ih, bias_hh = vendor.all_weights[0]
 
     def ours() -> None:
-        weight = vendor.weight_hh_l0
-        inputs = F.linear(x, vendor.weight_ih_l0, vendor.bias_ih_l0 + vendor.bias_hh_l0)
-        functional.lstm_sequence(inputs, zeros, zeros, weight)[0].sum().backward()
+        inputs = F.linear(x, weight_ih, bias_ih + bias_hh)
+        functional.lstm_sequence(inputs, zeros, zeros, weight_hh)[0].sum().backward()
 
     def theirs() -> None:
         vendor(x)[0].sum().backward()
@@ -87,7 +90,7 @@ def _recurrence(options: argparse.Namespace) -> list[dict]:
     return _timed(title, 0.0, {"dense": theirs, "lstm_sequence": ours}, options)
 
 
-def _drawing(options: argparse.Namespace) -> list[dict]:
+def _drawing(options: argparse.Namespace) -> list[dict[str, Any]]:
     model = nn.Sequential(*(layer for _ in range(10) for layer in (nn.Linear(650, 650), nn.Dropout(0.5))))
     approximate(model, seed=options.seed)
     return _timed("what the callback does per step, ten sites", 0.5, {"resample": lambda: resample(model)}, options)
@@ -95,7 +98,7 @@ def _drawing(options: argparse.Namespace) -> list[dict]:
 
 def _timed(
     workload: str, rate: float, steps: dict[str, Callable[[], None]], options: argparse.Namespace
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     seconds = measure.interleaved(steps, options.repeats, consecutive=options.consecutive)
     found = []
     for name, values in seconds.items():

@@ -60,7 +60,7 @@ def _patterns(found: PatternDistribution) -> Table:
     return table
 
 
-def _summary(settings: list[tuple], found: list[PatternDistribution]) -> Table:
+def _summary(settings: list[tuple[float, str, int, float]], found: list[PatternDistribution]) -> Table:
     table = Table(
         title="per step: spread of the dropped share, entropy in nats, share of steps without dropout, "
         "multiplies left with dropout on one side of a layer and on both",

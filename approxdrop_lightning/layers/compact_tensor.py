@@ -44,10 +44,10 @@ class Kept:
         shape: Shape that is shown, ``[..., n]``.
         pattern: What is kept of the ``n`` units.
         rows: Leading shape by which the pattern groups the rows; a later view may show another one.
-        values: Kept values as :func:`approxdrop_lightning.functional.pack` returns them, scaled.
-        source: Instead of values: the dense tensor to drop from, packed only if a consumer asks.
-        scale: Factor of the kept entries of ``source``.
         site: The site that drops; it is told who reads.
+        given: Kept values as :func:`approxdrop_lightning.functional.pack` returns them, scaled.
+        packed: Whether it is these; else it is the dense tensor to drop from, packed only if a consumer asks.
+        scale: Factor of the kept entries of the dense tensor.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Kept:
         pattern: RowPattern,
         rows: tuple[int, ...],
         site: Reader,
-        values: Tensor | None = None,
-        source: Tensor | None = None,
+        given: Tensor,
+        packed: bool = True,
         scale: float = 1.0,
     ) -> None:
         self.shape, self.pattern, self.rows, self.site = shape, pattern, rows, site
-        self._values, self._source, self._scale = values, source, scale
-        like = source if values is None else values
-        self.dtype, self.device = like.dtype, like.device
+        self._given, self._packed, self._scale = given, packed, scale
+        self._values = given if packed else None
+        self.dtype, self.device = given.dtype, given.device
         self._hooks = saving_hooks()
 
     @property
@@ -71,20 +71,20 @@ class Kept:
         """Kept values, scaled."""
         if self._values is None:
             with saving_as_where(self._hooks):
-                values = functional.pack(self._source, self.pattern, self.site.backend)
+                values = functional.pack(self._given, self.pattern, self.site.backend)
                 self._values = values if self._scale == 1.0 else values * self._scale
         return self._values
 
     def inputs(self) -> tuple[Tensor]:
-        return (self._values if self._source is None else self._source,)
+        return (self._given,)
 
     def compute(self) -> Tensor:
         with saving_as_where(self._hooks):
-            if self._source is None:
-                dense = functional.unpack(self._values, self.pattern, self.rows, self.site.backend)
+            if self._packed:
+                dense = functional.unpack(self._given, self.pattern, self.rows, self.site.backend)
             else:
-                mask = self.pattern.mask(*self.rows).to(self._source)
-                dense = self._source * (mask * self._scale)
+                mask = self.pattern.mask(*self.rows).to(self._given)
+                dense = self._given * (mask * self._scale)
             return dense.view(self.shape)
 
     def with_values(self, values: Tensor, shape: tuple[int, ...]) -> Kept:
@@ -97,7 +97,7 @@ class CompactTensor(LazyTensor):
 
     held: Kept
 
-    def _apply(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.linear:
             return self.linear(*args, **kwargs)
         if func in _SCALES and len(args) == 1 and isinstance(args[0], (int, float)) and not kwargs:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 
-def _overloads(*names: str) -> frozenset[Callable]:
+def _overloads(*names: str) -> frozenset[Callable[..., Any]]:
     """The forms of each function that PyTorch hands to ``__torch_function__``."""
     homes = (F, torch, Tensor)
     return frozenset(getattr(home, name) for name in names for home in homes if hasattr(home, name))
@@ -45,9 +45,15 @@ _METADATA = frozenset(
      Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel}  # fmt: skip
 
 
-#: The layers here, and functions of lazy tensors, run eagerly under ``torch.compile``: a visible graph break. Tracing
-#: would make constants of the patterns, hence a new graph for each until the limit, and then silence.
-run_eagerly = torch.compiler.disable(reason="patterns change with every batch")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def run_eagerly(function: _Function) -> _Function:
+    """Let a function run eagerly under ``torch.compile``: a visible graph break.
+
+    Tracing would make constants of the patterns, hence a new graph for each until the limit, and then silence.
+    """
+    return torch.compiler.disable(function, reason="patterns change with every batch")
 
 
 def saving_hooks() -> Any:
@@ -55,7 +61,7 @@ def saving_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def saving_as_where(hooks: Any) -> contextlib.AbstractContextManager:
+def saving_as_where(hooks: Any) -> contextlib.AbstractContextManager[None]:
     """Save past hooks that were not there when what is computed now was called for.
 
     Non-reentrant checkpointing counts what is saved between the ends of a segment, and must find the same when it
@@ -115,7 +121,7 @@ class _Storage:
 
     def __init__(self) -> None:
         self.dense: Tensor | None = None
-        self._views: list[weakref.ref] = []
+        self._views: list[weakref.ref[LazyTensor]] = []
 
     def add(self, view: LazyTensor) -> None:
         self._views = [ref for ref in self._views if ref() is not None] + [weakref.ref(view)]
@@ -133,6 +139,9 @@ class LazyTensor(torch.Tensor):
         held: What it holds.
         view_of: The lazy tensor of which it shows the same values in another shape, if any.
     """
+
+    held: Any
+    _storage: _Storage
 
     @staticmethod
     def __new__(cls, held: Held, view_of: LazyTensor | None = None) -> LazyTensor:
@@ -164,7 +173,7 @@ class LazyTensor(torch.Tensor):
         dense = storage.dense
         return dense if dense.shape == self.held.shape else dense.view(self.held.shape)
 
-    def _apply(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Result of ``func(self, *args, **kwargs)`` without the dense tensor, or NotImplemented."""
         raise NotImplementedError
 
@@ -173,7 +182,9 @@ class LazyTensor(torch.Tensor):
 
     @classmethod
     @run_eagerly
-    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -192,7 +203,9 @@ class LazyTensor(torch.Tensor):
         return func(*tree_map(read, args), **tree_map(read, kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # a static method there
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Reached past ``__torch_function__``, below autograd: plain values, history is kept by :class:`_Show`."""
 
         def values(x: Any) -> Any:
@@ -202,7 +215,7 @@ class LazyTensor(torch.Tensor):
 
         return func(*tree_map(values, args), **tree_map(values, kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # not annotated there
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
@@ -217,7 +230,7 @@ def has_tensor(args: Any) -> bool:
 
 
 def reshaped_leading(
-    func: Callable, shape: tuple[int, ...], args: tuple, kwargs: dict[str, Any]
+    func: Callable[..., Any], shape: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[int, ...] | None:
     """New shape, if a reshaping leaves the last dimension (and so each row) as it is; else None."""
     if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):

@@ -55,8 +55,9 @@ class ApproxLinear(nn.Linear):
     work: Ledger
 
     @run_eagerly
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        x = input  # the name by which nn.Linear may be called
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(as_dense(x))
         if isinstance(x, LazyTensor) and not (isinstance(x, CompactTensor) and x.is_lazy):
@@ -96,7 +97,7 @@ class Pending:
     def __init__(self, layer: ApproxLinear, x: Tensor, shape: tuple[int, ...]) -> None:
         self.layer, self.x, self.shape = layer, x, shape
         #: Elementwise functions put down so far, as ``(function, arguments, keywords)``.
-        self.chain: tuple = ()
+        self.chain: tuple[Any, ...] = ()
         #: Sites that had kept units of this very output computed; common to all that is derived from it.
         self.readers: list[Any] = []
         self.name, self.backend, self._work = layer.name, layer.backend, layer.work
@@ -122,7 +123,7 @@ class Pending:
         vars(other).update(changed)
         return other
 
-    def followed_by(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Pending | None:
+    def followed_by(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pending | None:
         """With one more function at the end of the chain; None if it is called in another autocast than the layer."""
         kind = self.device.type
         if self._autocast != (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)):
@@ -208,7 +209,7 @@ class PendingLinear(LazyTensor):
 
     held: Pending
 
-    def _apply(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         held = self.held
         if func in POINTWISE and not has_tensor((*args, *kwargs.values())):
             in_place = kwargs.get("inplace", False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -52,10 +54,11 @@ class ApproxLSTM(nn.LSTM):
         return None
 
     @run_eagerly
-    def forward(self, x: Tensor | PackedSequence, hx: _State | None = None) -> tuple[Tensor, _State]:
+    def forward(self, input: Tensor | PackedSequence, hx: _State | None = None) -> tuple[Any, _State]:
         """As ``nn.LSTM``: ``[T, B, input]`` (``[B, T, input]`` if ``batch_first``, ``[T, input]`` unbatched)."""
-        if not self.training or isinstance(x, PackedSequence):
-            return super().forward(as_dense(x), hx)
+        if not self.training or isinstance(input, PackedSequence):
+            return super().forward(as_dense(input), hx)
+        x = input  # the name by which nn.LSTM may be called
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             return super().forward(as_dense(x), hx)  # it raises nn.LSTM's own error
         batched = x.dim() == 3
@@ -86,14 +89,14 @@ class ApproxLSTM(nn.LSTM):
         dropped = self.recurrent_sites[layer] if self.recurrent_sites else None
         if held is not None and held.pattern.interleave and not self.sequence and dropped is None:
             held.site.read_whole(f"{self.name} (hidden size below min_hidden)")
-            x, held = x.dense(), None
+            x, held = as_dense(x), None
         rows = x.shape[0] * x.shape[1]
         self.work.note(held and held.site, None, rows * x.shape[-1] * 4 * self.hidden_size)
         self.work.note(dropped, None, rows * self.hidden_size * 4 * self.hidden_size)
         if held is not None:
             held.site.read_kept(self._reader(layer))
         if dropped is not None or (held is not None and held.pattern.interleave):
-            bias = sum(biases) if biases else None
+            bias = biases[0] + biases[1] if biases else None
             if held is None:
                 gates = functional.row_linear(as_dense(x), weight_ih, bias, backend=self.backend)
             else:
@@ -107,7 +110,9 @@ class ApproxLSTM(nn.LSTM):
             return self._sequence(gates, state, weight_hh, pattern, dropped.scale)
         if held is not None:
             x = held.values.view(*held.shape[:-1], held.pattern.n_kept)
-        return self._vendor(as_dense(x), state, [weight_ih, weight_hh, *biases], held and held.pattern)
+        return self._vendor(
+            as_dense(x), state, [weight_ih, weight_hh, *biases], None if held is None else held.pattern
+        )
 
     def _weights(self, layer: int) -> tuple[Tensor, ...]:
         """``weight_ih``, ``weight_hh`` and, if there are any, both biases of a layer."""
@@ -135,7 +140,8 @@ class ApproxLSTM(nn.LSTM):
         self, x: Tensor, state: _State, weights: list[Tensor], pattern: RowPattern | None = None
     ) -> tuple[Tensor, _State]:
         """A layer by the kernel of ``nn.LSTM``; ``x`` holds what the pattern keeps."""
-        weights = functional.lstm_weights(pattern, *weights)
         hx = (state[0].unsqueeze(0), state[1].unsqueeze(0))
-        y, h, c = torch._VF.lstm(x, hx, weights, self.bias, 1, 0.0, True, False, self.batch_first)
+        y, h, c = torch._VF.lstm(
+            x, hx, functional.lstm_weights(pattern, *weights), self.bias, 1, 0.0, True, False, self.batch_first
+        )
         return y, (h[0], c[0])

@@ -13,6 +13,9 @@ from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
 from approxdrop_lightning.layers.linear import PendingLinear
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.sampler import PatternSampler
+from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
+
+Pattern = RowPattern | TilePattern | BernoulliPattern
 
 
 class Site:
@@ -54,11 +57,11 @@ class Site:
         #: Why a use was masked and computed densely, if one was.
         self.too_small: str | None = None
         self.steps = 0
-        self._patterns: list[RowPattern] = []
+        self._patterns: list[Any] = []
         self._uses = 0
 
     @property
-    def last_patterns(self) -> tuple[RowPattern, ...]:
+    def last_patterns(self) -> tuple[Pattern, ...]:
         """Patterns of the last training forward, in order of use."""
         return tuple(self._patterns[: self._uses])
 
@@ -129,22 +132,22 @@ class Site:
             return as_dense(x) * self.scale
         shape = tuple(x.shape)
         pattern = self.pattern(shape[-1])
-        pending = isinstance(x, PendingLinear) and x.is_lazy
-        if pending:
-            x.held.layer.dropped_by.add(self)
-        too_small = self._too_small(shape[-1], x.held.multiplies if pending else None)
-        if pending and not too_small:
-            self.producers.add(x.held.layer.name)
+        pending = x.held if isinstance(x, PendingLinear) and x.is_lazy else None
+        if pending is not None:
+            pending.layer.dropped_by.add(self)
+        too_small = self._too_small(shape[-1], None if pending is None else pending.multiplies)
+        if pending is not None and not too_small:
+            self.producers.add(pending.layer.name)
         if pattern.keeps_all:
             return as_dense(x) * self.scale
         if too_small:
             self.too_small = too_small
             x = as_dense(x)
             return x * pattern.mask(*shape[:-1], dtype=x.dtype, value=self.scale).to(x.device)
-        if pending:
-            values = x.held.kept_values(pattern, self) * self.scale
+        if pending is not None:
+            values = pending.kept_values(pattern, self) * self.scale
             return CompactTensor(Kept(shape, pattern, shape[:-1], self, values))
-        return CompactTensor(Kept(shape, pattern, shape[:-1], self, source=as_dense(x), scale=self.scale))
+        return CompactTensor(Kept(shape, pattern, shape[:-1], self, as_dense(x), packed=False, scale=self.scale))
 
 
 class ApproxDropoutSite(nn.Dropout):
@@ -157,7 +160,7 @@ class ApproxDropoutSite(nn.Dropout):
     site: Site
 
     @property
-    def last_patterns(self) -> tuple[RowPattern, ...]:
+    def last_patterns(self) -> tuple[Pattern, ...]:
         """Patterns of the last training forward, in order of use."""
         return self.site.last_patterns
 
@@ -167,11 +170,11 @@ class ApproxDropoutSite(nn.Dropout):
         return self.site.scale
 
     @run_eagerly
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., n]`` to ``[..., n]``."""
         if not self.training:
-            return super().forward(x)
-        dropped = self.site.drop(x)
+            return super().forward(input)
+        dropped = self.site.drop(input)
         if isinstance(dropped, CompactTensor) and not torch.is_grad_enabled():
             # Training mode without gradients: nothing waits, so the product exists already.
             return as_dense(dropped)

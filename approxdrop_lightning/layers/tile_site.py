@@ -30,7 +30,6 @@ class TileSite(Site):
         self.independent = independent
         #: Layers that multiply densely with a masked weight, and why.
         self.masked: dict[str, str] = {}
-        self._patterns: list[Use] = []
 
     @property
     def last_patterns(self) -> tuple[TilePattern | BernoulliPattern, ...]:
@@ -65,7 +64,7 @@ class TileSite(Site):
             use[reader, n_out, n_in] = draw(n_out, n_in)
         return use[reader, n_out, n_in]
 
-    def units(self, use: Use, rows: int, n: int) -> BernoulliPattern:
+    def units(self, use: Use, rows: int, n: int) -> TilePattern | BernoulliPattern:
         """The pattern of ``[rows, n]`` units for those that have no weight."""
         if ("", rows, n) not in use:
             use["", rows, n] = self.sampler.bernoulli(rows, n)

@@ -29,12 +29,15 @@ class WeightDropper(Protocol):
 
     backend: str
     rate: float
-    scale: float
+
+    @property
+    def scale(self) -> float:
+        """Factor of the kept weights."""
 
     def weights(self, use: Use, reader: str, weight: Tensor) -> TilePattern | BernoulliPattern:
         """The pattern of a reader's weight."""
 
-    def units(self, use: Use, rows: int, n: int) -> BernoulliPattern:
+    def units(self, use: Use, rows: int, n: int) -> TilePattern | BernoulliPattern:
         """The pattern of units for those that have no weight."""
 
     def read_by(self, name: str, weight: Tensor, dense: str | None = None) -> bool:
@@ -90,7 +93,7 @@ class TiledTensor(LazyTensor):
     def _acts(self) -> bool:
         return self.is_marked
 
-    def _apply(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.linear and (args[0] if args else kwargs["weight"]).dim() == 2:
             return self.linear(*args, **kwargs)
         if func in RESHAPES:

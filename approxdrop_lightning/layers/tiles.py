@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from approxdrop_lightning.layers.tiled_tensor import TiledTensor
 from approxdrop_lightning.work import Ledger
 
 
-def _is_marked(x: Tensor) -> bool:
+def _is_marked(x: Tensor) -> TypeGuard[TiledTensor]:
     return isinstance(x, TiledTensor) and x.is_marked
 
 
@@ -29,8 +31,9 @@ class TileLinear(nn.Linear):
     work: Ledger
 
     @run_eagerly
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        x = input  # the name by which nn.Linear may be called
         if self.training and _is_marked(x) and x.shape[-1] == self.in_features:
             return x.linear(self.weight, self.bias, self.name, self.work)
         x = as_dense(x)
@@ -54,7 +57,7 @@ class TileLSTM(ApproxLSTM):
         reader = self._reader(layer)
         self.work.note(None, None, x.shape[0] * x.shape[1] * weight_hh.numel())
         if self.sequence:
-            gates = x.linear(weight_ih, sum(biases) if biases else None, reader, self.work)
+            gates = x.linear(weight_ih, biases[0] + biases[1] if biases else None, reader, self.work)
             return self._sequence(gates, state, weight_hh)
         self.work.note(None, None, x.numel() * len(weight_ih))
         weight_ih = x.masked_weight(weight_ih, reader, "its hidden size is below min_hidden")

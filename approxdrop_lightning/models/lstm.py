@@ -22,6 +22,9 @@ class NllPerToken(Metric):
     check (``nan_strategy="disable"``) version 1.9 ignores the weights.
     """
 
+    nll: Tensor
+    tokens: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.add_state("nll", torch.tensor(0.0), dist_reduce_fx="sum")
@@ -110,7 +113,7 @@ class LSTMLanguageModel(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a datamodule whose vocabulary is not the model's."""
-        expected = self.hparams.vocab_size
+        expected = self.hparams["vocab_size"]
         found = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None)
         if found is not None and found != expected:
             raise ValueError(f"the model has vocab_size={expected}, but the data has {found} words")
@@ -133,7 +136,7 @@ class LSTMLanguageModel(LightningModule):
         """The loss to differentiate; see ``loss`` above."""
         nll, tokens = self._score(batch, "train")
         self.log("train/loss", nll.detach() / tokens)
-        return nll / batch[1].size(1) if self.hparams.loss == "sum_steps" else nll / tokens
+        return nll / batch[1].size(1) if self.hparams["loss"] == "sum_steps" else nll / tokens
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count towards ``val/loss`` (nats per token) and ``val/ppl``."""
@@ -209,10 +212,10 @@ class LSTMLanguageModel(LightningModule):
         """SGD with the published schedule; see ``full_lr_epochs`` and ``lr_decay`` above."""
         # Under mixed precision Lightning refuses to clip for a fused optimizer, which unscales by itself.
         fused = "mixed" not in str(self.trainer.precision)
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams.lr, fused=fused)
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], fused=fused)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def _lr_factor(self, epoch: int) -> float:
         """Factor on ``lr`` in ``epoch``, counted from 0."""
-        return math.pow(self.hparams.lr_decay, -max(0, epoch + 1 - self.hparams.full_lr_epochs))
+        return math.pow(self.hparams["lr_decay"], -max(0, epoch + 1 - self.hparams["full_lr_epochs"]))

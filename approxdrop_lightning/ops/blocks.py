@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class _Pool(threading.local):
 
     def __init__(self) -> None:
         self.requests = 0
-        self.storages: dict[int, list[list]] = {}
+        self.storages: dict[int, list[list[Any]]] = {}
 
     def drop_idle(self) -> None:
         oldest = self.requests - _IDLE_REQUESTS
@@ -51,12 +52,12 @@ def buffer(shape: tuple[int, ...], like: Tensor) -> Tensor:
     for entry in entries:
         if torch._C._storage_Use_Count(entry[0]._cdata) == 1:  # the pool's own
             entry[1] = _pool.requests
-            return torch.empty(0, dtype=like.dtype).set_(entry[0], 0, shape)
+            return torch.empty(0, dtype=like.dtype).set_(entry[0], 0, shape, ())
     _pool.drop_idle()
     with torch.inference_mode(False):
         storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
     _pool.storages[size].append([storage, _pool.requests])
-    return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape)
+    return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape, ())
 
 
 def to_device(index: Tensor, device: torch.device) -> Tensor:
@@ -143,7 +144,7 @@ def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
         matrix[to_device(rows.index, matrix.device)[:, None], to_device(columns.index, matrix.device)] = 0
 
 
-def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple:
+def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple[Any, ...]:
     """Arguments that the compiled copies have in common."""
     item, width = to.element_size(), to.shape[1]
     return (

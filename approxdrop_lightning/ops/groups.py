@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from approxdrop_lightning.ops.blocks import buffer, put, take, zero
-from approxdrop_lightning.ops.product import Block, multiply
+from approxdrop_lightning.ops.product import Block, Product, multiply
 from approxdrop_lightning.pattern import RowPattern, Units
 
 
@@ -52,11 +52,12 @@ class Side:
 
     def dropped(self, group: int) -> Units:
         """Units that a group does not keep."""
+        assert self.pattern is not None
         return self.pattern.dropped(group)
 
     def pieces(self, group: int) -> list[tuple[slice, Units, bool]]:
         """Units of a group in pieces: where among its own, which, and whether groups before it keep them too."""
-        if not self.overlaps or group == 0:
+        if self.pattern is None or not self.overlaps or group == 0:
             return [(slice(None), self.units[group], not self.by_group)]
         common, own = self.pattern.common, self.pattern.dropped(0)
         return [(slice(common.count), common, True), (slice(common.count, None), own, False)]
@@ -86,7 +87,8 @@ class Groups:
         """Dense gradient; each entry is written once, but for those that groups have in common: they add up."""
         grad = buffer((self.outside.n, self.inside.n), dys[0].tensor)
         cleared = self._clear(grad)
-        first, later = [], []
+        first: list[Product] = []
+        later: list[Product] = []
         for g, (dy, x) in enumerate(zip(dys, xs, strict=True)):
             if g == 0 or cleared:
                 out = Block(grad, self.outside.units[g], self.inside.units[g])
@@ -109,12 +111,12 @@ class Groups:
         if inside.by_group and outside.by_group and inside.overlaps == outside.overlaps:
             for g, rows in enumerate(outside.units):
                 zero(grad, outside.dropped(1 - g) if outside.overlaps else rows, inside.dropped(g))
-        elif inside.by_group and outside.pattern is None:
+        elif inside.pattern is not None and inside.by_group and outside.pattern is None:
             zero(grad, outside.units[0], inside.pattern.never_kept)
         elif inside.pattern is not None or (outside.pattern is not None and not outside.by_group):
             grad.zero_()
             return True
-        if outside.by_group:
+        if outside.pattern is not None and outside.by_group:
             zero(grad, outside.pattern.never_kept, Units.every(inside.n))
         return False
 

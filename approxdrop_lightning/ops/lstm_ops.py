@@ -83,14 +83,16 @@ def _rows(steps: Tensor) -> Tensor:
     return steps if steps.stride(-1) == 1 else steps.contiguous()
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, _, _, weight, kept = inputs
     _, _, _, acts, c, recurrent_inputs = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(acts, c, recurrent_inputs, weight, kept)
 
 
-def _backward(ctx: Any, dh: Tensor | None, dh_last: Tensor | None, dc_last: Tensor | None, *_) -> tuple:
+def _backward(
+    ctx: Any, dh: Tensor | None, dh_last: Tensor | None, dc_last: Tensor | None, *_
+) -> tuple[Tensor | None, ...]:
     acts, c, inputs, weight, kept = ctx.saved_tensors
     dgates, dh0, dc0 = _sequence_backward(dh, dh_last, dc_last, acts, c, weight, kept)
     dweight = None

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "product.c", "recurrence.c")]
 _HEADERS = [Path(__file__).with_name(name) for name in ("kernels.h", "tile.h")]
@@ -39,6 +40,8 @@ _SIGNATURES = {
     "lstm_forward": [*[_POINTER] * 7, *[_SIZE] * 4, _INT],
     "lstm_backward": [*[_POINTER] * 9, *[_SIZE] * 4, _INT],
 }
+#: Functions that return whether memory was lacking.
+_ALLOCATING = ("products", "lstm_forward", "lstm_backward")
 
 
 @cache
@@ -58,7 +61,14 @@ def library() -> ctypes.CDLL | None:
     for name, signature in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = signature, None
+        if name in _ALLOCATING:
+            function.restype, function.errcheck = _INT, _check_memory
     return loaded
+
+
+def _check_memory(lacking: int, function: Any, arguments: Any) -> None:
+    if lacking:
+        raise MemoryError(f"{function.__name__}: no memory for its work space")
 
 
 def _compiled() -> Path:

@@ -81,16 +81,16 @@ typedef struct {
 
 // How one product is cut into tasks: bands of `high` rows in blocks, strips of columns in pieces of `width`.
 typedef struct {
-    int64_t *indices;
     Part a, b;
     int64_t *out_row, *out_column, *bias_index;
     int high;
     int64_t bands, per_block, blocks, step, strips, width, tasks;
 } Plan;
 
-static void plan(const Product *p, Plan *to, int64_t width) {
-    int64_t *i = malloc(sizeof(int64_t) * (2 * (p->m + p->depth + p->n) + p->n));
-    to->indices = i;
+static int64_t indices(const Product *p) { return 2 * (p->m + p->depth + p->n) + p->n; }
+
+// `i` has room for its indices.
+static void plan(const Product *p, Plan *to, int64_t width, int64_t *i) {
     to->a = (Part){p->a, i, i + p->m, p->a_column == 1 || p->a_row != 1};
     i = offsets(p->inner, p->a_column, offsets(p->rows, p->a_row, i));
     to->b = (Part){p->b, i, i + p->depth, p->b_column == 1 || p->b_row != 1};
@@ -144,34 +144,43 @@ static void run_task(const Product *p, const Plan *to, int64_t task, float *pa, 
     }
 }
 
-// Products that do not depend on each other. Their tasks are shared out together.
-void products(const Product *list, int64_t count, int threads) {
-    int64_t multiplies = 0, tasks = 0, strips = 0;
+// Products that do not depend on each other. Their tasks are shared out together. Returns whether memory was lacking.
+int products(const Product *list, int64_t count, int threads) {
+    int64_t multiplies = 0, tasks = 0, strips = 0, room = 0;
     for (int64_t i = 0; i < count; i++) {
         multiplies += list[i].m * list[i].depth * list[i].n;
         strips += (list[i].n + COLUMNS - 1) / COLUMNS * ((list[i].m + HEIGHT - 1) / HEIGHT);
+        room += indices(list + i);
     }
     // Several tasks for each thread, since a machine's cores are not equally free; but a block of `a` is packed anew
     // for each.
     int64_t width = strips / (4 * threads) / STRIPS * STRIPS;
     width = width < STRIPS ? STRIPS : least(width, 8 * STRIPS);
-    Plan *plans = malloc(sizeof(Plan) * count);
-    for (int64_t i = 0; i < count; i++) {
-        plan(list + i, plans + i, width);
+    Plan *plans = malloc(sizeof(Plan) * count + sizeof(int64_t) * room);
+    if (!plans) return 1;
+    int64_t *next = (int64_t *)(plans + count);
+    for (int64_t i = 0; i < count; next += indices(list + i++)) {
+        plan(list + i, plans + i, width, next);
         tasks += plans[i].tasks;
     }
+    int failed = 0;
 #pragma omp parallel num_threads(threads) if (multiplies > SMALL && tasks > 1)
     {
         static _Thread_local float *scratch;
         const int64_t size = HEIGHT * DEPTH + 64;
         if (!scratch) scratch = aligned_alloc(64, sizeof(float) * (size + STRIPS * COLUMNS * DEPTH + 64));
+        if (!scratch) {
+#pragma omp atomic write
+            failed = 1;
+        }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
             int64_t i = 0, own = task;
+            if (!scratch) continue;
             while (own >= plans[i].tasks) own -= plans[i++].tasks;
             run_task(list + i, plans + i, own, scratch, scratch + size);
         }
     }
-    for (int64_t i = 0; i < count; i++) free(plans[i].indices);
     free(plans);
+    return failed;
 }

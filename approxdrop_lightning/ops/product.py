@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from ctypes import CDLL
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ class Block:
         tensor: Tensor,
         rows: Units,
         columns: Units,
-        shape: tuple[int, int] | None = None,
-        strides: tuple[int, int] | None = None,
+        shape: tuple[int, ...] | None = None,
+        strides: tuple[int, ...] | None = None,
         offset: int = 0,
     ) -> None:
         self.tensor, self.rows, self.columns, self.offset = tensor, rows, columns, offset
@@ -110,7 +111,7 @@ def multiply(products: Sequence[Product], bias: Tensor | None = None) -> None:
                     address, add,
                 )
             )  # fmt: skip
-    if described:
+    if native is not None and described:
         native.products(described.buffer_info()[0], len(described) // _FIELDS, torch.get_num_threads())
 
 
@@ -118,7 +119,7 @@ def multiply(products: Sequence[Product], bias: Tensor | None = None) -> None:
 _FIELDS = 31
 
 
-def _native(tensors: list[Tensor]):
+def _native(tensors: list[Tensor]) -> CDLL | None:
     # A dispatch mode (FlopCounterMode, for one) watches PyTorch's own calls: then these are what it shall see.
     if torch._C._len_torch_dispatch_stack() or not all(t.is_cpu and t.dtype == torch.float32 for t in tensors):
         return None

@@ -2,6 +2,9 @@
 // the pointwise work on each part of them while it is in cache. Gates lie in the order i, f, g, o.
 #include <stdint.h>
 #include <stdlib.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "tile.h"
 
@@ -52,24 +55,41 @@ static void strip_product(int64_t bands, int high, int64_t depth, const float *a
         }
 }
 
-static int64_t *multiples(int64_t n, int64_t step) {
-    int64_t *all = malloc(sizeof(int64_t) * (n + COLUMNS));
-    for (int64_t i = 0; i < n + COLUMNS; i++) all[i] = i * step;
-    return all;
+// Writes n + COLUMNS of them; returns where they end.
+static int64_t *multiples(int64_t n, int64_t step, int64_t *to) {
+    for (int64_t i = 0; i < n + COLUMNS; i++) to[i] = i * step;
+    return to + n + COLUMNS;
 }
 
-// What both directions have in common: rows in bands, the depth of their products, index tables.
+// What both directions have in common: rows in bands, the depth of their products, index tables, the memory of each
+// thread. It is all one piece that begins with `inner`, NULL if it could not be had.
 typedef struct {
-    int64_t batch, bands, depth, *inner, *rows;
+    int64_t batch, bands, depth, *inner, *rows, *weight_rows, each;
     int high;
+    float *scratch;
 } Shape;
 
-static Shape shape_of(int64_t batch, int64_t depth, int64_t row) {
+static Shape shape_of(int64_t batch, int64_t depth, int64_t row, int64_t hidden, int64_t weight_row, int64_t products,
+                      int threads) {
     Shape s = {.batch = batch, .bands = (batch + ROWS - 1) / ROWS, .depth = depth};
     s.high = (int)((batch + s.bands - 1) / s.bands);
     s.bands = (batch + s.high - 1) / s.high;
-    s.inner = multiples(depth, 1), s.rows = multiples(batch, row);
+    // A thread's packed rows, then its sums; no two threads write to one line of the cache.
+    s.each = (s.bands * s.high * (depth + products * COLUMNS) + 16 + 31) / 16 * 16;
+    s.inner = malloc(sizeof(int64_t) * (depth + batch + 4 * hidden + 3 * COLUMNS) + sizeof(float) * s.each * threads);
+    if (!s.inner) return s;
+    s.rows = multiples(depth, 1, s.inner);
+    s.weight_rows = multiples(batch, row, s.rows);
+    s.scratch = (float *)multiples(4 * hidden, weight_row, s.weight_rows);
     return s;
+}
+
+static float *own_scratch(const Shape *s) {
+#ifdef _OPENMP
+    return s->scratch + s->each * omp_get_thread_num();
+#else
+    return s->scratch;
+#endif
 }
 
 static void pack_rows(const Shape *s, const float *from, const int64_t *inner, float *to) {
@@ -81,19 +101,20 @@ static void pack_rows(const Shape *s, const float *from, const int64_t *inner, f
 // h and c of all steps, and acts: the gates after their nonlinearity. h and c begin with the initial state.
 // weight is [4 * hidden, depth], contiguous, and kept says which of the hidden units it reads; NULL: all.
 // strips has room for 4 * depth * hidden, with hidden rounded up to a multiple of COLUMNS, and 8 more.
-void lstm_forward(const float *restrict gates, float *restrict h, float *restrict c, float *restrict acts,
+// Returns whether memory was lacking; then nothing was done.
+int lstm_forward(const float *restrict gates, float *restrict h, float *restrict c, float *restrict acts,
                   const float *restrict weight, const int64_t *kept, float *restrict strips,
                   int64_t steps, int64_t batch, int64_t hidden, int64_t depth, int threads) {
-    const Shape s = shape_of(batch, depth, hidden);
+    const Shape s = shape_of(batch, depth, hidden, hidden, depth, 4, threads);
+    if (!s.inner) return 1;
     const int64_t blocks = (hidden + COLUMNS - 1) / COLUMNS, size = s.bands * s.high * COLUMNS;
-    int64_t *columns = multiples(4 * hidden, depth);
 #pragma omp parallel num_threads(threads)
     {
-        float *a = malloc(sizeof(float) * (s.bands * s.high * depth + 64)), *sums = malloc(sizeof(float) * 4 * size);
+        float *a = own_scratch(&s), *sums = a + s.bands * s.high * depth + 16;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < 4 * blocks; i++) {
             const int64_t first = i / 4 * COLUMNS;
-            pack(weight, s.inner, depth, columns + i % 4 * hidden + first, (int)least(hidden - first, COLUMNS), COLUMNS, 1,
+            pack(weight, s.inner, depth, s.weight_rows + i % 4 * hidden + first, (int)least(hidden - first, COLUMNS), COLUMNS, 1,
                  strips + i * COLUMNS * depth);
         }
         for (int64_t t = 0; t < steps; t++) {
@@ -121,26 +142,27 @@ void lstm_forward(const float *restrict gates, float *restrict h, float *restric
                 }
             }
         }
-        free(a), free(sums);
     }
-    free(s.inner), free(s.rows), free(columns);
+    free(s.inner);
+    return 0;
 }
 
 // Backwards through the steps: dgates from dh_out, the gradient of all outputs. dh and dc hold those of the last state, and
 // become those of the initial one. strips has room for 4 * hidden * depth, with depth rounded up, and 8 more.
-void lstm_backward(const float *restrict acts, const float *restrict c, const float *restrict dh_out,
+// Returns as does lstm_forward.
+int lstm_backward(const float *restrict acts, const float *restrict c, const float *restrict dh_out,
                    float *restrict dh, float *restrict dc, float *restrict dgates,
                    const float *restrict weight, const int64_t *kept, float *restrict strips, int64_t steps,
                    int64_t batch, int64_t hidden, int64_t depth, int threads) {
-    const Shape s = shape_of(batch, 4 * hidden, 4 * hidden);
+    const Shape s = shape_of(batch, 4 * hidden, 4 * hidden, hidden, depth, 1, threads);
+    if (!s.inner) return 1;
     const int64_t blocks = (depth + COLUMNS - 1) / COLUMNS, size = s.bands * s.high * COLUMNS;
-    int64_t *rows = multiples(4 * hidden, depth), *columns = multiples(depth, 1);
 #pragma omp parallel num_threads(threads)
     {
-        float *a = malloc(sizeof(float) * (s.bands * s.high * s.depth + 64)), *sums = malloc(sizeof(float) * size);
+        float *a = own_scratch(&s), *sums = a + s.bands * s.high * s.depth + 16;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < blocks; i++)
-            pack(weight, rows, 4 * hidden, columns + i * COLUMNS, (int)least(depth - i * COLUMNS, COLUMNS), COLUMNS, 0,
+            pack(weight, s.weight_rows, 4 * hidden, s.inner + i * COLUMNS, (int)least(depth - i * COLUMNS, COLUMNS), COLUMNS, 0,
                  strips + i * COLUMNS * 4 * hidden);
         for (int64_t t = steps - 1; t >= 0; t--) {
             const float *act = acts + t * batch * 4 * hidden, *c_t = c + t * batch * hidden, *c_next = c_t + batch * hidden;
@@ -174,7 +196,7 @@ void lstm_backward(const float *restrict acts, const float *restrict c, const fl
                         dh[b * hidden + (kept ? kept[first + j] : first + j)] = sums[b * COLUMNS + j];
             }
         }
-        free(a), free(sums);
     }
-    free(s.inner), free(s.rows), free(rows), free(columns);
+    free(s.inner);
+    return 0;
 }

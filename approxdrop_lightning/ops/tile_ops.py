@@ -75,7 +75,7 @@ def _(dy, x, offset, dp, keep, tile_size, scale):
     return x.new_empty(dy.shape[1], x.shape[1])
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, offset, *ctx.pattern = inputs
     ctx.save_for_backward(x, weight, offset)
 

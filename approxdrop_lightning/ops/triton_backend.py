@@ -49,13 +49,13 @@ def row_linear(
         ValueError: The type or the device is not one that the kernels are for.
     """
     check_operands("row_linear", x, weight)
-    regular = [_regular(p, n) for p, n in zip((in_pattern, out_pattern), weight.shape[::-1], strict=True)]
-    if all(kept is not None and kept.dp == 1 for kept in regular):
-        return reference.finish(F.linear(x.reshape(-1, weight.shape[1]), weight, bias), scale, activation)
+    n_out, n_in = weight.shape
+    inside, outside = _regular(in_pattern, n_in), _regular(out_pattern, n_out)
+    if inside and outside and inside.dp == outside.dp == 1:
+        return reference.finish(F.linear(x.reshape(-1, n_in), weight, bias), scale, activation)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    if all(regular):
-        inside, outside = regular
+    if inside and outside:
         x = x.reshape(math.prod(leading_shape), inside.count).contiguous()
         places = (inside.dp, inside.offset, outside.dp, outside.offset)
         return rows_linear(x, weight, bias, *places, scale, activation)[0]

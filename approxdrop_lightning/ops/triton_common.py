@@ -50,7 +50,8 @@ class Tiling(NamedTuple):
     def blocks(self, rows: int, columns: int, depth: int) -> tuple[int, int, int]:
         """Rows, columns and depth for dense operands of such sizes: not beyond them, at least a tensor core's."""
         sizes = zip(self[:3], (rows, columns, depth), strict=True)
-        return tuple(max(16, min(block, bucket(size))) for block, size in sizes)
+        first, second, third = (max(16, min(block, bucket(size))) for block, size in sizes)
+        return first, second, third
 
 
 #: By compute capability; the first of each list serves where nothing is timed. 3 * (128 + 128) * 64 * 2 bytes = 96 KB
@@ -106,7 +107,7 @@ def tilings_for(x: Tensor, aligned: bool = True) -> tuple[Tiling, ...]:
     return tilings(arch_of(x.device), x.dtype, precision(x.dtype), aligned)
 
 
-def tuning_key(name: str, x: Tensor, *sizes: int) -> tuple:
+def tuning_key(name: str, x: Tensor, *sizes: int) -> tuple[Hashable, ...]:
     """Key of a choice of tiles: a kernel, type and device of an operand, and buckets of sizes."""
     return name, x.dtype, precision(x.dtype), x.device.index, *map(bucket, sizes)
 

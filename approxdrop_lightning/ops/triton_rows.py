@@ -10,7 +10,8 @@ through pointers, asynchronously.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -28,7 +29,8 @@ _jit = triton.jit(
 )  # fmt: skip
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True)
+class Kept:
     """Units ``offset, offset + dp, ...`` of ``n``."""
 
     n: int
@@ -199,7 +201,7 @@ def product_launch(
     w_first, w_stride = first * w.stride(0), step * w.stride(0)
     runs = [aligned_run(x.element_size(), *numbers) for numbers in ((K,), (N,), (w_stride, w_first))]
     descriptors = descriptors and _describable(x, w) and min(runs[0], runs[2]) > 1 and min(M, N, K) > 0
-    operands: tuple = (x, w)
+    operands: tuple[Any, ...] = (x, w)
     if descriptors:
         shape, block = ((N, K), "NK") if forward else ((K, N), "KN")
         rows = w.as_strided(shape, (w_stride, 1), w.storage_offset() + w_first)
@@ -238,7 +240,7 @@ def weight_grad_launch(
     tiles = dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_M"), tiling.blocks(outside.n, inside.n, M), strict=True))
     runs = [aligned_run(x.element_size(), number) for number in (K, N, dw.stride(0))]
     descriptors = descriptors and _describable(dy, x) and min(runs[:2]) > 1 and min(M, N, K) > 0
-    operands: tuple = (dy, x)
+    operands: tuple[Any, ...] = (dy, x)
     if descriptors:
         operands = tuple(
             TensorDescriptor.from_tensor(values, [tiles["BLOCK_M"], tiles[f"BLOCK_{letter}"]])
@@ -295,10 +297,10 @@ def _example_launches(dtype: torch.dtype, tiling: Tiling, descriptors: bool, n: 
     inside, outside = Kept(n, 2, 1), Kept(n, 2, 0)
     w, x = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((n, n), (256, n // 2)))
     packed, y = w.new_empty(packed_shape(inside, outside)), torch.empty_like(x)
-    sides, options = (inside, outside, 2.0, tiling), {"descriptors": descriptors}
+    sides = (inside, outside, 2.0, tiling)
     return {
         "pack": pack_launch(w, packed, inside, outside),
-        "forward": product_launch(x, packed, w[0], y, y, *sides, "gelu", **options),
-        "input_grad": product_launch(y, packed, None, x, None, *sides, forward=False, **options),
-        "weight_grad": weight_grad_launch(y, x, w, *sides, **options),
+        "forward": product_launch(x, packed, w[0], y, y, *sides, "gelu", descriptors=descriptors),
+        "input_grad": product_launch(y, packed, None, x, None, *sides, forward=False, descriptors=descriptors),
+        "weight_grad": weight_grad_launch(y, x, w, *sides, descriptors=descriptors),
     }
