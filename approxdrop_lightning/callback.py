@@ -33,6 +33,8 @@ class ApproxDropout(Callback):
         interleave: Whether rows of the batch take the cells of a pattern in turn; else the batch shares it.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
         block_size: Most units permuted together, >= 1; narrow layers take smaller blocks.
+        orders: Most orders of the units that the rows of a batch take in turn, >= 1: more of them make the gradient
+            less noisy. Batches of few rows have fewer. For ``interleave`` with ``shuffle``.
         max_dp: Largest period, >= 1; at least ``1 / (1 - rate)``.
         keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number.
         concentration: 0: most random distribution (the paper's); large: the dropped share hardly varies.
@@ -72,6 +74,7 @@ class ApproxDropout(Callback):
         interleave: bool = True,
         shuffle: bool = True,
         block_size: int = Options.block_size,
+        orders: int = Options.orders,
         max_dp: int = Options.max_dp,
         keep: str = "any",
         concentration: float = Options.concentration,
@@ -91,7 +94,7 @@ class ApproxDropout(Callback):
         super().__init__()
         try:
             self.options = Options(
-                rate, pattern, interleave, shuffle, block_size, max_dp, keep, concentration, search, scale,
+                rate, pattern, interleave, shuffle, block_size, orders, max_dp, keep, concentration, search, scale,
                 recurrent, tile_size, min_features, min_multiplies, min_hidden, backend,
             )  # fmt: skip
         except ValueError as error:

@@ -19,7 +19,8 @@ def lines_up(first: RowPattern | None, second: RowPattern | None) -> bool:
     """Whether one product can have both patterns: the rows must fall into the same groups."""
     if first is None or second is None:
         return True
-    return first.n_groups == second.n_groups or not first.interleave or not second.interleave
+    same = (first.n_groups, first.n_orders) == (second.n_groups, second.n_orders)
+    return same or not first.interleave or not second.interleave
 
 
 def pack(x: Tensor, pattern: RowPattern, backend: str = "auto") -> Tensor:

@@ -23,6 +23,8 @@ class Options:
         interleave: Whether rows of the batch take the cells of a pattern in turn; else the batch shares it.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
         block_size: Most units permuted together, >= 1; narrow layers take smaller blocks.
+        orders: Most orders of the units that the rows of a batch take in turn, >= 1: more of them make the gradient
+            less noisy. Batches of few rows have fewer. For ``interleave`` with ``shuffle``.
         max_dp: Largest period, >= 1.
         keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number.
         concentration: 0: most random distribution (the paper's); large: the dropped share hardly varies.
@@ -46,6 +48,7 @@ class Options:
     interleave: bool = True
     shuffle: bool = True
     block_size: int = 16
+    orders: int = 4
     max_dp: int = MAX_DP
     keep: str = KEEP
     concentration: float = CONCENTRATION
@@ -63,7 +66,14 @@ class Options:
             raise ValueError(f"pattern must be one of {', '.join(map(repr, PATTERNS))}, got {self.pattern!r}")
         if self.scale not in ("rate", "dp"):
             raise ValueError(f"scale must be 'rate' or 'dp', got {self.scale!r}")
-        lowest = {"block_size": 1, "tile_size": 1, "min_features": 0, "min_multiplies": 0, "min_hidden": 0}
+        lowest = {
+            "block_size": 1,
+            "orders": 1,
+            "tile_size": 1,
+            "min_features": 0,
+            "min_multiplies": 0,
+            "min_hidden": 0,
+        }
         for name, low in lowest.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -86,5 +96,12 @@ class Options:
     def sampler(self, rate: float, seed: int, rank: int = 0) -> PatternSampler:
         """A sampler of patterns of a rate."""
         return PatternSampler(
-            self.distribution(rate), self.interleave, self.shuffle, self.block_size, seed, rank, self.tile_size
+            self.distribution(rate),
+            self.interleave,
+            self.shuffle,
+            self.block_size,
+            seed,
+            rank,
+            self.tile_size,
+            self.orders,
         )

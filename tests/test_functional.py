@@ -19,8 +19,9 @@ KINDS = {
 }
 
 
-def make_pattern(n, dp, keep, generator, interleave=False, shuffle=False, block_size=1):
-    order = torch.randperm(-(-n // block_size), generator=generator) if shuffle else None
+def make_pattern(n, dp, keep, generator, interleave=False, shuffle=False, block_size=1, orders=1):
+    permutations = [torch.randperm(-(-n // block_size), generator=generator) for _ in range(orders)]
+    order = torch.stack(permutations) if shuffle else None
     offset = int(torch.randint(dp, (), generator=generator))
     return RowPattern(n, dp, offset, keep, interleave, order, block_size)
 
@@ -96,6 +97,25 @@ def test_row_linear_is_the_masked_product(in_kind, out_kind, backend):
         )
         for name, got, want in pairs:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-12, msg=lambda m, c=case, n=name: f"{n} {c}: {m}")
+
+
+@pytest.mark.usefixtures("poisoned", "kernels")
+@pytest.mark.parametrize("backend", ["compact", "reference"])
+@pytest.mark.parametrize("sides", ["in", "out", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_may_take_several_orders(sides, backend, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for (dp, keep), orders, leading in itertools.product([(2, 1), (3, 2), (10, 3)], [2, 3], [(3, 5), (40,), (1,)]):
+        block, kind = 2, {"interleave": True, "shuffle": True, "orders": orders}
+        patterns = [make_pattern(n, dp, keep, generator, block_size=block, **kind) for n in (41, 36)]
+        in_pattern, out_pattern = patterns[0] if sides != "out" else None, patterns[1] if sides != "in" else None
+        shapes = (*leading, 41), (36, 41), (36,)
+        tensors = [torch.randn(s, dtype=dtype, generator=generator).requires_grad_() for s in shapes]
+        expected = masked_linear(*tensors, in_pattern, out_pattern, 1.5)
+        found = run(*tensors, in_pattern, out_pattern, 1.5, backend)
+        direction = torch.randn(expected.shape, dtype=dtype, generator=generator)
+        got, want = ([y, *torch.autograd.grad((y * direction).sum(), tensors)] for y in (found, expected))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-4)
 
 
 @pytest.mark.parametrize("keep", [1, 2])
