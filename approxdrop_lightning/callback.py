@@ -42,7 +42,10 @@ class ApproxDropout(Callback):
             the rate of the LSTM.
         tile_size: Largest side of a tile, >= 1; small weights have smaller ones. For ``pattern="tile"``.
         min_features: Sites narrower than this are masked and computed densely, and with tiles so are weights with a
-            shorter side. At 128 rows on 2 CPU cores skipping gains from 512 on; masking is no faster than skipping.
+            shorter side.
+        min_multiplies: Where the linear layer before a dropout forms fewer multiplies in one call (rows times inputs
+            times outputs), its output is masked and computed densely: skipping would save less time than its
+            bookkeeping costs. 0: none. Measured on 2 CPU cores; not for tiles.
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense, by the vendor's kernel
             (measured: break-even at 64).
         backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"``.
@@ -77,6 +80,7 @@ class ApproxDropout(Callback):
         recurrent: bool = False,
         tile_size: int = 32,
         min_features: int = Options.min_features,
+        min_multiplies: int = Options.min_multiplies,
         min_hidden: int = Options.min_hidden,
         backend: str = "auto",
         seed: int | None = None,
@@ -88,7 +92,7 @@ class ApproxDropout(Callback):
         try:
             self.options = Options(
                 rate, pattern, interleave, shuffle, block_size, max_dp, keep, concentration, search, scale,
-                recurrent, tile_size, min_features, min_hidden, backend,
+                recurrent, tile_size, min_features, min_multiplies, min_hidden, backend,
             )  # fmt: skip
         except ValueError as error:
             raise MisconfigurationException(f"ApproxDropout: {error}") from error

@@ -32,7 +32,10 @@ class Options:
             the rate of the LSTM.
         tile_size: Largest side of a tile, >= 1; small weights have smaller ones. For ``pattern="tile"``.
         min_features: Sites narrower than this are masked and computed densely, and with tiles so are weights with a
-            shorter side. At 128 rows on 2 CPU cores skipping gains from 512 on; masking is no faster than skipping.
+            shorter side.
+        min_multiplies: Where the linear layer before a dropout forms fewer multiplies in one call (rows times inputs
+            times outputs), its output is masked and computed densely: skipping would save less time than its
+            bookkeeping costs. 0: none. Measured on 2 CPU cores; not for tiles.
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense, by the vendor's kernel
             (measured: break-even at 64).
         backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"``.
@@ -51,6 +54,7 @@ class Options:
     recurrent: bool = False
     tile_size: int = 32
     min_features: int = 64
+    min_multiplies: int = 2**25
     min_hidden: int = 64
     backend: str = "auto"
 
@@ -59,7 +63,8 @@ class Options:
             raise ValueError(f"pattern must be one of {', '.join(map(repr, PATTERNS))}, got {self.pattern!r}")
         if self.scale not in ("rate", "dp"):
             raise ValueError(f"scale must be 'rate' or 'dp', got {self.scale!r}")
-        for name, low in (("block_size", 1), ("tile_size", 1), ("min_features", 0), ("min_hidden", 0)):
+        lowest = {"block_size": 1, "tile_size": 1, "min_features": 0, "min_multiplies": 0, "min_hidden": 0}
+        for name, low in lowest.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")

@@ -239,11 +239,14 @@ class RowPattern:
     def _flat_index_of(self) -> list[Any]:
         return []
 
-    def mask(self, *leading_shape: int) -> Tensor:
-        """Which entries of a batch are kept: bool ``[*leading_shape, n]``."""
-        kept = torch.zeros(self.n_groups, self.n, dtype=torch.bool)
-        for line, units in zip(kept, self._units, strict=True):
-            line.index_fill_(0, units.index, True)
+    def mask(self, *leading_shape: int, dtype: torch.dtype = torch.bool, value: float = 1) -> Tensor:
+        """Which entries of a batch are kept: ``[*leading_shape, n]``, ``value`` where they are, zero elsewhere."""
+        order = torch.arange(self.n_blocks) if self.order is None else self.order
+        cells = order - self.offset - torch.arange(self.n_groups)[:, None] * self._shift
+        kept = cells.remainder_(self.dp) < self.keep
+        if self.block_size > 1:
+            kept = kept.repeat_interleave(self.block_size, dim=1)[:, : self.n]
+        kept = kept if dtype == torch.bool else kept.to(dtype).mul_(value)
         groups = _group_of_row(tuple(leading_shape), self.n_groups)
         return kept.index_select(0, groups.view(-1)).view(*leading_shape, self.n)
 

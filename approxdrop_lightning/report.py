@@ -47,8 +47,8 @@ class Row:
             return f"nothing: {self.reason}"
         if self.site.rate == 0:
             return "nothing: the rate is 0"
-        if self.site.narrow:
-            return f"nothing: {self.site.narrow} features are too few to gain (min_features={self.site.min_features})"
+        if self.site.too_small and not self.site.skips:
+            return f"nothing: {self.site.too_small}"
         if not self.site.last_patterns and not self.site.producers | self.site.consumers | self.site.dense_readers:
             if self.site.steps:
                 return "nothing: not called in training mode so far (frozen or not used)"

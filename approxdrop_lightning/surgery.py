@@ -67,7 +67,15 @@ class Conversion:
         options, rate = self.options, self.rate(own)
         if rate not in self.samplers:
             self.samplers[rate] = options.sampler(rate, self.seed + len(self.samplers), self.rank)
-        arguments = (name, rate, self.samplers[rate], options.scale, options.min_features, options.backend)
+        arguments = (
+            name,
+            rate,
+            self.samplers[rate],
+            options.scale,
+            options.min_features,
+            options.min_multiplies,
+            options.backend,
+        )
         if options.pattern == "row":
             site = Site(*arguments)
         else:

@@ -20,7 +20,7 @@ def _settings_of_the_process():
 
 
 SMALL = ["--repeats", "2", "--malloc", "default", "--rate", "0.3", "0.5"]
-MLP = ["mlp", "--hidden", "96", "96", "--batch", "24", *SMALL]
+MLP = ["mlp", "--hidden", "96", "96", "--batch", "24", "--min-multiplies", "0", *SMALL]
 
 
 def test_one_table_with_every_contender_and_a_csv_that_grows(tmp_path, capsys):
@@ -76,12 +76,12 @@ def test_ops():
 )
 def test_a_wrong_gradient_is_not_timed(name, place, layer, monkeypatch):
     torch.manual_seed(0)
-    step = contenders.contender(contenders.mlp([784, 96, 10], 24), name, 0.5, min_features=0)
-    contenders.verify(step, 0.5, min_features=0)
+    step = contenders.contender(contenders.mlp([784, 96, 10], 24), name, 0.5, min_features=0, min_multiplies=0)
+    contenders.verify(step, 0.5, min_features=0, min_multiplies=0)
     right = getattr(*place)
     monkeypatch.setattr(*place, lambda *a: right(*a) * 1.01)
     with pytest.raises(AssertionError, match=rf"the gradient of {layer} is off by 1.0%"):
-        contenders.verify(step, 0.5, min_features=0)
+        contenders.verify(step, 0.5, min_features=0, min_multiplies=0)
 
 
 def test_peak_memory_is_what_a_step_holds_at_once():

@@ -49,7 +49,9 @@ def test_outputs_and_all_gradients_are_those_of_the_masked_model(name, setting):
     model, x = make().double(), make_input()
     x = x.double() if x.is_floating_point() else x
     stock = copy.deepcopy(model)
-    report = approximate(model, seed=1, **{"min_features": 0, "min_hidden": 0, **SETTINGS[setting]})
+    report = approximate(
+        model, seed=1, **{"min_features": 0, "min_multiplies": 0, "min_hidden": 0, **SETTINGS[setting]}
+    )
     for step in range(4):
         resample(model)
         inputs = [t.clone().requires_grad_() if t.is_floating_point() else t for t in (x, x)]
@@ -78,7 +80,7 @@ def test_evaluation_and_state_dict_are_untouched(name):
     model, x = make().double(), make_input()
     x = x.double() if x.is_floating_point() else x
     stock = copy.deepcopy(model)
-    approximate(model, min_features=0, min_hidden=0)
+    approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
     resample(model)
     model(x)
     model.eval(), stock.eval()
@@ -142,7 +144,7 @@ def test_the_report_says_what_is_skipped_and_why_not():
         nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 128), nn.Dropout(0.0), nn.Linear(128, 32),
         nn.Dropout(0.4), nn.LayerNorm(32), nn.Dropout(1.0), nn.AlphaDropout(0.3),
     )  # fmt: skip
-    report = approximate(model, min_features=64)
+    report = approximate(model, min_features=64, min_multiplies=16 * 64 * 128)
     assert report["2"].skipped == "not known before the first training batch"
     resample(model)
     model(torch.randn(16, 64)).sum().backward()
@@ -157,6 +159,26 @@ def test_the_report_says_what_is_skipped_and_why_not():
     assert "drops everything" in report["8"].skipped
     assert "AlphaDropout" in report["9"].skipped
     assert all(name in str(report) for name in ("2", "producer's rows", "AlphaDropout"))
+
+
+def test_a_product_too_small_to_gain_is_masked_and_dense():
+    """A site may be reached by batches of several sizes; values are those of the mask either way."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Dropout(0.5), nn.Linear(96, 8))
+    stock = copy.deepcopy(model)
+    report = approximate(model, min_multiplies=16 * 64 * 96, seed=0)
+    for rows, small in ((15, True), (16, False), (15, True)):
+        resample(model)
+        x = torch.randn(rows, 64)
+        with Flops() as counter:
+            y = model(x).clone()  # read: it waits otherwise
+        (pattern,) = model[2].last_patterns
+        mask = pattern.mask(rows) * 2.0
+        torch.testing.assert_close(y, stock[3](stock[1](stock[0](x)) * mask))
+        assert counter.total == (1 if small else 0.5) * 2 * rows * (64 * 96 + 96 * 8)
+        if rows == 15 and not report["2"].producer:
+            assert report["2"].skipped == "nothing: 92,160 multiplies are too few to gain (min_multiplies=98,304)"
+    assert report["2"].skipped == "producer's rows and consumers' columns"
 
 
 class Checkpointed(nn.Module):
@@ -177,7 +199,7 @@ def test_activation_checkpointing_computes_again_with_the_same_patterns(options)
     for reentrant in (None, True, False):
         torch.manual_seed(0)
         model = Checkpointed(reentrant).double()
-        approximate(model, min_features=0, min_hidden=0, seed=0, **options)
+        approximate(model, min_features=0, min_multiplies=0, min_hidden=0, seed=0, **options)
         x = torch.randn(5, 4, 20, dtype=torch.float64, requires_grad=True)
         for _ in range(3):
             resample(model)
@@ -192,7 +214,7 @@ def test_activation_checkpointing_computes_again_with_the_same_patterns(options)
 
 def test_activation_checkpointing_of_a_dropout_used_twice_is_refused():
     model = nn.Sequential(*[layer := nn.Dropout(0.5)] * 2, nn.Linear(8, 8))
-    approximate(model, min_features=0, min_hidden=0)
+    approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
     resample(model)
     out = checkpoint(model, torch.randn(4, 8, requires_grad=True), use_reentrant=False)
     with pytest.raises(RuntimeError, match="recomputes a dropout that was used 2 times"):
@@ -212,7 +234,7 @@ class Functional(nn.Module):
 
 def test_functional_dropout_and_dropout_inside_other_layers_are_named():
     model = nn.Sequential(Functional(), nn.MultiheadAttention(8, 2, dropout=0.1), nn.GRU(8, 8, 2, dropout=0.2))
-    report = approximate(model, min_features=0, min_hidden=0)
+    report = approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
     lines = {row.name: row.skipped for row in report}
     calls = [name for name in lines if "test_surgery.py:" in name]
     assert len(calls) == 2
@@ -226,7 +248,7 @@ def test_functional_dropout_and_dropout_inside_other_layers_are_named():
 def test_a_frozen_part_is_reported():
     """As LightningModule.freeze leaves it: in evaluation mode, without gradients."""
     model = mlp()
-    report = approximate(model, min_features=0, min_hidden=0)
+    report = approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
     model[1].eval().requires_grad_(False)
     resample(model)
     model(torch.randn(4, 20)).sum().backward()
@@ -299,7 +321,7 @@ def test_conversion_after_the_optimizer_was_built():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = [p.clone() for p in model.parameters()]
-    approximate(model, min_features=0, min_hidden=0)
+    approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
     resample(model)
     model(torch.randn(4, 20)).sum().backward()
     optimizer.step()
@@ -308,7 +330,7 @@ def test_conversion_after_the_optimizer_was_built():
 
 def test_a_site_whose_width_changes_between_batches_draws_another_pattern():
     model = nn.Dropout(0.5)
-    approximate(model, min_features=0, min_hidden=0)
+    approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
     for width in (16, 24, 16):
         resample(model)
         x = torch.ones(6, width, requires_grad=True)
@@ -331,7 +353,7 @@ def test_under_torch_compile_the_number_of_graphs_is_bounded_and_values_are_righ
     torch.manual_seed(0)
     make, make_input = GALLERY[name]
     model, x = make(), make_input()
-    approximate(model, min_features=0, min_hidden=0, rate=0.7, seed=0)
+    approximate(model, min_features=0, min_multiplies=0, min_hidden=0, rate=0.7, seed=0)
     eager = copy.deepcopy(model)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)
@@ -367,7 +389,7 @@ def test_the_report_counts_what_is_saved_in_expectation(rate):
     model = nn.Sequential(
         nn.Linear(60, 240), nn.ReLU(), nn.Dropout(rate), nn.Linear(240, 120), nn.Dropout(rate), nn.Linear(120, 60)
     )
-    report = approximate(model, seed=0)
+    report = approximate(model, min_multiplies=0, seed=0)
     dense = 60 * 240 + 240 * 120 + 120 * 60
     executed = []
     for _ in range(300):
@@ -384,7 +406,7 @@ def test_the_report_counts_what_is_saved_in_expectation(rate):
 
 def test_a_linear_layer_that_feeds_no_site_stops_waiting():
     model = mlp()
-    approximate(model, min_features=0, min_hidden=0)
+    approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
     for _ in range(2):
         resample(model)
         model(torch.randn(4, 20)).sum().backward()
@@ -407,7 +429,7 @@ def test_a_linear_layer_that_is_read_whole_as_well_stops_waiting():
     model = Both()
     with Flops() as dense:
         model(torch.randn(4, 20))
-    report = approximate(model, seed=0)
+    report = approximate(model, min_multiplies=0, seed=0)
     for step in range(3):
         resample(model)
         with Flops() as executed:
@@ -422,7 +444,9 @@ def test_a_linear_layer_that_is_read_whole_as_well_stops_waiting():
 
 def test_the_paper_setting_goes_on_waiting_where_the_first_step_drops_nothing():
     model = nn.Sequential(nn.Linear(20, 64), nn.Dropout(0.5), nn.Linear(64, 2))
-    report = approximate(model, interleave=False, shuffle=False, keep="one", concentration=0.0, seed=0)
+    report = approximate(
+        model, interleave=False, shuffle=False, keep="one", concentration=0.0, min_multiplies=0, seed=0
+    )
     sampler = report["1"].site.sampler
     while sampler.dp > 1:  # until the next step is such a one
         state = sampler.state_dict()
@@ -465,7 +489,7 @@ def test_recurrent_dropout_has_rows_of_its_own():
 def test_weight_norm_is_left_alone():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Dropout(0.5), nn.Linear(8, 8))
     kind = type(model[0])
-    approximate(model, min_features=0, min_hidden=0)
+    approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
     assert type(model[0]) is kind
     assert type(model[2]) is ApproxLinear
     resample(model)
@@ -480,7 +504,7 @@ def test_nothing_to_convert_warns():
 
 def test_a_converted_model_can_be_copied_pickled_and_saved():
     model = LanguageModel()
-    approximate(model, min_features=0, min_hidden=0)
+    approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
     x = torch.randint(30, (4, 3))
     resample(model)
     model(x).sum().backward()
@@ -560,7 +584,7 @@ def test_a_function_outside_of_the_layers_autocast_is_not_drawn_into_it():
 
 def test_functional_call_reads_the_parameters_that_it_was_given():
     model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3))
-    approximate(model, min_features=0, min_hidden=0)
+    approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
     zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     resample(model)
     assert not torch.func.functional_call(model, zeros, (torch.randn(2, 4),)).any()

@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recurrent", action="store_true", help="drop the LSTM's recurrent inputs too")
     parser.add_argument("--min-hidden", type=int, help="as of ApproxDropout")
     parser.add_argument("--min-features", type=int, help="as of ApproxDropout")
+    parser.add_argument("--min-multiplies", type=int, help="as of ApproxDropout")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
     parser.add_argument("--malloc", default="keep", choices=("keep", "default"),
@@ -94,7 +95,7 @@ def _workload(kind: str, options: argparse.Namespace) -> Workload:
 
 def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one workload and rate."""
-    given = ("min_hidden", "min_features", "recurrent")
+    given = ("min_hidden", "min_features", "min_multiplies", "recurrent")
     settings = {key: value for key in given if (value := getattr(options, key)) is not None}
     steps = {"conventional": contenders.contender(workload, "conventional", rate, options.seed)}
     for name in options.baseline:

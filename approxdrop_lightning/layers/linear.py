@@ -64,6 +64,9 @@ class ApproxLinear(nn.Linear):
             x = x.dense()
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             return super().forward(as_dense(x))  # it raises nn.Linear's own error
+        if not self.defers and not isinstance(x, LazyTensor):
+            self.work.note(None, None, x.numel() * self.out_features)
+            return super().forward(x)
         pending = Pending(self, x, (*x.shape[:-1], self.out_features))
         if not self.defers:
             return pending.compute()
@@ -142,10 +145,15 @@ class Pending:
             y = F.linear(self.x, self.weight, self.bias)
         return y.view(self.shape)
 
+    @property
+    def multiplies(self) -> int:
+        """Of the dense product."""
+        return math.prod(self.x.shape) * self.weight.shape[0]
+
     def _note(self, after: Any) -> None:
         """Note the product: between the site that made ``x``, if any, and the site ``after`` it, if any."""
         before = self.x.held.site if isinstance(self.x, CompactTensor) and self.x.is_lazy else None
-        self._work.note(before, after, math.prod(self.x.shape) * self.weight.shape[0])
+        self._work.note(before, after, self.multiplies)
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ class Site:
         sampler: Source of the patterns, shared with the other sites of this rate.
         scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
         min_features: Narrower inputs are masked and computed densely.
+        min_multiplies: So is the output of a linear layer that forms fewer multiplies.
         backend: Backend of packing.
     """
 
@@ -39,15 +40,22 @@ class Site:
         sampler: PatternSampler,
         scale: str = "rate",
         min_features: int = 0,
+        min_multiplies: int = 0,
         backend: str = "auto",
     ) -> None:
         self.name, self.rate, self.sampler = name, rate, sampler
-        self.scale_by, self.min_features, self.backend = scale, min_features, backend
+        self.scale_by, self.min_features, self.min_multiplies, self.backend = (
+            scale,
+            min_features,
+            min_multiplies,
+            backend,
+        )
         #: What was seen so far: layers before it and after it, functions that read it whole, steps begun.
         self.producers: set[str] = set()
         self.consumers: set[str] = set()
         self.dense_readers: set[str] = set()
-        self.narrow: int | None = None
+        #: Why a use was masked and computed densely, if one was.
+        self.too_small: str | None = None
         self.steps = 0
         self._patterns: list[Any] = []
         self._uses = 0
@@ -84,6 +92,13 @@ class Site:
             return [f"read whole by {readers}"] if readers else []
         return [f"no linear layer before it, and read whole by {readers or 'nobody'}"]
 
+    def _too_small(self, n: int, multiplies: int | None) -> str | None:
+        if n < self.min_features:
+            return f"{n} features are too few to gain (min_features={self.min_features})"
+        if multiplies is not None and multiplies < self.min_multiplies:
+            return f"{multiplies:,} multiplies are too few to gain (min_multiplies={self.min_multiplies:,})"
+        return None
+
     def pattern(self, n: int, shared: bool = False) -> RowPattern:
         """The pattern of the next use, of ``n`` units; with ``shared`` one for all rows of the batch."""
         return self._next(lambda: self.sampler.pattern(n, shared), lambda pattern: pattern.n == n)
@@ -117,17 +132,18 @@ class Site:
             return as_dense(x) * self.scale
         shape = tuple(x.shape)
         pattern = self.pattern(shape[-1])
-        narrow = shape[-1] < self.min_features
-        pending = x.held if isinstance(x, PendingLinear) and x.is_lazy and not narrow else None
+        pending = x.held if isinstance(x, PendingLinear) and x.is_lazy else None
         if pending is not None:
             pending.layer.dropped_by.add(self)
+        too_small = self._too_small(shape[-1], None if pending is None else pending.multiplies)
+        if pending is not None and not too_small:
             self.producers.add(pending.layer.name)
         if pattern.keeps_all:
             return as_dense(x) * self.scale
-        if narrow:
-            self.narrow = shape[-1]
+        if too_small:
+            self.too_small = too_small
             x = as_dense(x)
-            return x * (pattern.mask(*shape[:-1]).to(x) * self.scale)
+            return x * pattern.mask(*shape[:-1], dtype=x.dtype, value=self.scale).to(x.device)
         if pending is not None:
             values = pending.kept_values(pattern, self) * self.scale
             return CompactTensor(Kept(shape, pattern, shape[:-1], self, values))

@@ -11,9 +11,9 @@ class LitClassifier(L.LightningModule):
     def __init__(self):
         super().__init__()
         self.backbone = nn.Sequential(
-            nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.5)
+            nn.Linear(784, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 512), nn.ReLU(), nn.Dropout(0.5)
         )
-        self.head = nn.Linear(256, 4)
+        self.head = nn.Linear(512, 4)
 
     def forward(self, x):
         return self.head(self.backbone(x.view(x.size(0), -1)))
@@ -34,12 +34,12 @@ class LitClassifier(L.LightningModule):
 
 def images(n):
     labels = torch.arange(n) % 4
-    return utils.data.TensorDataset(torch.randn(n, 8, 8) + labels[:, None, None] * 0.3, labels)
+    return utils.data.TensorDataset(torch.randn(n, 28, 28) + labels[:, None, None] * 0.1, labels)
 
 
 if __name__ == "__main__":
     L.seed_everything(0)
-    train, val = (utils.data.DataLoader(images(n), batch_size=32) for n in (640, 128))
+    train, val = (utils.data.DataLoader(images(n), batch_size=128) for n in (1280, 128))
     trainer = L.Trainer(
         max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[ApproxDropout()]
     )
