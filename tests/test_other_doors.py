@@ -1,14 +1,17 @@
 """Other ways in: a plain loop, LightningCLI, any Hydra application, the installed wheel."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from torch import nn
 
 from approxdrop_lightning import approximate, resample, restore
@@ -30,7 +33,7 @@ def test_a_plain_loop():
     x = torch.randn(256, 16)
     y = (x.sum(1) > 0).long()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    report = approximate(model, seed=0)
+    report = approximate(model, min_multiplies=0, seed=0)
     for _ in range(60):
         resample(model)
         optimizer.zero_grad()
@@ -104,15 +107,25 @@ def test_any_hydra_application(tmp_path, name, interleave):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel, as ``python -m build`` makes it."""
-    out = tmp_path_factory.mktemp("wheel")
-    build = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)],
+    return build(tmp_path_factory, "wheel", "*.whl")
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The source distribution, likewise."""
+    return build(tmp_path_factory, "sdist", "*.tar.gz")
+
+
+def build(tmp_path_factory, kind, name):
+    out = tmp_path_factory.mktemp(kind)
+    run = subprocess.run(
+        [sys.executable, "-m", "build", f"--{kind}", "--outdir", str(out), str(ROOT)],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    if build.returncode and "No matching distribution" in build.stdout + build.stderr:
+    if run.returncode and "No matching distribution" in run.stdout + run.stderr:
         pytest.skip("the build backend is not installed and no package index can be reached")
-    assert build.returncode == 0, build.stdout[-2000:] + build.stderr[-2000:]
-    return next(out.glob("*.whl"))
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    return next(out.glob(name))
 
 
 def test_the_wheel_holds_the_package_and_nothing_of_the_application(wheel):
@@ -145,7 +158,7 @@ class Net(BoringModel):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 2))
-callback = approxdrop_lightning.ApproxDropout()
+callback = approxdrop_lightning.ApproxDropout(min_multiplies=0)
 options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 Trainer(max_steps=3, accelerator="cpu", callbacks=[callback], **options).fit(Net())
 from hydra import compose, initialize_config_module
@@ -156,13 +169,14 @@ print(type(instantiate(config.callbacks.approx_dropout)).__name__, "saved", roun
 """
 
 
-def install(wheel, venv, *options):
-    """Python of a new environment in which pip has installed the wheel."""
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, timeout=120)
+def install(venv, *what, interpreter=sys.executable):
+    """Python of an environment, made if it is not there, in which pip has installed something."""
+    if not venv.exists():
+        subprocess.run([interpreter, "-m", "venv", str(venv)], check=True, timeout=120)
     python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
     pip = subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", *options, str(wheel)],
-        capture_output=True, text=True, timeout=1800, check=False,
+        [python, "-m", "pip", "install", "--quiet", *map(str, what)],
+        capture_output=True, text=True, timeout=3600, check=False,
     )  # fmt: skip
     assert pip.returncode == 0, pip.stderr[-2000:]
     return python
@@ -171,15 +185,15 @@ def install(wheel, venv, *options):
 def use(python, cwd, *arguments):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(
-        [python, "-c", USE, *arguments],
+        [python, *(arguments if "-m" in arguments else ("-c", USE, *arguments))],
         cwd=cwd, env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=3600, check=False,
     )  # fmt: skip
 
 
 def test_the_installed_wheel_works_without_triton_and_gpu(wheel, tmp_path):
     """Installed by pip; what it depends on is borrowed from this environment, to save downloading it."""
-    python = install(wheel, tmp_path / "venv", "--no-deps")
+    python = install(tmp_path / "venv", "--no-deps", wheel)
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     run = use(python, tmp_path, "-no-triton")
@@ -187,6 +201,38 @@ def test_the_installed_wheel_works_without_triton_and_gpu(wheel, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_wheel_brings_all_it_needs_to_an_empty_environment(wheel, tmp_path):
-    run = use(install(wheel, tmp_path / "venv"), tmp_path)
-    assert "ApproxDropout saved 0.5" in run.stdout, run.stderr[-2000:]
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_an_empty_environment_needs_nothing_but_the_package(wheel, sdist, version, tmp_path):
+    """Gigabytes are downloaded. Wheel, then source distribution; with Triton if PyTorch brings it, and without."""
+    interpreter = shutil.which(f"python{version}")
+    if interpreter is None or subprocess.run([interpreter, "-c", ""], capture_output=True, check=False).returncode:
+        pytest.skip(f"there is no python{version} on PATH")
+    for package in (wheel, sdist):
+        options = ["--force-reinstall", "--no-deps"] if package is sdist else []
+        python = install(tmp_path / "venv", *options, package, interpreter=interpreter)
+        for arguments in ((), ("-no-triton",)):
+            run = use(python, tmp_path, *arguments)
+            assert "ApproxDropout saved 0.5" in run.stdout, run.stderr[-2000:]
+        table = use(python, tmp_path, "-m", "approxdrop_lightning.distribution", "0.5")
+        assert "patterns" in table.stdout, table.stderr[-2000:]
+    shutil.rmtree(tmp_path / "venv")
+
+
+@pytest.mark.slow
+def test_the_oldest_versions_that_are_allowed_work(wheel, tmp_path):
+    """Gigabytes are downloaded. A part of the tests runs with the lower bound of everything that has one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    oldest = []
+    for found in map(Requirement, [*project["dependencies"], *extras["sweep"], *extras["triton"], *extras["test"]]):
+        if found.name != project["name"]:
+            floors = [bound.version for bound in found.specifier if bound.operator == ">="]
+            extra = f"[{','.join(found.extras)}]" if found.extras else ""
+            oldest.append(found.name + extra + "".join(f"=={floor}" for floor in floors))
+    python = install(tmp_path / "venv", wheel, *oldest)
+    tests = ("callback", "functional", "monitor", "native", "readme", "registry", "sampler", "surgery", "triton_rows")
+    files = [str(ROOT / "tests" / f"test_{name}.py") for name in tests]
+    cli = str(ROOT / "tests" / "test_other_doors.py") + "::test_lightning_cli"
+    run = use(python, ROOT, "-m", "pytest", "-p", "no:cacheprovider", *files, str(ROOT / "tests" / "models"), cli)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    shutil.rmtree(tmp_path / "venv")
