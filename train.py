@@ -145,6 +145,7 @@ def result(
         "test": metrics.get(cfg.task.result),
         "unit": cfg.task.unit,
         "per_second": speed.get(f"{cfg.task.unit}_per_sec"),
+        "seconds_per_step": speed["seconds"] / speed["steps"] if speed else None,
         "realised_rate": realised,
         "data_source": datamodule.data_source,
         "best_perplexity": getattr(datamodule, "best_perplexity", None),

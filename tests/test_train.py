@@ -67,7 +67,7 @@ def test_end_to_end(tmp_path, model, source, dropout):
         assert metrics["test/ppl"] < 300  # that of guessing
     result = json.loads((tmp_path / "result.json").read_text())
     assert result == objects["result"]
-    assert result["per_second"] > 0
+    assert result["per_second"] > 0 and result["seconds_per_step"] > 0
     assert result["realised_rate"] == ("nominal" if dropout == "standard" else pytest.approx(0.5, abs=0.02))
     assert source in result["data_source"]
     assert (result["best_perplexity"] is not None) == (model == "lstm" and source == "synthetic")
