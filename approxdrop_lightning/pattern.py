@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
@@ -136,6 +136,13 @@ class RowPattern:
                 raise ValueError(f"RowPattern: {len(rows)} orders need interleave=True")
             object.__setattr__(self, "order", rows[0] if len(rows) == 1 else rows)
 
+    @classmethod
+    def unchecked(cls, **attributes: Any) -> RowPattern:
+        """For those who know that all the attributes are right: checks take longer than the draw of a pattern."""
+        pattern = object.__new__(cls)
+        vars(pattern).update(attributes)
+        return pattern
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RowPattern) and self._key == other._key
 
@@ -169,7 +176,9 @@ class RowPattern:
         """The pattern of each order: that of its groups."""
         if self.order is None or self.n_orders == 1:
             return (self,)
-        return tuple(replace(self, order=order) for order in self.order)
+        fields = ("n", "dp", "offset", "keep", "interleave", "block_size")
+        common = {name: getattr(self, name) for name in fields}
+        return tuple(RowPattern.unchecked(order=order, **common) for order in self.order.unbind())
 
     @property
     def overlaps(self) -> bool:
@@ -219,7 +228,7 @@ class RowPattern:
     def _by_cell(self) -> _ByCell:
         if self.order is None:
             return natural_cells(self.n, self.dp, self.offset, self.block_size)
-        return _sort_by_cell(self.n, (self._orders[0] - self.offset).remainder(self.dp), self.dp, self.block_size)
+        return _sort_by_cell(self.n, self._orders[0], self.offset, self.dp, self.block_size)
 
     @property
     def _orders(self) -> Tensor:
@@ -268,12 +277,11 @@ class RowPattern:
 
     def mask(self, *leading_shape: int, dtype: torch.dtype = torch.bool, value: float = 1) -> Tensor:
         """Which entries of a batch are kept: ``[*leading_shape, n]``, ``value`` where they are, zero elsewhere."""
-        shifts = torch.arange(self.n_groups // self.n_orders)[:, None] * self._shift
-        cells = (self._orders[:, None] - self.offset - shifts).remainder_(self.dp)
-        kept = cells.view(self.n_groups, self.n_blocks) < self.keep
-        if self.block_size > 1:
-            kept = kept.repeat_interleave(self.block_size, dim=1)[:, : self.n]
+        first = [g * self._shift for g in range(self.n_groups // self.n_orders)]
+        cells = [(self._orders - self.offset - shift).remainder_(self.dp) for shift in first]
+        kept = torch.stack(cells, dim=1).view(self.n_groups, self.n_blocks, 1) < self.keep
         kept = kept if dtype == torch.bool else kept.to(dtype).mul_(value)
+        kept = kept.expand(-1, -1, self.block_size).reshape(self.n_groups, -1)[:, : self.n]
         groups = _group_of_row(tuple(leading_shape), self.n_groups)
         return kept.index_select(0, groups.view(-1)).view(*leading_shape, self.n)
 
@@ -292,9 +300,11 @@ class _ByCell:
         return Units(self.starts[here], self.lengths[here], self.units[last] - self.units[first])
 
 
-def _sort_by_cell(n: int, cell: Tensor, dp: int, block_size: int) -> _ByCell:
+def _sort_by_cell(n: int, order: Tensor, offset: int, dp: int, block_size: int) -> _ByCell:
+    cell = (order - offset).remainder_(dp)
     blocks = cell.sort(stable=True).indices
-    counts = torch.bincount(cell, minlength=dp).tolist()
+    least, more = divmod(len(order), dp)  # an order is a permutation, so it is known how many blocks are in each cell
+    counts = [least + ((c + offset) % dp < more) for c in range(dp)]
     missing = len(cell) * block_size - n  # of the last block
     lengths = torch.full_like(blocks, block_size)
     sizes = [count * block_size for count in counts]
@@ -307,7 +317,7 @@ def _sort_by_cell(n: int, cell: Tensor, dp: int, block_size: int) -> _ByCell:
 @lru_cache(maxsize=1024)
 def natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
     """Units in their natural order by cell: unit ``j`` lies in ``(j // block_size - offset) mod dp``."""
-    return _sort_by_cell(n, (torch.arange(-(-n // block_size)) - offset).remainder(dp), dp, block_size)
+    return _sort_by_cell(n, torch.arange(-(-n // block_size)), offset, dp, block_size)
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -110,17 +109,18 @@ class PatternSampler:
         if self.keep == self.dp:
             return RowPattern(n, 1, 0)
         offset = int(torch.randint(self.dp, (), generator=self._patterns))
+        common = {"n": n, "dp": self.dp, "offset": offset, "keep": self.keep, "interleave": interleave}
         if not self.shuffle:
-            return RowPattern(n, self.dp, offset, self.keep, interleave)
+            return RowPattern.unchecked(order=None, block_size=1, **common)
         block_size = fitting_block_size(n, self.dp, self.block_size)
         n_blocks = -(-n // block_size)
         order = torch.randperm(n_blocks, generator=self._patterns)
-        pattern = RowPattern(n, self.dp, offset, self.keep, interleave, order, block_size)
+        pattern = RowPattern.unchecked(order=order, block_size=block_size, **common)
         orders = min(self.orders, rows // (pattern.n_groups * LEAST_ROWS)) if interleave else 1
         if orders < 2:
             return pattern
         further = [torch.randperm(n_blocks, generator=self._patterns) for _ in range(orders - 1)]
-        return replace(pattern, order=torch.stack([order, *further]))
+        return RowPattern.unchecked(order=torch.stack([order, *further]), block_size=block_size, **common)
 
     def tiles(self, n_out: int, n_in: int) -> TilePattern:
         """Draw a pattern of a weight ``[n_out, n_in]`` with the step's ``(dp, keep)``."""
