@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from approxdrop_lightning.distribution import PatternDistribution, check_rate
 from approxdrop_lightning.ops.registry import check_backend
 from approxdrop_lightning.sampler import PatternSampler
 
 PATTERNS = ("row", "tile", "dropconnect")
+#: What decides, beside the rates and the seed, which patterns are drawn.
+_OF_THE_SEQUENCE = (
+    "pattern", "interleave", "shuffle", "block_size", "max_dp", "keep", "concentration", "search", "recurrent", "tile_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,3 +88,15 @@ class Options:
         return PatternSampler(
             self.distribution(rate), self.interleave, self.shuffle, self.block_size, seed, rank, self.tile_size
         )
+
+
+def check_same_sequence(saved: dict[str, Any], options: Options) -> None:
+    """Check that a saved sequence of patterns can go on; an option that its version did not have is left out.
+
+    Raises:
+        ValueError: An option that decides which patterns are drawn has another value.
+    """
+    for name in _OF_THE_SEQUENCE:
+        value = getattr(options, name)
+        if saved.get(name, value) != value:
+            raise ValueError(f"{name} was {saved[name]!r}, now it is {value!r}")

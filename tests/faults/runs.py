@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from hydra import compose, initialize_config_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Models whose checkpoints are large enough (some megabytes) that writing one takes a moment; three epochs of about
@@ -27,7 +28,12 @@ SMALL = {
     ],
 }
 COMMON = [
-    *("datamodule.source=files", "trainer.accelerator=cpu", "trainer.max_epochs=3", "callbacks.recent.every_n_train_steps=4"),
+    *(
+        "datamodule.source=files",
+        "trainer.accelerator=cpu",
+        "trainer.max_epochs=3",
+        "callbacks.recent.every_n_train_steps=4",
+    ),
     *("trainer.enable_progress_bar=false", "trainer.enable_model_summary=false", "trainer.log_every_n_steps=1"),
     "+trainer.num_sanity_val_steps=0",
 ]
@@ -39,7 +45,7 @@ def environment(**more):
 
 
 def arguments(model, folder, trace=None, *overrides):
-    traced = [] if trace is None else [f"+callbacks.trace={{_target_:trace.Trace,path:{trace}}}"]
+    traced = [] if trace is None else [f"+callbacks.trace={{_target_:record_steps.Trace,path:{trace}}}"]
     return [*SMALL[model], *COMMON, f"hydra.run.dir={folder}", *traced, *overrides]
 
 
@@ -47,6 +53,21 @@ def start(model, folder, trace, *overrides, **options):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment()} | options
     command = [sys.executable, str(ROOT / "train.py"), *arguments(model, folder, trace, *overrides)]
     return subprocess.Popen(command, cwd=ROOT, text=True, **options)
+
+
+def here(model, folder, trace, *overrides):
+    """A run within this process, on one thread as those of its own; returns what ``train`` does."""
+    from train import train
+
+    given = [text for text in arguments(model, folder, trace, *overrides) if not text.startswith("hydra.")]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", [*given, f"run_dir={folder}"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train(cfg)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def finish(process, timeout=600):
