@@ -18,10 +18,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, makes sure that it is on the disk, and only then renames it.
 
-    Whatever stops the process, a checkpoint under its final name is whole. (Lightning writes to the system's temporary
-    folder and moves from there: between two file systems that is a copy, which can be cut off half-way, and nothing
-    makes the disk have the data before it has the name.) What is loaded must be whole, too, and may hold tensors and
-    plain values only. Paths with a protocol (``s3://...``) are left to Lightning.
+    Whatever stops the process, a checkpoint under its final name is whole. (Lightning writes to the system's
+    temporary folder and moves from there: between two file systems that is a copy, which can be cut off half-way,
+    and nothing makes the disk have the data before it has the name.) What is loaded must be whole, too, and may hold
+    tensors and plain values only. Paths with a protocol (``s3://...``) are left to Lightning.
 
     Example:
         >>> from lightning.pytorch import Trainer

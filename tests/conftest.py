@@ -15,10 +15,11 @@ def compiler_environment():
 
 def pytest_terminal_summary(terminalreporter):
     """Say how many inputs the properties were tried on."""
-    from fuzz import TRIED
+    from fuzz import OUTCOMES, TRIED
 
     if TRIED:
         terminalreporter.section("inputs tried")
         for name, count in TRIED.items():
-            terminalreporter.write_line(f"{count:>8,} {name}")
+            said = ", ".join(f"{what}: {n:,}" for what, n in sorted(OUTCOMES[name].items()))
+            terminalreporter.write_line(f"{count:>8,} {name}{f' ({said})' if said else ''}")
         terminalreporter.write_line(f"{TRIED.total():>8,} in all")

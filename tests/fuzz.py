@@ -4,7 +4,7 @@
 """
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 
 #: Inputs tried in this session, by test.
 TRIED: Counter[str] = Counter()
+#: What came of them, where a test says so.
+OUTCOMES: defaultdict[str, Counter[str]] = defaultdict(Counter)
 FACTOR = float(os.environ.get("APPROXDROP_FUZZ", "1"))
 
 # Few: the same ones each time, so that the suite does not fail by chance. Many: others each time.
@@ -20,18 +22,28 @@ settings.register_profile("few", derandomize=True, **_COMMON)
 settings.register_profile("many", print_blob=True, **_COMMON)
 
 
+def current_test() -> str:
+    """Of the test that is running."""
+    return os.environ["PYTEST_CURRENT_TEST"].split(" ")[0].removeprefix("tests/")
+
+
+def came_of_it(what: str) -> None:
+    """Count what came of an input."""
+    OUTCOMES[current_test()][what] += 1
+
+
 def examples(few: int, many: int):
-    """Decorator of a test that takes ``number``: how many inputs to try."""
+    """Decorator of a test that takes ``number``: how many inputs to try; with ``few`` 0 it is slow."""
+    quick = [pytest.param(("few", few), id="few")] if few else []
     return pytest.mark.parametrize(
-        "number",
-        [pytest.param(("few", few), id="few"), pytest.param(("many", many), id="many", marks=pytest.mark.slow)],
+        "number", [*quick, pytest.param(("many", many), id="many", marks=pytest.mark.slow)]
     )
 
 
 def fuzz(number: tuple[str, int], check: Callable[..., None], **strategies) -> None:
     """Call ``check`` with so many inputs."""
     profile, count = number
-    name = os.environ["PYTEST_CURRENT_TEST"].split(" ")[0].removeprefix("tests/")
+    name = current_test()
 
     def counted(**values):
         TRIED[name] += 1

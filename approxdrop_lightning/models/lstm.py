@@ -196,7 +196,7 @@ class LSTMLanguageModel(LightningModule):
         self.log(f"{stage}/ppl", nll.exp(), prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the training state of the text and the score so far beside the weights, for a resume within an epoch."""
+        """Keep the training state of the text and the score so far, for a resume within an epoch."""
         if "train" in self._carried:
             checkpoint["carried_state"] = tuple(part.cpu() for part in self._carried["train"])
             checkpoint["train_nll"] = (self.train_nll.nll.cpu(), self.train_nll.tokens.cpu())

@@ -109,7 +109,7 @@ def kill(process, trace, folder, rng, within_write):
 
 
 def metrics(folder, columns):
-    """Logged values by (column, step) of the runs in or below a folder, as text: they are compared to the last bit."""
+    """Logged values by (column, step) of the runs in or below a folder, as text: compared to the last digit."""
     found = {}
     for file in sorted(folder.rglob("metrics.csv"), key=lambda path: path.stat().st_mtime):
         with file.open(newline="", encoding="utf-8") as rows:
