@@ -336,7 +336,9 @@ def _operands(caller: str, **tensors: Tensor | None) -> list[Tensor | None]:
         tensors = {name: t if t is None or t.dtype == torch.float64 else t.to(dtype) for name, t in tensors.items()}
         given = [t for t in tensors.values() if t is not None]
     # Compiled code is given addresses: it would read the bytes of another type as if they were of the first one's.
-    if any(t.dtype != given[0].dtype or t.device != given[0].device for t in given):
+    if not given[0].is_floating_point() or any(
+        t.dtype != given[0].dtype or t.device != given[0].device for t in given
+    ):
         kinds = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in tensors.items() if t is not None)
-        raise ValueError(f"{caller}: all must be of one type and on one device, got {kinds}")
+        raise ValueError(f"{caller}: all must be of one floating-point type and on one device, got {kinds}")
     return list(tensors.values())

@@ -233,7 +233,9 @@ def test_lstm_sequence_refuses_mixed_types(which, other):
     """Compiled code would read the bytes of one type as those of another."""
     tensors = [torch.ones(2, 3, 16), torch.ones(3, 4), torch.ones(3, 4), torch.ones(16, 4)]
     tensors[which] = tensors[which].to(other)
-    with pytest.raises(ValueError, match=f"lstm_sequence: all must be of one type and on one device, got .*{other}"):
+    with pytest.raises(
+        ValueError, match=f"lstm_sequence: all must be of one floating-point type and on one device, got .*{other}"
+    ):
         functional.lstm_sequence(*tensors)
 
 

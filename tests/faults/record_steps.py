@@ -23,3 +23,25 @@ class Trace(Callback):
         loss = outputs["loss"].detach().to(torch.float64).item().hex()
         line = {"step": trainer.global_step, "patterns": drawn, "loss": loss, "pid": os.getpid()}
         os.write(self.file, f"{json.dumps(line)}\n".encode())
+
+
+class Signal(Callback):
+    """Sends a signal to its own process at a step."""
+
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+class Poison(Callback):
+    """Makes the first value of a batch something else, once."""
+
+    def __init__(self, step, value):
+        self.step, self.value = step, float(value)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            batch[0].view(-1)[0] = self.value
