@@ -1,5 +1,6 @@
 """Two processes on the CPU: one dies, a thousand steps, a resume with another number of processes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -49,8 +50,6 @@ if __name__ == "__main__":
 
 
 def start(folder, steps, devices=2, ckpt_path=None, kill=None):
-    import json
-
     folder.mkdir()
     (folder / "script.py").write_text(SCRIPT)
     here = Path(__file__).parent
@@ -70,11 +69,9 @@ def run(folder, *arguments, **options):
 
 
 def lines(folder, rank):
-    import json
-
-    return [
-        json.loads(line) for line in (folder / f"rank{rank}.jsonl").read_text().splitlines() if line.endswith("}")
-    ]
+    path = folder / f"rank{rank}.jsonl"
+    written = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in written if line.endswith("}")]
 
 
 def patterns(ranks, rank):
@@ -98,11 +95,7 @@ def test_when_one_process_is_killed_the_other_ends_and_says_why(tmp_path, killed
     began = time.monotonic()
     try:
         while time.monotonic() < began + 240:
-            pids = [
-                lines(tmp_path / "run", rank)[0]["pid"]
-                for rank in (0, 1)
-                if (tmp_path / "run" / f"rank{rank}.jsonl").exists()
-            ]
+            pids = [line["pid"] for rank in (0, 1) for line in lines(tmp_path / "run", rank)[:1]]
             process.poll()
             if len(pids) == 2 and not alive(pids[killed]):
                 break

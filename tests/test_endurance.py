@@ -55,8 +55,8 @@ def test_a_hundred_thousand_draws(rate, settings):
     halves = [float(part.mean()) for part in shares.chunk(2)]
     drift = (halves[1] - halves[0]) / float(shares.std() * math.sqrt(4 / len(shares)))
     print(
-        f"rate {rate}: realised {float(shares.mean()):.5f}, {deviate:+.2f} standard errors; between halves {drift:+.2f}; "
-        f"memory {grown:+.2f} MiB; a false alarm has probability {FALSE_ALARM:.1e}"
+        f"rate {rate}: realised {float(shares.mean()):.5f}, {deviate:+.2f} standard errors; between halves "
+        f"{drift:+.2f}; memory {grown:+.2f} MiB; a false alarm has probability {FALSE_ALARM:.1e}"
     )
     assert abs(deviate) < LIMIT
     assert abs(drift) < LIMIT
