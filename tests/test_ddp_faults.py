@@ -64,7 +64,11 @@ def start(folder, steps, devices=2, ckpt_path=None, kill=None):
 
 def run(folder, *arguments, **options):
     process = start(folder, *arguments, **options)
-    assert process.wait(timeout=560) == 0, (folder / "output.txt").read_text()[-3000:]
+    try:
+        status = process.wait(timeout=1500)
+    finally:
+        process.kill()
+    assert status == 0, (folder / "output.txt").read_text()[-3000:]
     return [lines(folder, rank) for rank in range(options.get("devices", 2))]
 
 

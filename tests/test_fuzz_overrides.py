@@ -51,7 +51,7 @@ class Data:
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(4, 1_500)
+@examples(4, 500)
 def test_any_overrides(number, tmp_path):
     def make(groups, pairs):
         try:
