@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution, check_rate
 from approxdrop_lightning.ops.registry import check_backend
 from approxdrop_lightning.sampler import PatternSampler
 
 PATTERNS = ("row", "tile", "dropconnect")
+#: What decides, beside the rates and the seed, which patterns are drawn.
+_OF_THE_SEQUENCE = (
+    "pattern", "interleave", "shuffle", "block_size", "orders", "max_dp", "keep", "concentration", "search", "recurrent",
+    "tile_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,3 +111,15 @@ class Options:
             self.tile_size,
             self.orders,
         )
+
+
+def check_same_sequence(saved: dict[str, Any], options: Options) -> None:
+    """Check that a saved sequence of patterns can go on; an option that its version did not have is left out.
+
+    Raises:
+        ValueError: An option that decides which patterns are drawn has another value.
+    """
+    for name in _OF_THE_SEQUENCE:
+        value = getattr(options, name)
+        if saved.get(name, value) != value:
+            raise ValueError(f"{name} was {saved[name]!r}, now it is {value!r}")

@@ -247,6 +247,18 @@ def test_lstm_sequence_with_a_packed_weight_is_nn_lstm(enabled):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("which", range(4))
+def test_lstm_sequence_refuses_mixed_types(which, other):
+    """Compiled code would read the bytes of one type as those of another."""
+    tensors = [torch.ones(2, 3, 16), torch.ones(3, 4), torch.ones(3, 4), torch.ones(16, 4)]
+    tensors[which] = tensors[which].to(other)
+    with pytest.raises(
+        ValueError, match=f"lstm_sequence: all must be of one floating-point type and on one device, got .*{other}"
+    ):
+        functional.lstm_sequence(*tensors)
+
+
 def test_lstm_sequence_gradcheck_with_and_without_recurrent_pattern():
     gates, h, c, weight = (
         torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 16), (2, 4), (2, 4), (16, 4))
