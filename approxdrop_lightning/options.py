@@ -12,8 +12,8 @@ from approxdrop_lightning.sampler import PatternSampler
 PATTERNS = ("row", "tile", "dropconnect")
 #: What decides, beside the rates and the seed, which patterns are drawn.
 _OF_THE_SEQUENCE = (
-    "pattern", "interleave", "shuffle", "block_size", "orders", "max_dp", "keep", "concentration", "search", "recurrent",
-    "tile_size",
+    "pattern", "interleave", "shuffle", "block_size", "orders", "max_dp", "keep", "concentration", "search",
+    "recurrent", "tile_size",
 )  # fmt: skip
 
 

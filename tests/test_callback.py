@@ -63,7 +63,7 @@ class Record(Callback):
 @pytest.mark.parametrize(("make", "data", "sites"), [(mlp, loader, 2), (lstm, text, 3)])
 def test_fit_converts_draws_logs_and_restores(make, data, sites, tmp_path):
     seed_everything(0)
-    callback = ApproxDropout(min_hidden=0)
+    callback = ApproxDropout(min_multiplies=0, min_hidden=0)
     record = Record(callback)
     model = make()
     before = [type(m) for m in model.modules()]
@@ -80,7 +80,7 @@ def test_fit_converts_draws_logs_and_restores(make, data, sites, tmp_path):
 
 def test_the_logged_rate_is_that_of_the_epoch(tmp_path):
     """At .7 the dropped share differs from step to step, so a mean of running means would not be it."""
-    callback = ApproxDropout(rate=0.7, seed=0)
+    callback = ApproxDropout(min_multiplies=0, rate=0.7, seed=0)
     record = Record(callback)
     run = trainer(callback, record, tmp_path=tmp_path)
     run.fit(mlp(), loader())
@@ -105,7 +105,7 @@ def test_validation_and_test_are_those_of_the_stock_model(tmp_path):
             self.seen += 1
 
     compare = Compare()
-    run = trainer(ApproxDropout(), compare, tmp_path=tmp_path, max_epochs=1)
+    run = trainer(ApproxDropout(min_multiplies=0), compare, tmp_path=tmp_path, max_epochs=1)
     run.fit(model, loader(), loader(seed=1))
     run.test(model, loader(seed=1), verbose=False)
     assert compare.seen > 6
@@ -120,7 +120,7 @@ def test_data_order_initial_weights_and_global_generator_are_as_without(tmp_path
             self.seen.append((batch[0].clone(), module.net[1].weight.clone() if not self.seen else None))
 
     runs = []
-    for callbacks in ([], [ApproxDropout()]):
+    for callbacks in ([], [ApproxDropout(min_multiplies=0)]):
         seed_everything(7)
         batches = Batches()
         model = MLPClassifier(in_features=20, hidden=(64,), num_classes=3, rate=0.5)
@@ -135,7 +135,7 @@ def test_seed_everything_reproduces_training_and_another_seed_does_not(tmp_path)
     def weights(seed, **options):
         seed_everything(0)
         model = mlp()
-        trainer(ApproxDropout(seed=seed, **options), tmp_path=tmp_path).fit(model, loader())
+        trainer(ApproxDropout(min_multiplies=0, seed=seed, **options), tmp_path=tmp_path).fit(model, loader())
         return torch.cat([p.detach().view(-1) for p in model.parameters()])
 
     assert torch.equal(weights(None), weights(None))
@@ -146,7 +146,7 @@ def test_seed_everything_reproduces_training_and_another_seed_does_not(tmp_path)
 @pytest.mark.parametrize(("make", "data", "sites"), [(mlp, loader, 2), (lstm, text, 3)])
 def test_fit_with_weights_dropped(make, data, sites, pattern, tmp_path):
     seed_everything(0)
-    callback = ApproxDropout(pattern=pattern, min_hidden=0, min_features=0)
+    callback = ApproxDropout(min_multiplies=0, pattern=pattern, min_hidden=0, min_features=0)
     record = Record(callback)
     model = make()
     before = [type(m) for m in model.modules()]
@@ -172,7 +172,7 @@ def test_resume_is_bit_identical_to_an_uninterrupted_run(make, data, every_n_ste
         seed_everything(3)
         model = make()
         checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=every_n_steps, save_top_k=-1)
-        callback = ApproxDropout(rate=0.7, min_hidden=0, **options)
+        callback = ApproxDropout(min_multiplies=0, rate=0.7, min_hidden=0, **options)
         run = trainer(callback, checkpoint, tmp_path=tmp_path, max_epochs=3, max_steps=max_steps)
         run.fit(model, resumable(data()), ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
         return model, callback, run.callback_metrics.get("dropout/realised_rate")
@@ -189,11 +189,11 @@ def test_resume_is_bit_identical_to_an_uninterrupted_run(make, data, every_n_ste
 
 def test_fit_twice_goes_on_with_the_sequence(tmp_path):
     seed_everything(0)
-    callback, model = ApproxDropout(seed=1), mlp()
+    callback, model = ApproxDropout(min_multiplies=0, seed=1), mlp()
     first, second = Record(callback), Record(callback)
     trainer(callback, first, tmp_path=tmp_path, max_epochs=1).fit(model, loader())
     trainer(callback, second, tmp_path=tmp_path, max_epochs=1).fit(model, loader())
-    longer = Record(other := ApproxDropout(seed=1))
+    longer = Record(other := ApproxDropout(min_multiplies=0, seed=1))
     trainer(other, longer, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader())
     assert first.patterns + second.patterns == longer.patterns
 
@@ -201,7 +201,7 @@ def test_fit_twice_goes_on_with_the_sequence(tmp_path):
 def test_checkpoint_loads_without_the_callback_and_back(tmp_path):
     seed_everything(0)
     checkpoint = ModelCheckpoint(tmp_path, "with", save_last=False)
-    trainer(ApproxDropout(), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    trainer(ApproxDropout(min_multiplies=0), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     path = checkpoint.best_model_path
     assert list(torch.load(path, weights_only=True)["state_dict"]) == list(mlp().state_dict())
     MLPClassifier.load_from_checkpoint(path)
@@ -209,7 +209,7 @@ def test_checkpoint_loads_without_the_callback_and_back(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning says that a callback's state was left unused
         trainer(plain, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=path)
-    callback = ApproxDropout()
+    callback = ApproxDropout(min_multiplies=0)
     trainer(callback, tmp_path=tmp_path, max_epochs=3).fit(mlp(), loader(), ckpt_path=plain.best_model_path)
     assert callback.realised_rate is not None
 
@@ -237,7 +237,7 @@ def test_optimizer_state_goes_from_a_run_with_the_callback_to_one_without_and_ba
     def run(with_callback, epochs, ckpt_path=None):
         model = Groups(in_features=20, hidden=(64, 64), num_classes=3, rate=0.5)
         checkpoint = ModelCheckpoint(tmp_path, f"{epochs}")
-        callbacks = [ApproxDropout()] if with_callback else []
+        callbacks = [ApproxDropout(min_multiplies=0)] if with_callback else []
         run = trainer(*callbacks, checkpoint, Look(), tmp_path=tmp_path, max_epochs=epochs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Lightning says that a callback's state was left unused
@@ -253,9 +253,11 @@ def test_optimizer_state_goes_from_a_run_with_the_callback_to_one_without_and_ba
 
 def test_a_checkpoint_of_other_patterns_is_refused_before_training(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "x")
-    trainer(ApproxDropout(), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    trainer(ApproxDropout(min_multiplies=0), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     with pytest.raises(MisconfigurationException, match="do not fit this run"):
-        trainer(ApproxDropout(rate=0.7), tmp_path=tmp_path).fit(mlp(), loader(), ckpt_path=checkpoint.best_model_path)
+        trainer(ApproxDropout(min_multiplies=0, rate=0.7), tmp_path=tmp_path).fit(
+            mlp(), loader(), ckpt_path=checkpoint.best_model_path
+        )
 
 
 @pytest.mark.parametrize(
@@ -269,17 +271,21 @@ def test_a_checkpoint_of_other_patterns_is_refused_before_training(tmp_path):
 )
 def test_a_sequence_does_not_go_on_under_other_options(saved, now, message, tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "x")
-    trainer(ApproxDropout(**saved), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    trainer(ApproxDropout(min_multiplies=0, **saved), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(
+        mlp(), loader()
+    )
     with pytest.raises(MisconfigurationException, match=f"do not fit this run: {message}"):
-        trainer(ApproxDropout(**now), tmp_path=tmp_path).fit(mlp(), loader(), ckpt_path=checkpoint.best_model_path)
+        trainer(ApproxDropout(min_multiplies=0, **now), tmp_path=tmp_path).fit(
+            mlp(), loader(), ckpt_path=checkpoint.best_model_path
+        )
 
 
 @pytest.mark.parametrize("option", [{"backend": "reference"}, {"min_features": 0}])
 def test_what_does_not_change_the_patterns_may_be_changed(option, tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "x")
-    first = ApproxDropout()
+    first = ApproxDropout(min_multiplies=0)
     trainer(first, checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
-    second = ApproxDropout(**option)
+    second = ApproxDropout(min_multiplies=0, **option)
     trainer(second, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=checkpoint.best_model_path)
     assert second._steps == 2 * first._steps
 
@@ -287,7 +293,7 @@ def test_what_does_not_change_the_patterns_may_be_changed(option, tmp_path):
 def edited(tmp_path, edit):
     """A checkpoint whose state of the callback was edited."""
     checkpoint = ModelCheckpoint(tmp_path, "x")
-    trainer(ApproxDropout(), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    trainer(ApproxDropout(min_multiplies=0), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     content = torch.load(checkpoint.best_model_path, weights_only=True)
     edit(next(state for key, state in content["callbacks"].items() if key.startswith("ApproxDropout")))
     torch.save(content, tmp_path / "edited.ckpt")
@@ -304,8 +310,10 @@ def test_a_checkpoint_of_the_first_format_is_refused_and_its_weights_load(tmp_pa
 
     path = edited(tmp_path, first_format)
     with pytest.raises(MisconfigurationException, match="'steps' is missing: another version wrote it"):
-        trainer(ApproxDropout(), tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=path)
-    trainer(ApproxDropout(), tmp_path=tmp_path, max_epochs=1).fit(MLPClassifier.load_from_checkpoint(path), loader())
+        trainer(ApproxDropout(min_multiplies=0), tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=path)
+    trainer(ApproxDropout(min_multiplies=0), tmp_path=tmp_path, max_epochs=1).fit(
+        MLPClassifier.load_from_checkpoint(path), loader()
+    )
 
 
 def test_a_checkpoint_of_the_last_format_goes_on(tmp_path):
@@ -314,7 +322,7 @@ def test_a_checkpoint_of_the_last_format_goes_on(tmp_path):
     def last_format(state):
         del state["before"], state["options"]["tile_size"], state["options"]["recurrent"]
 
-    callback = ApproxDropout()
+    callback = ApproxDropout(min_multiplies=0)
     path = edited(tmp_path, last_format)
     trainer(callback, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=path)
     assert callback._steps == 12
@@ -340,7 +348,7 @@ def test_a_damaged_state_is_refused_before_training(edit, tmp_path):
     path = edited(tmp_path, edit)
     model = mlp()
     with pytest.raises(MisconfigurationException, match="ApproxDropout: the checkpoint's patterns do not fit"):
-        trainer(ApproxDropout(), tmp_path=tmp_path, max_epochs=2).fit(model, loader(), ckpt_path=path)
+        trainer(ApproxDropout(min_multiplies=0), tmp_path=tmp_path, max_epochs=2).fit(model, loader(), ckpt_path=path)
     assert all("Approx" not in type(m).__name__ for m in model.modules())
 
 
@@ -359,7 +367,7 @@ def test_an_exception_or_interrupt_leaves_the_stock_model(tmp_path):
     ):
         model = mlp()
         with pytest.raises(raised):
-            trainer(ApproxDropout(), Fails(error), tmp_path=tmp_path).fit(model, loader())
+            trainer(ApproxDropout(min_multiplies=0), Fails(error), tmp_path=tmp_path).fit(model, loader())
         assert all("Approx" not in type(m).__name__ for m in model.modules())
 
 
@@ -379,7 +387,7 @@ def test_layers_built_in_configure_model_are_found(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    callback = ApproxDropout()
+    callback = ApproxDropout(min_multiplies=0)
     trainer(callback, tmp_path=tmp_path, max_epochs=1).fit(Late(), loader())
     assert callback.report["net.1"].producer == "net.0"
 
@@ -413,7 +421,7 @@ def vendor_lstm_has_bfloat16():
 def test_trainer_options(options, make, data, tmp_path):
     if options.get("precision") and make is lstm and not vendor_lstm_has_bfloat16():
         pytest.skip("nn.LSTM has no bfloat16 on this CPU")
-    callback = ApproxDropout(rate=0.5)
+    callback = ApproxDropout(min_multiplies=0, rate=0.5)
     record = Record(callback)
     run = trainer(callback, record, tmp_path=tmp_path, **options)
     run.fit(make(), data(), data())
@@ -453,17 +461,19 @@ def test_bad_arguments_are_refused_at_once(arguments, message):
 def test_a_rate_of_the_model_that_is_not_feasible_is_refused_before_training(tmp_path):
     model = MLPClassifier(in_features=20, hidden=(64,), num_classes=3, rate=0.95)
     with pytest.raises(MisconfigurationException, match="smallest max_dp that serves is 20"):
-        trainer(ApproxDropout(), tmp_path=tmp_path).fit(model, loader())
+        trainer(ApproxDropout(min_multiplies=0), tmp_path=tmp_path).fit(model, loader())
 
 
 def test_two_callbacks_are_refused(tmp_path):
     # The same pattern family: Lightning refuses, since their states would have one key.
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `ApproxDropout`"):
-        trainer(ApproxDropout(), ApproxDropout(rate=0.3), tmp_path=tmp_path).fit(mlp(), loader())
+        trainer(ApproxDropout(min_multiplies=0), ApproxDropout(min_multiplies=0, rate=0.3), tmp_path=tmp_path).fit(
+            mlp(), loader()
+        )
 
 
 def test_the_callback_can_be_copied_before_and_after_fit(tmp_path):
-    callback = ApproxDropout(seed=1)
+    callback = ApproxDropout(min_multiplies=0, seed=1)
     copy.deepcopy(callback)
     trainer(callback, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     assert copy.deepcopy(callback).realised_rate == callback.realised_rate
