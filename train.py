@@ -14,6 +14,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer, s
 from omegaconf import DictConfig, OmegaConf
 
 from approxdrop_lightning import keep_freed_memory
+from approxdrop_lightning.checkpoint import is_whole
 from approxdrop_lightning.results import RESULT_FILE, print_table, write_json
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
         logger.log_hyperparams(hparams)
 
     try:
-        trainer.fit(model, datamodule, ckpt_path=ckpt_path)
+        trainer.fit(model, datamodule, ckpt_path=ckpt_path, weights_only=True)
     except BaseException:  # Ctrl-C arrives here as SystemExit
         log.error("stopped at step %d; checkpoints and logs are in %s", trainer.global_step, cfg.run_dir)
         raise
@@ -76,7 +77,7 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
     if (score := getattr(checkpoint, "best_model_score", None)) is not None:
         metrics[cfg.task.monitor] = score.item()
     if cfg.test:
-        trainer.test(model, datamodule, ckpt_path=best_path or None)
+        trainer.test(model, datamodule, ckpt_path=best_path or None, weights_only=True)
         metrics |= _numbers(trainer, "test/")
     objects = {"datamodule": datamodule, "model": model, "callbacks": callbacks, "trainer": trainer}
     objects["result"] = result(cfg, metrics, **objects)
@@ -102,8 +103,9 @@ def find_checkpoint(ckpt_path: str | None, siblings: Path) -> str | None:
     """Find the checkpoint to resume from.
 
     Args:
-        ckpt_path: None, a checkpoint, a folder (the newest ``last.ckpt`` below it), or ``"last"`` (the newest
-            below ``siblings``). Where no epoch was finished, ``interrupted.ckpt`` serves.
+        ckpt_path: None, a checkpoint, a folder (of the newest run in or below it), or ``"last"`` (of the newest run
+            below ``siblings``). Of a run ``last.ckpt`` is taken; where it is not there or damaged
+            ``interrupted.ckpt``, then the newest of the others, then those of the run before, with a warning.
         siblings: the folder of the runs beside this one.
 
     Raises:
@@ -112,11 +114,19 @@ def find_checkpoint(ckpt_path: str | None, siblings: Path) -> str | None:
     if ckpt_path is None or Path(ckpt_path).is_file():
         return ckpt_path
     folder = siblings if ckpt_path == "last" else Path(ckpt_path)
-    for name in ("last.ckpt", "interrupted.ckpt"):
-        if found := sorted(folder.rglob(name), key=lambda path: path.stat().st_mtime):
-            log.info("resuming from %s", found[-1])
-            return str(found[-1])
-    raise FileNotFoundError(f"ckpt_path={ckpt_path}: no last.ckpt in or below {folder}")
+    written = {path: path.stat().st_mtime for path in folder.rglob("*.ckpt") if path.is_file()}
+    newest = {path.parent: 0.0 for path in written}
+    for path, time in written.items():
+        newest[path.parent] = max(newest[path.parent], time)
+    preferred = {"last.ckpt": 2, "interrupted.ckpt": 1}  # an interrupt may have come in the middle of a step
+    for path in sorted(written, key=lambda p: (newest[p.parent], p.parent, preferred.get(p.name, 0), written[p]))[
+        ::-1
+    ]:
+        if is_whole(path):
+            log.info("resuming from %s", path)
+            return str(path)
+        log.warning("%s is damaged; looking for an older checkpoint", path)
+    raise FileNotFoundError(f"ckpt_path={ckpt_path}: no checkpoint that is whole in or below {folder}")
 
 
 def result(
@@ -145,6 +155,7 @@ def result(
         "test": metrics.get(cfg.task.result),
         "unit": cfg.task.unit,
         "per_second": speed.get(f"{cfg.task.unit}_per_sec"),
+        "seconds_per_step": speed["seconds"] / speed["steps"] if speed else None,
         "realised_rate": realised,
         "data_source": datamodule.data_source,
         "best_perplexity": getattr(datamodule, "best_perplexity", None),

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from approxdrop_lightning.options import Options
+from approxdrop_lightning.options import Options, check_same_sequence
 from approxdrop_lightning.report import Report
 from approxdrop_lightning.surgery import Conversion, convert, restore
 
@@ -33,6 +33,8 @@ class ApproxDropout(Callback):
         interleave: Whether rows of the batch take the cells of a pattern in turn; else the batch shares it.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
         block_size: Most units permuted together, >= 1; narrow layers take smaller blocks.
+        orders: Most orders of the units that the rows of a batch take in turn, >= 1: more of them make the gradient
+            less noisy. Batches of few rows have fewer. For ``interleave`` with ``shuffle``.
         max_dp: Largest period, >= 1; at least ``1 / (1 - rate)``.
         keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number.
         concentration: 0: most random distribution (the paper's); large: the dropped share hardly varies.
@@ -72,6 +74,7 @@ class ApproxDropout(Callback):
         interleave: bool = True,
         shuffle: bool = True,
         block_size: int = Options.block_size,
+        orders: int = Options.orders,
         max_dp: int = Options.max_dp,
         keep: str = "any",
         concentration: float = Options.concentration,
@@ -91,7 +94,7 @@ class ApproxDropout(Callback):
         super().__init__()
         try:
             self.options = Options(
-                rate, pattern, interleave, shuffle, block_size, max_dp, keep, concentration, search, scale,
+                rate, pattern, interleave, shuffle, block_size, orders, max_dp, keep, concentration, search, scale,
                 recurrent, tile_size, min_features, min_multiplies, min_hidden, backend,
             )  # fmt: skip
         except ValueError as error:
@@ -106,6 +109,7 @@ class ApproxDropout(Callback):
         self._conversion: Conversion | None = None
         self._saved: dict[str, Any] | None = None
         self._dropped, self._steps = 0.0, 0
+        self._before = (0.0, 0)  # of both, at the beginning of the epoch
         self._reported = False
 
     @classmethod
@@ -159,6 +163,8 @@ class ApproxDropout(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draw this batch's patterns."""
+        if batch_idx == 0:  # a run that is resumed within an epoch begins none
+            self._before = (self._dropped, self._steps)
         fresh = self.resample == "batch" or batch_idx % trainer.accumulate_grad_batches == 0
         assert self._conversion is not None  # setup has run
         self._conversion.resample(fresh)
@@ -166,19 +172,21 @@ class ApproxDropout(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the realised rate; print the report once the first batch has shown what is skipped."""
+        """Add to the realised rate; print the report once the first batch has shown what is skipped."""
         assert self._conversion is not None
         self._conversion.end()
         patterns = [p for site in self._conversion.report.sites for p in site.last_patterns]
         if patterns:
-            dropped = sum(1 - p.share for p in patterns) / len(patterns)
-            self._dropped += dropped
+            self._dropped += sum(1 - p.share for p in patterns) / len(patterns)
             self._steps += 1
-            # This step's share: Lightning takes the mean over the epoch.
-            pl_module.log("dropout/realised_rate", dropped, on_step=False, on_epoch=True, batch_size=1)
         if not self._reported:
             self._reported = True
             rank_zero_info(f"ApproxDropout:\n{self.report}")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the epoch's mean; Lightning's own means forget what was before a resume within the epoch."""
+        if steps := self._steps - self._before[1]:
+            pl_module.log("dropout/realised_rate", (self._dropped - self._before[0]) / steps)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the stock layers back; a second fit continues the sequence of patterns."""
@@ -200,6 +208,7 @@ class ApproxDropout(Callback):
             "samplers": self._conversion.state_dict(),
             "dropped": self._dropped,
             "steps": self._steps,
+            "before": self._before,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -210,9 +219,13 @@ class ApproxDropout(Callback):
 
     def _continue(self, conversion: Conversion, state: dict[str, Any]) -> None:
         try:
+            check_same_sequence(state["options"], self.options)
             conversion.load_state_dict(state["samplers"])
-        except (KeyError, ValueError) as error:
+            self._dropped, self._steps = float(state["dropped"]), int(state["steps"])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:  # the last: of a generator
+            what = f"{error} is missing: another version wrote it" if isinstance(error, KeyError) else error
             raise MisconfigurationException(
-                f"ApproxDropout: the checkpoint's patterns do not fit this run: {error}"
+                f"ApproxDropout: the checkpoint's patterns do not fit this run: {what}; "
+                "LightningModule.load_from_checkpoint takes its weights and begins a new sequence"
             ) from error
-        self._dropped, self._steps = state["dropped"], state["steps"]
+        self._before = tuple(state.get("before", (self._dropped, self._steps)))

@@ -19,7 +19,8 @@ def lines_up(first: RowPattern | None, second: RowPattern | None) -> bool:
     """Whether one product can have both patterns: the rows must fall into the same groups."""
     if first is None or second is None:
         return True
-    return first.n_groups == second.n_groups or not first.interleave or not second.interleave
+    same = (first.n_groups, first.n_orders) == (second.n_groups, second.n_orders)
+    return same or not first.interleave or not second.interleave
 
 
 def pack(x: Tensor, pattern: RowPattern, backend: str = "auto") -> Tensor:
@@ -100,8 +101,8 @@ def row_linear(
 
     Raises:
         ImportError: Triton is asked for and not installed.
-        ValueError: Shapes do not fit, the groups of two interleaved patterns differ, or the backend or the activation
-            is unknown or cannot be had here.
+        ValueError: Shapes, types or devices do not fit, the groups of two interleaved patterns differ, or the backend
+            or the activation is unknown or cannot be had here.
     """
     if activation not in reference.ACTIVATIONS:
         raise ValueError(
@@ -126,7 +127,7 @@ def row_linear(
         leading = tuple(x.shape[:-1])
     else:
         leading = _leading_shape("row_linear", x, in_pattern, leading_shape)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = _operands("row_linear", x=x, weight=weight, bias=bias)
     ops = ops_for(backend, x, (n_in, n_out))
     y = ops.row_linear(x, weight, bias, in_pattern, out_pattern, leading, scale, activation)
     if out_pattern is None:
@@ -162,7 +163,7 @@ def tile_linear(
 
     Raises:
         ImportError: Triton is asked for and not installed.
-        ValueError: Shapes do not fit, or the backend is unknown or cannot be had here.
+        ValueError: Shapes, types or devices do not fit, or the backend is unknown or cannot be had here.
     """
     n_out, n_in = pattern.n_out, pattern.n_in
     _check_weight("tile_linear", weight, pattern)
@@ -171,7 +172,7 @@ def tile_linear(
     if x.dim() == 0 or x.shape[-1] != n_in:
         raise ValueError(f"tile_linear: x must be [..., {n_in}], got shape {tuple(x.shape)}")
     leading = x.shape[:-1]
-    x, weight, bias = _autocast(x.reshape(-1, n_in), weight, bias)
+    x, weight, bias = _operands("tile_linear", x=x.reshape(-1, n_in), weight=weight, bias=bias)
     ops = ops_for(backend, x, (n_in, n_out))
     if isinstance(pattern, BernoulliPattern):
         ops = reference
@@ -278,7 +279,7 @@ def lstm_sequence(
         ``(h, h_T, c_T)`` of shapes ``[T, B, H]``, ``[B, H]`` and ``[B, H]``.
 
     Raises:
-        ValueError: Shapes do not fit, ``T`` is 0, or the pattern is interleaved.
+        ValueError: Shapes, types or devices do not fit, ``T`` is 0, or the pattern is interleaved.
     """
     if gates.dim() != 3 or gates.shape[0] == 0 or gates.shape[2] % 4:
         raise ValueError(f"lstm_sequence: gates must be [T >= 1, B, 4 * H], got shape {tuple(gates.shape)}")
@@ -292,7 +293,7 @@ def lstm_sequence(
             raise ValueError(f"lstm_sequence: {name} must be {list(shape)}, got shape {tuple(tensor.shape)}")
     if pattern is not None and (pattern.interleave or pattern.n != hidden):
         raise ValueError(f"lstm_sequence: the pattern must be shared and of {hidden} units, got {pattern}")
-    gates, h0, c0, weight_hh = _autocast(gates, h0, c0, weight_hh)
+    gates, h0, c0, weight_hh = _operands("lstm_sequence", gates=gates, h0=h0, c0=c0, weight_hh=weight_hh)
     kept = None
     if pattern is not None and not pattern.keeps_all:
         weight_hh, kept = compact.select_columns(weight_hh, pattern), to_device(pattern.kept, gates.device)
@@ -328,10 +329,18 @@ def _leading_shape(
     return leading if leading_shape is None else tuple(leading_shape)
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Cast as ``torch.autocast`` casts the inputs of ``F.linear`` on this device; None stays None."""
-    tensors, device = (x, *others), x.device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+def _operands(caller: str, **tensors: Tensor | None) -> list[Any]:
+    """Cast as ``torch.autocast`` casts the inputs of ``F.linear``; ``ValueError`` if types or devices differ."""
+    given = [t for t in tensors.values() if t is not None]
+    device = given[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        tensors = {name: t if t is None or t.dtype == torch.float64 else t.to(dtype) for name, t in tensors.items()}
+        given = [t for t in tensors.values() if t is not None]
+    # Compiled code is given addresses: it would read the bytes of another type as if they were of the first one's.
+    if not given[0].is_floating_point() or any(
+        t.dtype != given[0].dtype or t.device != given[0].device for t in given
+    ):
+        kinds = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in tensors.items() if t is not None)
+        raise ValueError(f"{caller}: all must be of one floating-point type and on one device, got {kinds}")
+    return list(tensors.values())

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution, check_rate
 from approxdrop_lightning.ops.registry import check_backend
 from approxdrop_lightning.sampler import PatternSampler
 
 PATTERNS = ("row", "tile", "dropconnect")
+#: What decides, beside the rates and the seed, which patterns are drawn.
+_OF_THE_SEQUENCE = (
+    "pattern", "interleave", "shuffle", "block_size", "orders", "max_dp", "keep", "concentration", "search", "recurrent",
+    "tile_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,8 @@ class Options:
         interleave: Whether rows of the batch take the cells of a pattern in turn; else the batch shares it.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
         block_size: Most units permuted together, >= 1; narrow layers take smaller blocks.
+        orders: Most orders of the units that the rows of a batch take in turn, >= 1: more of them make the gradient
+            less noisy. Batches of few rows have fewer. For ``interleave`` with ``shuffle``.
         max_dp: Largest period, >= 1.
         keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number.
         concentration: 0: most random distribution (the paper's); large: the dropped share hardly varies.
@@ -46,6 +54,7 @@ class Options:
     interleave: bool = True
     shuffle: bool = True
     block_size: int = 16
+    orders: int = 4
     max_dp: int = MAX_DP
     keep: str = KEEP
     concentration: float = CONCENTRATION
@@ -63,7 +72,14 @@ class Options:
             raise ValueError(f"pattern must be one of {', '.join(map(repr, PATTERNS))}, got {self.pattern!r}")
         if self.scale not in ("rate", "dp"):
             raise ValueError(f"scale must be 'rate' or 'dp', got {self.scale!r}")
-        lowest = {"block_size": 1, "tile_size": 1, "min_features": 0, "min_multiplies": 0, "min_hidden": 0}
+        lowest = {
+            "block_size": 1,
+            "orders": 1,
+            "tile_size": 1,
+            "min_features": 0,
+            "min_multiplies": 0,
+            "min_hidden": 0,
+        }
         for name, low in lowest.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -86,5 +102,24 @@ class Options:
     def sampler(self, rate: float, seed: int, rank: int = 0) -> PatternSampler:
         """A sampler of patterns of a rate."""
         return PatternSampler(
-            self.distribution(rate), self.interleave, self.shuffle, self.block_size, seed, rank, self.tile_size
+            self.distribution(rate),
+            self.interleave,
+            self.shuffle,
+            self.block_size,
+            seed,
+            rank,
+            self.tile_size,
+            self.orders,
         )
+
+
+def check_same_sequence(saved: dict[str, Any], options: Options) -> None:
+    """Check that a saved sequence of patterns can go on; an option that its version did not have is left out.
+
+    Raises:
+        ValueError: An option that decides which patterns are drawn has another value.
+    """
+    for name in _OF_THE_SEQUENCE:
+        value = getattr(options, name)
+        if saved.get(name, value) != value:
+            raise ValueError(f"{name} was {saved[name]!r}, now it is {value!r}")

@@ -94,6 +94,10 @@ class RowPattern:
     they drop is disjoint (2 groups, ``shift = dp - keep``). So no more groups are made than the rate asks for: their
     products have the more rows.
 
+    The rows of a large batch may take several orders of the units in turn as well, which makes as many times more
+    groups, those of one order after those of the other: the more different masks there are in a batch, the less noisy
+    is its gradient.
+
     Because ``offset`` is uniform over ``dp`` values, every unit is kept with probability exactly
     ``keep / dp``, also where ``dp`` does not divide ``n``.
 
@@ -103,8 +107,8 @@ class RowPattern:
         offset: First kept cell of group 0, in [0, dp).
         keep: Number of kept cells, in [1, dp].
         interleave: Whether rows of the batch take the cells in turn.
-        order: Permutation of the ``ceil(n / block_size)`` blocks (int64 tensor or sequence), or None for the
-            natural order.
+        order: Permutation of the ``ceil(n / block_size)`` blocks (int64 tensor or sequence), or several of them as
+            the rows of a matrix, for an interleaved pattern, or None for the natural order.
         block_size: Units per block, >= 1. The last block may be smaller.
 
     Raises:
@@ -124,9 +128,20 @@ class RowPattern:
         check_integers(self, offset=(0, self.dp - 1), keep=(1, self.dp))
         if self.order is not None:
             order = torch.as_tensor(self.order, dtype=torch.int64, device="cpu")
-            if order.shape != (self.n_blocks,) or not torch.equal(order.sort().values, torch.arange(self.n_blocks)):
+            rows = order.view(-1, self.n_blocks) if order.shape[-1:] == (self.n_blocks,) else order.new_empty(0)
+            natural = torch.arange(self.n_blocks).expand_as(rows) if len(rows) else None
+            if order.dim() > 2 or natural is None or not torch.equal(rows.sort().values, natural):
                 raise ValueError(f"RowPattern: order must be a permutation of {self.n_blocks} blocks, got {order}")
-            object.__setattr__(self, "order", order)
+            if len(rows) > 1 and not self.interleave:
+                raise ValueError(f"RowPattern: {len(rows)} orders need interleave=True")
+            object.__setattr__(self, "order", rows[0] if len(rows) == 1 else rows)
+
+    @classmethod
+    def unchecked(cls, **attributes: Any) -> RowPattern:
+        """For those who know that all the attributes are right: checks take longer than the draw of a pattern."""
+        pattern = object.__new__(cls)
+        vars(pattern).update(attributes)
+        return pattern
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RowPattern) and self._key == other._key
@@ -136,7 +151,7 @@ class RowPattern:
 
     @cached_property
     def _key(self) -> tuple[object, ...]:
-        order = None if self.order is None else tuple(self.order.tolist())
+        order = None if self.order is None else (*self.order.shape, *self.order.flatten().tolist())
         return (self.n, self.dp, self.offset, self.keep, self.interleave, order, self.block_size)
 
     @property
@@ -149,7 +164,21 @@ class RowPattern:
         """Number of groups of rows; 1 if the pattern is shared."""
         if not self.interleave or self.keeps_all:
             return 1
-        return 2 if self.overlaps else self.dp // self.keep
+        return self.n_orders * (2 if self.overlaps else self.dp // self.keep)
+
+    @property
+    def n_orders(self) -> int:
+        """Number of orders of the units that rows take in turn."""
+        return 1 if self.keeps_all or self.order is None or self.order.dim() == 1 else len(self.order)
+
+    @cached_property
+    def parts(self) -> tuple[RowPattern, ...]:
+        """The pattern of each order: that of its groups."""
+        if self.order is None or self.n_orders == 1:
+            return (self,)
+        fields = ("n", "dp", "offset", "keep", "interleave", "block_size")
+        common = {name: getattr(self, name) for name in fields}
+        return tuple(RowPattern.unchecked(order=order, **common) for order in self.order.unbind())
 
     @property
     def overlaps(self) -> bool:
@@ -171,6 +200,8 @@ class RowPattern:
 
     @cached_property
     def _units(self) -> tuple[Units, ...]:
+        if self.n_orders > 1:
+            return tuple(units for part in self.parts for units in part._units)
         first = [g * self._shift for g in range(self.n_groups)]
         groups = tuple(self._by_cell.between(f, f + self.keep) for f in first)
         if self.interleave or self.keep == 1:
@@ -179,7 +210,7 @@ class RowPattern:
         return (Units(starts, groups[0].lengths[order], groups[0].count),)
 
     def dropped(self, group: int) -> Units:
-        """Units that a group does not keep."""
+        """Units that a group does not keep. For a pattern of one order, as are the next two."""
         first = group * self._shift
         return self._by_cell.between(0, first) + self._by_cell.between(first + self.keep, self.dp)
 
@@ -197,7 +228,12 @@ class RowPattern:
     def _by_cell(self) -> _ByCell:
         if self.order is None:
             return natural_cells(self.n, self.dp, self.offset, self.block_size)
-        return _sort_by_cell(self.n, (self.order - self.offset).remainder(self.dp), self.dp, self.block_size)
+        return _sort_by_cell(self.n, self._orders[0], self.offset, self.dp, self.block_size)
+
+    @property
+    def _orders(self) -> Tensor:
+        order = torch.arange(self.n_blocks) if self.order is None else self.order
+        return order.view(-1, self.n_blocks)[: self.n_orders]
 
     def cells(self) -> tuple[Tensor, ...]:
         """Kept indices of each group: ``n_groups`` int64 tensors.
@@ -241,12 +277,11 @@ class RowPattern:
 
     def mask(self, *leading_shape: int, dtype: torch.dtype = torch.bool, value: float = 1) -> Tensor:
         """Which entries of a batch are kept: ``[*leading_shape, n]``, ``value`` where they are, zero elsewhere."""
-        order = torch.arange(self.n_blocks) if self.order is None else self.order
-        cells = order - self.offset - torch.arange(self.n_groups)[:, None] * self._shift
-        kept = cells.remainder_(self.dp) < self.keep
-        if self.block_size > 1:
-            kept = kept.repeat_interleave(self.block_size, dim=1)[:, : self.n]
+        first = [g * self._shift for g in range(self.n_groups // self.n_orders)]
+        cells = [(self._orders - self.offset - shift).remainder_(self.dp) for shift in first]
+        kept = torch.stack(cells, dim=1).view(self.n_groups, self.n_blocks, 1) < self.keep
         kept = kept if dtype == torch.bool else kept.to(dtype).mul_(value)
+        kept = kept.expand(-1, -1, self.block_size).reshape(self.n_groups, -1)[:, : self.n]
         groups = _group_of_row(tuple(leading_shape), self.n_groups)
         return kept.index_select(0, groups.view(-1)).view(*leading_shape, self.n)
 
@@ -265,9 +300,11 @@ class _ByCell:
         return Units(self.starts[here], self.lengths[here], self.units[last] - self.units[first])
 
 
-def _sort_by_cell(n: int, cell: Tensor, dp: int, block_size: int) -> _ByCell:
+def _sort_by_cell(n: int, order: Tensor, offset: int, dp: int, block_size: int) -> _ByCell:
+    cell = (order - offset).remainder_(dp)
     blocks = cell.sort(stable=True).indices
-    counts = torch.bincount(cell, minlength=dp).tolist()
+    least, more = divmod(len(order), dp)  # an order is a permutation, so it is known how many blocks are in each cell
+    counts = [least + ((c + offset) % dp < more) for c in range(dp)]
     missing = len(cell) * block_size - n  # of the last block
     lengths = torch.full_like(blocks, block_size)
     sizes = [count * block_size for count in counts]
@@ -280,7 +317,7 @@ def _sort_by_cell(n: int, cell: Tensor, dp: int, block_size: int) -> _ByCell:
 @lru_cache(maxsize=1024)
 def natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
     """Units in their natural order by cell: unit ``j`` lies in ``(j // block_size - offset) mod dp``."""
-    return _sort_by_cell(n, (torch.arange(-(-n // block_size)) - offset).remainder(dp), dp, block_size)
+    return _sort_by_cell(n, torch.arange(-(-n // block_size)), offset, dp, block_size)
 
 
 @lru_cache(maxsize=256)

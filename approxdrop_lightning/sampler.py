@@ -24,6 +24,10 @@ def fitting_block_size(n: int, dp: int, block_size: int) -> int:
     return block_size
 
 
+#: A group of rows of a further order has this many or more, lest its products be thin.
+LEAST_ROWS = 48
+
+
 def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
     """Side of the tiles of a weight that suits a period.
 
@@ -52,6 +56,8 @@ class PatternSampler:
         seed: Seed of the private generator.
         rank: Of this process. Processes of one seed draw the same ``(dp, keep)`` at each step, so that none waits
             for another, but patterns of their own.
+        orders: Most orders of the units that the rows of a batch take in turn, >= 1; see :meth:`pattern`. Without
+            ``interleave`` and ``shuffle`` it is not used.
         tile_size: Largest side of a tile, >= 1; see :func:`fitting_tile_size`.
     """
 
@@ -64,12 +70,14 @@ class PatternSampler:
         seed: int = 0,
         rank: int = 0,
         tile_size: int = 32,
+        orders: int = 1,
     ) -> None:
         self.distribution = distribution
         self.interleave = interleave
         self.shuffle = shuffle
         self.block_size = block_size
         self.tile_size = tile_size
+        self.orders = orders
         self.rank = rank
         self._steps = torch.Generator().manual_seed(seed)
         # Seeded anew at each step, from the first one: processes cannot drift apart, and a step's patterns do not
@@ -91,17 +99,28 @@ class PatternSampler:
         self._patterns.manual_seed((seed + 1_000_003 * self.rank) % 2**32)
         return self.dp, self.keep
 
-    def pattern(self, n: int, shared: bool = False) -> RowPattern:
-        """Draw a pattern of ``n`` units with the step's ``(dp, keep)``; with ``shared`` one for all rows."""
+    def pattern(self, n: int, shared: bool = False, rows: int = 0) -> RowPattern:
+        """Draw a pattern of ``n`` units with the step's ``(dp, keep)``; with ``shared`` one for all rows.
+
+        It has as many orders of the units as leave each group ``LEAST_ROWS`` of the ``rows``, but one at least and
+        ``orders`` at most.
+        """
         interleave = self.interleave and not shared
         if self.keep == self.dp:
             return RowPattern(n, 1, 0)
         offset = int(torch.randint(self.dp, (), generator=self._patterns))
+        common = {"n": n, "dp": self.dp, "offset": offset, "keep": self.keep, "interleave": interleave}
         if not self.shuffle:
-            return RowPattern(n, self.dp, offset, self.keep, interleave)
+            return RowPattern.unchecked(order=None, block_size=1, **common)
         block_size = fitting_block_size(n, self.dp, self.block_size)
-        order = torch.randperm(-(-n // block_size), generator=self._patterns)
-        return RowPattern(n, self.dp, offset, self.keep, interleave, order, block_size)
+        n_blocks = -(-n // block_size)
+        order = torch.randperm(n_blocks, generator=self._patterns)
+        pattern = RowPattern.unchecked(order=order, block_size=block_size, **common)
+        orders = min(self.orders, rows // (pattern.n_groups * LEAST_ROWS)) if interleave else 1
+        if orders < 2:
+            return pattern
+        further = [torch.randperm(n_blocks, generator=self._patterns) for _ in range(orders - 1)]
+        return RowPattern.unchecked(order=torch.stack([order, *further]), block_size=block_size, **common)
 
     def tiles(self, n_out: int, n_in: int) -> TilePattern:
         """Draw a pattern of a weight ``[n_out, n_in]`` with the step's ``(dp, keep)``."""

@@ -11,3 +11,15 @@ if not torch.cuda.is_available():
 def compiler_environment():
     """Environment of a subprocess that compiles kernels, for which the interpreter must be off."""
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many inputs the properties were tried on."""
+    from fuzz import OUTCOMES, TRIED
+
+    if TRIED:
+        terminalreporter.section("inputs tried")
+        for name, count in TRIED.items():
+            said = ", ".join(f"{what}: {n:,}" for what, n in sorted(OUTCOMES[name].items()))
+            terminalreporter.write_line(f"{count:>8,} {name}{f' ({said})' if said else ''}")
+        terminalreporter.write_line(f"{TRIED.total():>8,} in all")

@@ -175,12 +175,13 @@ def test_resume_is_bit_identical_to_an_uninterrupted_run(make, data, every_n_ste
         callback = ApproxDropout(rate=0.7, min_hidden=0, **options)
         run = trainer(callback, checkpoint, tmp_path=tmp_path, max_epochs=3, max_steps=max_steps)
         run.fit(model, resumable(data()), ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
-        return model, callback
+        return model, callback, run.callback_metrics.get("dropout/realised_rate")
 
-    whole, callback = run(12)
+    whole, callback, logged = run(12)
     run(every_n_steps + 1)
     torch.manual_seed(99)
-    resumed, resumed_callback = run(12, tmp_path / f"step={every_n_steps}.ckpt")
+    resumed, resumed_callback, again = run(12, tmp_path / f"step={every_n_steps}.ckpt")
+    assert again == logged
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     assert resumed_callback.realised_rate == callback.realised_rate
@@ -255,6 +256,92 @@ def test_a_checkpoint_of_other_patterns_is_refused_before_training(tmp_path):
     trainer(ApproxDropout(), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     with pytest.raises(MisconfigurationException, match="do not fit this run"):
         trainer(ApproxDropout(rate=0.7), tmp_path=tmp_path).fit(mlp(), loader(), ckpt_path=checkpoint.best_model_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "message"),
+    [
+        ({}, {"max_dp": 12}, "max_dp was 10, now it is 12"),  # though every pair of the old support is in the new one
+        ({}, {"shuffle": False}, "shuffle was True, now it is False"),
+        ({}, {"concentration": 0.0}, "concentration was 1000.0, now it is 0.0"),
+        ({"pattern": "tile"}, {"pattern": "tile", "tile_size": 8}, "tile_size was 32, now it is 8"),
+    ],
+)
+def test_a_sequence_does_not_go_on_under_other_options(saved, now, message, tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, "x")
+    trainer(ApproxDropout(**saved), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    with pytest.raises(MisconfigurationException, match=f"do not fit this run: {message}"):
+        trainer(ApproxDropout(**now), tmp_path=tmp_path).fit(mlp(), loader(), ckpt_path=checkpoint.best_model_path)
+
+
+@pytest.mark.parametrize("option", [{"backend": "reference"}, {"min_features": 0}])
+def test_what_does_not_change_the_patterns_may_be_changed(option, tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, "x")
+    first = ApproxDropout()
+    trainer(first, checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    second = ApproxDropout(**option)
+    trainer(second, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=checkpoint.best_model_path)
+    assert second._steps == 2 * first._steps
+
+
+def edited(tmp_path, edit):
+    """A checkpoint whose state of the callback was edited."""
+    checkpoint = ModelCheckpoint(tmp_path, "x")
+    trainer(ApproxDropout(), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    content = torch.load(checkpoint.best_model_path, weights_only=True)
+    edit(next(state for key, state in content["callbacks"].items() if key.startswith("ApproxDropout")))
+    torch.save(content, tmp_path / "edited.ckpt")
+    return tmp_path / "edited.ckpt"
+
+
+def test_a_checkpoint_of_the_first_format_is_refused_and_its_weights_load(tmp_path):
+    """Then a sampler had one generator, and options were fewer."""
+
+    def first_format(state):
+        (sampler,) = state["samplers"].values()
+        sampler["generator"] = sampler.pop("steps")
+        del sampler["patterns"], state["before"], state["options"]["tile_size"], state["options"]["recurrent"]
+
+    path = edited(tmp_path, first_format)
+    with pytest.raises(MisconfigurationException, match="'steps' is missing: another version wrote it"):
+        trainer(ApproxDropout(), tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=path)
+    trainer(ApproxDropout(), tmp_path=tmp_path, max_epochs=1).fit(MLPClassifier.load_from_checkpoint(path), loader())
+
+
+def test_a_checkpoint_of_the_last_format_goes_on(tmp_path):
+    """It did not know what the epoch's mean of the rate began with, nor the newest options."""
+
+    def last_format(state):
+        del state["before"], state["options"]["tile_size"], state["options"]["recurrent"]
+
+    callback = ApproxDropout()
+    path = edited(tmp_path, last_format)
+    trainer(callback, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=path)
+    assert callback._steps == 12
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda state: state.pop("samplers"),
+        lambda state: state.pop("options"),
+        lambda state: state.pop("dropped"),
+        lambda state: state.update(samplers={}),
+        lambda state: next(iter(state["samplers"].values())).update(dp=7, keep=9),
+        lambda state: next(iter(state["samplers"].values())).update(steps=torch.zeros(3, dtype=torch.uint8)),
+        lambda state: next(iter(state["samplers"].values())).update(steps=torch.zeros(5000)),
+        lambda state: next(iter(state["samplers"].values())).update(steps="x"),
+        lambda state: state.update(samplers=[1]),
+        lambda state: state.update(options=None),
+        lambda state: state.update(steps=None),
+    ],
+)
+def test_a_damaged_state_is_refused_before_training(edit, tmp_path):
+    path = edited(tmp_path, edit)
+    model = mlp()
+    with pytest.raises(MisconfigurationException, match="ApproxDropout: the checkpoint's patterns do not fit"):
+        trainer(ApproxDropout(), tmp_path=tmp_path, max_epochs=2).fit(model, loader(), ckpt_path=path)
+    assert all("Approx" not in type(m).__name__ for m in model.modules())
 
 
 def test_an_exception_or_interrupt_leaves_the_stock_model(tmp_path):

@@ -19,8 +19,9 @@ KINDS = {
 }
 
 
-def make_pattern(n, dp, keep, generator, interleave=False, shuffle=False, block_size=1):
-    order = torch.randperm(-(-n // block_size), generator=generator) if shuffle else None
+def make_pattern(n, dp, keep, generator, interleave=False, shuffle=False, block_size=1, orders=1):
+    permutations = [torch.randperm(-(-n // block_size), generator=generator) for _ in range(orders)]
+    order = torch.stack(permutations) if shuffle else None
     offset = int(torch.randint(dp, (), generator=generator))
     return RowPattern(n, dp, offset, keep, interleave, order, block_size)
 
@@ -96,6 +97,25 @@ def test_row_linear_is_the_masked_product(in_kind, out_kind, backend):
         )
         for name, got, want in pairs:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-12, msg=lambda m, c=case, n=name: f"{n} {c}: {m}")
+
+
+@pytest.mark.usefixtures("poisoned", "kernels")
+@pytest.mark.parametrize("backend", ["compact", "reference"])
+@pytest.mark.parametrize("sides", ["in", "out", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_may_take_several_orders(sides, backend, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for (dp, keep), orders, leading in itertools.product([(2, 1), (3, 2), (10, 3)], [2, 3], [(3, 5), (40,), (1,)]):
+        block, kind = 2, {"interleave": True, "shuffle": True, "orders": orders}
+        patterns = [make_pattern(n, dp, keep, generator, block_size=block, **kind) for n in (41, 36)]
+        in_pattern, out_pattern = patterns[0] if sides != "out" else None, patterns[1] if sides != "in" else None
+        shapes = (*leading, 41), (36, 41), (36,)
+        tensors = [torch.randn(s, dtype=dtype, generator=generator).requires_grad_() for s in shapes]
+        expected = masked_linear(*tensors, in_pattern, out_pattern, 1.5)
+        found = run(*tensors, in_pattern, out_pattern, 1.5, backend)
+        direction = torch.randn(expected.shape, dtype=dtype, generator=generator)
+        got, want = ([y, *torch.autograd.grad((y * direction).sum(), tensors)] for y in (found, expected))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-4)
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -225,6 +245,18 @@ def test_lstm_sequence_with_a_packed_weight_is_nn_lstm(enabled):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("which", range(4))
+def test_lstm_sequence_refuses_mixed_types(which, other):
+    """Compiled code would read the bytes of one type as those of another."""
+    tensors = [torch.ones(2, 3, 16), torch.ones(3, 4), torch.ones(3, 4), torch.ones(16, 4)]
+    tensors[which] = tensors[which].to(other)
+    with pytest.raises(
+        ValueError, match=f"lstm_sequence: all must be of one floating-point type and on one device, got .*{other}"
+    ):
+        functional.lstm_sequence(*tensors)
 
 
 def test_lstm_sequence_gradcheck_with_and_without_recurrent_pattern():

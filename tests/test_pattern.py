@@ -18,13 +18,16 @@ def patterns(draw, max_n=40):
     n, dp = draw(st.integers(1, max_n)), draw(st.integers(1, 9))
     block_size = draw(st.sampled_from([1, 2, 3, 8]))
     n_blocks = -(-n // block_size)
-    order = draw(st.one_of(st.none(), st.permutations(range(n_blocks)).map(tuple)))
+    interleave = draw(st.booleans())
+    permutations = st.permutations(range(n_blocks)).map(tuple)
+    several = st.lists(permutations, min_size=1, max_size=3 if interleave else 1)
+    order = draw(st.one_of(st.none(), permutations, several))
     return RowPattern(
         n,
         dp,
         draw(st.integers(0, dp - 1)),
         draw(st.integers(1, dp)),
-        draw(st.booleans()),
+        interleave,
         None if order is None else torch.tensor(order, dtype=torch.int64),
         block_size,
     )
@@ -32,12 +35,16 @@ def patterns(draw, max_n=40):
 
 def kept_by_definition(pattern, unit, group):
     block = unit // pattern.block_size
-    cell = (block if pattern.order is None else int(pattern.order[block])) % pattern.dp
+    groups = groups_by_definition(pattern)
+    orders = [range(pattern.n_blocks)] if pattern.order is None else pattern.order.view(-1, pattern.n_blocks).tolist()
+    cell = orders[group // groups][block] % pattern.dp
+    group %= groups
     shift = pattern.dp - pattern.keep if 2 * pattern.keep > pattern.dp else pattern.keep
     return (cell - pattern.offset - group * shift) % pattern.dp < pattern.keep
 
 
 def groups_by_definition(pattern):
+    """Of one order."""
     if not pattern.interleave or pattern.keep == pattern.dp:
         return 1
     return 2 if 2 * pattern.keep > pattern.dp else pattern.dp // pattern.keep
@@ -46,6 +53,20 @@ def groups_by_definition(pattern):
 @given(patterns())
 @settings(max_examples=300, deadline=None)
 def test_cells_mask_and_counts_follow_the_definition(pattern):
+    for part in pattern.parts:
+        check_one_order(part)
+    groups = groups_by_definition(pattern) * pattern.n_orders
+    assert len(pattern.cells()) == pattern.n_groups == groups
+    mask = pattern.mask(3, 4)
+    for t in range(3):
+        for b in range(4):
+            group = (t + b) % groups
+            expected = [kept_by_definition(pattern, j, group) for j in range(pattern.n)]
+            assert mask[t, b].tolist() == expected
+            assert sorted(pattern.units(group).index.tolist()) == mask[t, b].nonzero().squeeze(1).tolist()
+
+
+def check_one_order(pattern):
     for group, kept in enumerate(pattern.cells()):
         expected = [j for j in range(pattern.n) if kept_by_definition(pattern, j, group)]
         assert sorted(kept.tolist()) == expected
@@ -63,13 +84,7 @@ def test_cells_mask_and_counts_follow_the_definition(pattern):
         assert set(first) & set(second) == set(common)
     everybody = set().union(*(kept.tolist() for kept in pattern.cells()))
     assert set(pattern.never_kept.index.tolist()) == set(range(pattern.n)) - everybody
-    assert len(pattern.cells()) == pattern.n_groups == groups_by_definition(pattern)
     assert pattern.n_kept == len(pattern.cells()[0])
-    mask = pattern.mask(3, 4)
-    for t in range(3):
-        for b in range(4):
-            group = (t + b) % groups_by_definition(pattern)
-            assert mask[t, b].tolist() == [kept_by_definition(pattern, j, group) for j in range(pattern.n)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 12, 13])
@@ -133,6 +148,8 @@ def test_equal_patterns_are_equal_and_hash_alike():
         ({"n": 4, "dp": 2, "offset": 0, "block_size": 0}, "block_size must be an integer"),
         ({"n": 4, "dp": 2, "offset": 0, "order": [0, 1, 2]}, "order must be a permutation of 4 blocks"),
         ({"n": 4, "dp": 2, "offset": 0, "order": [0, 1, 1, 2]}, "order must be a permutation of 4 blocks"),
+        ({"n": 2, "dp": 2, "offset": 0, "interleave": True, "order": [[0, 1], [1, 1]]}, "permutation of 2 blocks"),
+        ({"n": 2, "dp": 2, "offset": 0, "order": [[0, 1], [1, 0]]}, "2 orders need interleave=True"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

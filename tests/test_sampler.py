@@ -187,3 +187,25 @@ def test_blocks_fit_the_layer():
     sampler.draw()
     assert sampler.pattern(650).block_size == 16
     assert sampler.pattern(100).block_size == 8
+
+
+def test_large_batches_take_several_orders_of_the_units_in_turn():
+    sampler = make(0.5, gamma=float("inf"), interleave=True, shuffle=True, block_size=4, orders=3)  # dp = 2
+    found = {rows: sampler.pattern(64, rows=rows).n_orders for rows in (0, 1, 191, 192, 288, 10_000)}
+    assert found == {0: 1, 1: 1, 191: 1, 192: 2, 288: 3, 10_000: 3}
+    a = sampler.pattern(64, rows=10_000)
+    assert a.n_groups == 6
+    assert len({tuple(line.tolist()) for line in a.mask(6)}) == 6
+    assert torch.equal(a.mask(6).sum(0), torch.full((64,), 3))  # each order drops each unit once
+    assert sampler.pattern(64, shared=True, rows=10_000).n_orders == 1
+
+
+def test_every_unit_of_every_row_is_dropped_at_the_rate_with_several_orders():
+    rows, n, draws, rate = 12, 13, 2000, 0.7
+    sampler = make(rate, 1, "any", 1000.0, interleave=True, shuffle=True, block_size=2, orders=2)
+    dropped = torch.zeros(rows, n)
+    for _ in range(draws):
+        sampler.draw()
+        dropped += ~sampler.pattern(n, rows=1000).mask(rows)
+    # 156 normal deviates: Bonferroni at 1e-4 / 156 is 5.1 sd.
+    assert ((dropped / draws - rate) / (rate * (1 - rate) / draws) ** 0.5).abs().max() < 5.1

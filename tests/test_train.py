@@ -67,7 +67,7 @@ def test_end_to_end(tmp_path, model, source, dropout):
         assert metrics["test/ppl"] < 300  # that of guessing
     result = json.loads((tmp_path / "result.json").read_text())
     assert result == objects["result"]
-    assert result["per_second"] > 0
+    assert result["per_second"] > 0 and result["seconds_per_step"] > 0
     assert result["realised_rate"] == ("nominal" if dropout == "standard" else pytest.approx(0.5, abs=0.02))
     assert source in result["data_source"]
     assert (result["best_perplexity"] is not None) == (model == "lstm" and source == "synthetic")
@@ -115,19 +115,39 @@ def test_resume_of_a_finished_run_scores_it(tmp_path):
     assert objects["result"]["per_second"] is None  # not a step was trained
 
 
-def test_find_checkpoint_takes_the_newest_and_prefers_the_end_of_an_epoch(tmp_path):
-    names = ("c/interrupted.ckpt", "b/checkpoints/last.ckpt", "a/checkpoints/last.ckpt")
+def test_find_checkpoint_takes_the_newest_run_and_prefers_the_end_of_an_epoch(tmp_path):
+    names = ("b/interrupted.ckpt", "b/epoch01.ckpt", "b/last.ckpt", "a/c/last.ckpt", "a/interrupted.ckpt")
     for age, name in enumerate(names):
         path = tmp_path / name
-        path.parent.mkdir(parents=True)
-        path.touch()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({}, path)
         os.utime(path, times=(time.time() - age, time.time() - age))
     assert find_checkpoint(None, tmp_path) is None
-    assert find_checkpoint("last", tmp_path) == str(tmp_path / "b/checkpoints/last.ckpt")
-    assert find_checkpoint(str(tmp_path / "a"), tmp_path) == str(tmp_path / "a/checkpoints/last.ckpt")
-    assert find_checkpoint(str(tmp_path / "c"), tmp_path) == str(tmp_path / "c/interrupted.ckpt")
+    assert find_checkpoint("last", tmp_path) == str(tmp_path / "b/last.ckpt")
+    assert find_checkpoint(str(tmp_path / "a"), tmp_path) == str(tmp_path / "a/c/last.ckpt")
+    (tmp_path / "a/c/last.ckpt").unlink()
+    assert find_checkpoint(str(tmp_path / "a"), tmp_path) == str(tmp_path / "a/interrupted.ckpt")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         find_checkpoint(str(tmp_path / "nowhere"), tmp_path)
+
+
+def test_find_checkpoint_passes_over_damaged_ones(tmp_path, caplog):
+    names = ("b/epoch02.ckpt", "b/epoch01.ckpt", "b/interrupted.ckpt", "b/last.ckpt", "a/last.ckpt")
+    for age, name in enumerate(names):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        torch.save({"weight": torch.zeros(9)}, path)
+        os.utime(path, times=(time.time() - age, time.time() - age))
+    for name in ("b/last.ckpt", "b/interrupted.ckpt", "b/epoch02.ckpt", "b/epoch01.ckpt"):
+        assert find_checkpoint("last", tmp_path) == str(tmp_path / name)
+        stamp = (tmp_path / name).stat().st_mtime
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+        os.utime(tmp_path / name, times=(stamp, stamp))
+    assert find_checkpoint("last", tmp_path) == str(tmp_path / "a/last.ckpt")
+    assert f"{tmp_path / 'b/last.ckpt'} is damaged" in caplog.text
+    (tmp_path / "a/last.ckpt").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="no checkpoint that is whole"):
+        find_checkpoint("last", tmp_path)
 
 
 def test_ctrl_c_leaves_checkpoints_and_log(tmp_path):

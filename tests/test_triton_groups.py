@@ -43,6 +43,17 @@ def test_every_pair_of_kinds(in_kind, out_kind):
         )
 
 
+@pytest.mark.parametrize("sides", ["in", "out", "both"])
+@pytest.mark.parametrize(("dp", "keep"), [(2, 1), (3, 2), (10, 3)])
+def test_rows_may_take_several_orders(dp, keep, sides):
+    for orders, (n_in, n_out), leading in ((2, (96, 80), (3, 5)), (3, (41, 36), (30,)), (2, (64, 64), (1,))):
+        kind = {"interleave": True, "shuffle": True, "block_size": 8, "orders": orders}
+        inside, outside = (make_pattern(n, dp, keep, **kind) for n in (n_in, n_out))
+        assert_is_the_reference(
+            leading, n_in, n_out, None if sides == "out" else inside, None if sides == "in" else outside
+        )
+
+
 @pytest.mark.parametrize("dp", range(1, 9))
 def test_every_period_and_number_of_kept_cells(dp):
     for keep in sorted({1, max(dp // 2, 1), dp // 2 + 1, dp}):  # up to half of the cells, beyond, all

@@ -9,8 +9,9 @@ from approxdrop_lightning import RowPattern, functional
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.float16: {"rtol": 1e-2, "atol": 2e-2}}
 
 
-def make_pattern(n, dp, keep, interleave=False, shuffle=False, block_size=1):
-    order = torch.randperm(-(-n // block_size)) if shuffle else None
+def make_pattern(n, dp, keep, interleave=False, shuffle=False, block_size=1, orders=1):
+    permutations = [torch.randperm(-(-n // block_size)) for _ in range(orders)]
+    order = torch.stack(permutations) if shuffle else None
     return RowPattern(n, dp, int(torch.randint(dp, ())), keep, interleave, order, block_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -99,9 +100,9 @@ class Site:
             return f"{multiplies:,} multiplies are too few to gain (min_multiplies={self.min_multiplies:,})"
         return None
 
-    def pattern(self, n: int, shared: bool = False) -> RowPattern:
-        """The pattern of the next use, of ``n`` units; with ``shared`` one for all rows of the batch."""
-        return self._next(lambda: self.sampler.pattern(n, shared), lambda pattern: pattern.n == n)
+    def pattern(self, n: int, shared: bool = False, rows: int = 0) -> RowPattern:
+        """The pattern of the next use, of ``n`` units and ``rows`` rows; with ``shared`` one for all of these."""
+        return self._next(lambda: self.sampler.pattern(n, shared, rows), lambda pattern: pattern.n == n)
 
     def _next(self, draw: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
         """What is drawn for the next use: anew, or again if the step is one and it still fits."""
@@ -131,7 +132,7 @@ class Site:
         if x.dim() == 0 or x.numel() == 0:
             return as_dense(x) * self.scale
         shape = tuple(x.shape)
-        pattern = self.pattern(shape[-1])
+        pattern = self.pattern(shape[-1], rows=math.prod(shape[:-1]))
         pending = x.held if isinstance(x, PendingLinear) and x.is_lazy else None
         if pending is not None:
             pending.layer.dropped_by.add(self)

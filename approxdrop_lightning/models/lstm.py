@@ -199,14 +199,18 @@ class LSTMLanguageModel(LightningModule):
         self.log(f"{stage}/ppl", nll.exp(), prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the training state of the text beside the weights, for a resume within an epoch."""
+        """Keep the training state of the text and the score so far, for a resume within an epoch."""
         if "train" in self._carried:
             checkpoint["carried_state"] = tuple(part.cpu() for part in self._carried["train"])
+            checkpoint["train_nll"] = (self.train_nll.nll.cpu(), self.train_nll.tokens.cpu())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from the state that was saved, if any; a checkpoint without one loads as well."""
         if "carried_state" in checkpoint:
             self._carried["train"] = tuple(checkpoint["carried_state"])
+        if "train_nll" in checkpoint:
+            self.train_nll.reset()
+            self.train_nll.update(*(part.to(self.device) for part in checkpoint["train_nll"]))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """SGD with the published schedule; see ``full_lr_epochs`` and ``lr_decay`` above."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from approxdrop_lightning.ops import triton_groups
-from approxdrop_lightning.ops.tables import Sizes, Tables
+from approxdrop_lightning.ops.tables import PAIR_FIELDS, SEGMENT_FIELDS, Sizes, Tables
 from approxdrop_lightning.ops.triton_common import Tiling, autocast, run_fastest
 from approxdrop_lightning.ops.triton_launch import Launch, before_activation, saved_for
 
@@ -101,10 +101,16 @@ def groups_weight_grad(
     tables, sizes = Tables(*tables), Sizes(*sizes)
     dw = dy.new_zeros(n_out, n_in)
 
-    def launch(tiling: Tiling) -> Launch:
-        return triton_groups.weight_grad_launch(dy, x, dw, tables, sizes, scale, tiling)
+    # A launch writes each entry once, and orders have entries in common: a launch for each.
+    for i, pairs in enumerate(tables.pairs.view(-1, PAIR_FIELDS).chunk(sizes.orders)):
+        grad, part = dy.new_zeros(n_out, n_in) if i else dw, tables._replace(pairs=pairs)
 
-    _run("groups_weight_grad", dy, tables, sizes, launch)
+        def launch(tiling: Tiling, grad: Tensor = grad, part: Tables = part) -> Launch:
+            return triton_groups.weight_grad_launch(dy, x, grad, part, sizes, scale, tiling)
+
+        _run("groups_weight_grad", dy, part, sizes, launch)
+        if i:
+            dw += grad
     return dw
 
 
@@ -117,7 +123,11 @@ def _groups_weight_grad_result(dy, x, tables, sizes, n_out, n_in, scale):
 def groups_bias_grad(dy: Tensor, tables: Sequence[Tensor], sizes: Sequence[int], n_out: int, scale: float) -> Tensor:
     """``[n_out]``: sum of ``scale * dy`` over the rows that keep an output."""
     db = dy.new_zeros(n_out)
-    triton_groups.bias_grad_launch(dy, db, Tables(*tables), Sizes(*sizes), scale).run()
+    tables, sizes = Tables(*tables), Sizes(*sizes)
+    for segments in tables.segments.view(-1, SEGMENT_FIELDS).chunk(sizes.orders):
+        grad = torch.zeros_like(db)
+        triton_groups.bias_grad_launch(dy, grad, tables._replace(segments=segments), sizes, scale).run()
+        db += grad
     return db
 
 

@@ -24,7 +24,9 @@ class Side:
     """
 
     def __init__(self, pattern: RowPattern | None, n: int, rows: tuple[Units, ...]) -> None:
-        self.pattern, self.n, self.rows = pattern, n, rows
+        #: That of the first order: its groups write the weight's gradient, those of further orders add to it.
+        self.pattern = None if pattern is None else pattern.parts[0]
+        self.n, self.rows = n, rows
         #: Whether values are packed by group; else they are rows in their order.
         self.by_group = pattern is not None and pattern.n_groups > 1
         every = Units.every(n)
@@ -77,6 +79,8 @@ class Groups:
         n_out, n_in = weight.shape
         rows = (grouped or RowPattern(1, 1, 0)).row_groups(leading_shape)
         self.inside = Side(in_pattern, n_in, rows)
+        #: Number of groups of each order of the units.
+        self.of_one_order = len(rows) // (1 if grouped is None else grouped.n_orders)
         self.outside = Side(out_pattern, n_out, rows)
 
     def weights(self, weight: Tensor) -> list[Block]:
@@ -90,7 +94,7 @@ class Groups:
         first: list[Product] = []
         later: list[Product] = []
         for g, (dy, x) in enumerate(zip(dys, xs, strict=True)):
-            if g == 0 or cleared:
+            if g == 0 or cleared or g >= self.of_one_order:
                 out = Block(grad, self.outside.units[g], self.inside.units[g])
                 (later if g else first).append((dy.t, x, out, g > 0))
                 continue
@@ -101,15 +105,19 @@ class Groups:
                     product = (dy.cut(place).t, x.cut(columns[0]), Block(grad, rows, columns[1]), add)
                     (later if add else first).append(product)
         multiply(first)
-        for product in later:
-            multiply([product])
+        if self.inside.overlaps or self.outside.overlaps or cleared:
+            for product in later:
+                multiply([product])
+            return grad
+        for start in range(0, len(later), self.of_one_order):
+            multiply(later[start : start + self.of_one_order])
         return grad
 
     def _clear(self, grad: Tensor) -> bool:
         """Zero what no group writes; returns whether everything was zeroed, which is so where that is simplest."""
         inside, outside = self.inside, self.outside
         if inside.by_group and outside.by_group and inside.overlaps == outside.overlaps:
-            for g, rows in enumerate(outside.units):
+            for g, rows in enumerate(outside.units[: self.of_one_order]):
                 zero(grad, outside.dropped(1 - g) if outside.overlaps else rows, inside.dropped(g))
         elif inside.pattern is not None and inside.by_group and outside.pattern is None:
             zero(grad, outside.units[0], inside.pattern.never_kept)
@@ -130,8 +138,9 @@ class Groups:
             (Block.whole(ones, (1, dy.rows.count)), dy, Block(grad, _ONE, units), True)
             for dy, units in zip(dys, self.outside.units, strict=True)
         ]
-        for independent in [[one] for one in sums] if self.outside.overlaps else [sums]:
-            multiply(independent)
+        together = 1 if self.outside.overlaps else self.of_one_order
+        for start in range(0, len(sums), together):
+            multiply(sums[start : start + together])
         return grad[0]
 
 

@@ -62,6 +62,7 @@ class Sizes(NamedTuple):
     most_in: int
     most_out: int
     multiplies: int
+    orders: int
 
 
 class Tables(NamedTuple):
@@ -70,8 +71,9 @@ class Tables(NamedTuple):
     Attributes:
         rows: Rows of the batch, group after group.
         groups: ``[groups * GROUP_FIELDS]``.
-        pairs: ``[pairs * PAIR_FIELDS]``: blocks that the weight falls into, each kept by a range of groups. No two of
-            them have an entry in common.
+        pairs: ``[pairs * PAIR_FIELDS]``: blocks that the weight falls into, each kept by a range of groups. No two
+            of them have an entry in common, if they are of one order; those of each order are as many, one after the
+            other.
         segments: ``[segments * SEGMENT_FIELDS]``: the same of the outputs alone.
         in_units: First unit of each run of ``in_run`` kept inputs; empty if all are kept in their order.
         out_units: The same of the outputs.
@@ -118,13 +120,17 @@ class _Side:
         self.run = widest if n % widest == 0 and pattern.block_size % widest == 0 else 1
         equal_cells = n % (pattern.block_size * pattern.dp) == 0
         self.align = widest if equal_cells and n // pattern.dp % widest == 0 else self.run
-        kept = [pattern.units(g) for g in range(pattern.n_groups)]
-        # Units that two groups keep are the last ones of the one and the first ones of the other.
-        common = pattern.common.count if pattern.overlaps else 0
-        self.starts = torch.cat([u.index[common if g else 0 :] for g, u in enumerate(kept)])[:: self.run]
-        ends = accumulate(u.count - common for u in kept)
-        self.places = [slice(end + common - u.count, end + common) for end, u in zip(ends, kept, strict=True)]
-        if len(kept) == 1:
+        self.places, units, end = [], [], 0
+        for part in pattern.parts:
+            for g in range(part.n_groups):
+                kept = part.units(g)
+                # Units that two groups keep are the last ones of the one and the first ones of the other.
+                again = part.common.count if g and part.overlaps else 0
+                self.places.append(slice(end - again, end - again + kept.count))
+                units.append(kept.index[again:])
+                end += kept.count - again
+        self.starts = torch.cat(units)[:: self.run]
+        if len(self.places) == 1:
             self.places *= groups
         self.most = min(n, pattern.keep * -(-pattern.n_blocks // pattern.dp) * pattern.block_size)
 
@@ -195,6 +201,7 @@ def make_plan(
         Sizes(
             groups, n_in, n_out, int(inside.by_group), int(outside.by_group),
             inside.run, outside.run, inside.align, outside.align, max(rows), inside.most, outside.most, multiplies,
+            1 if grouped is None else grouped.n_orders,
         ),
         inside.shape(rows),
         outside.shape(rows),

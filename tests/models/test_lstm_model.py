@@ -145,11 +145,13 @@ def test_state_is_carried_and_starts_anew_with_the_epoch_and_with_another_batch_
 def test_resume_within_an_epoch_is_exact(tmp_path):
     straight = make_model()
     saver = ModelCheckpoint(tmp_path, filename="middle", every_n_train_steps=4)
-    make_trainer(tmp_path, callbacks=[saver], enable_checkpointing=True).fit(straight, Text())
+    whole = make_trainer(tmp_path, callbacks=[saver], enable_checkpointing=True)
+    whole.fit(straight, Text())
     resumed = make_model()
     trainer = make_trainer(tmp_path)
     trainer.fit(resumed, Text(), ckpt_path=tmp_path / "middle.ckpt")
     assert trainer.global_step == 6
+    assert trainer.callback_metrics["train/ppl"] == whole.callback_metrics["train/ppl"]
     torch.testing.assert_close(resumed.state_dict(), straight.state_dict(), rtol=0, atol=0)
 
 

@@ -1,0 +1,24 @@
+"""A run whose loss is no number any more ends with an error, before its weights are spoilt."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class FiniteLoss(Callback):
+    """Raise when a training loss is NaN or infinite: before the backward pass, so that checkpoints stay usable.
+
+    It reads the loss at each step, for which a GPU is waited for; ``ThroughputLogger`` waits anyway.
+
+    Raises:
+        FloatingPointError: in training.
+    """
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Look at the loss."""
+        if not loss.isfinite().all():
+            raise FloatingPointError(
+                f"the training loss is {loss.item()} at step {trainer.global_step}: a smaller learning rate or "
+                "clipped gradients (trainer.gradient_clip_val) may help; checkpoints are of steps before"
+            )
