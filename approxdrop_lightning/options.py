@@ -29,8 +29,9 @@ class Options:
         interleave: Whether rows of the batch take the cells of a pattern in turn; else the batch shares it.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
         block_size: Most units permuted together, >= 1; narrow layers take smaller blocks.
-        orders: Most orders of the units that the rows of a batch take in turn, >= 1: more of them make the gradient
-            less noisy. Batches of few rows have fewer. For ``interleave`` with ``shuffle``.
+        orders: Most orders of the units that the rows of a batch of sequences (``[T, B, n]``) take in turn, >= 1:
+            more of them make the gradient less noisy. Batches of few rows have fewer. Without ``interleave`` and
+            ``shuffle`` it is not used.
         max_dp: Largest period, >= 1.
         keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number.
         concentration: 0: most random distribution (the paper's); large: the dropped share hardly varies.

@@ -631,3 +631,13 @@ def test_an_infeasible_rate_of_the_model_leaves_it_untouched():
     with pytest.raises(ValueError, match="smallest max_dp that serves is 20"):
         approximate(model)
     assert [type(m) for m in model] == [nn.Linear, nn.Dropout, nn.Dropout]
+
+
+def test_rows_of_sequences_take_several_orders_and_those_of_images_one():
+    model = nn.Sequential(nn.Linear(20, 64), nn.Dropout(0.7), nn.Linear(64, 8))
+    approximate(model, min_multiplies=0, seed=0)
+    for shape, expected in (((35, 20, 20), 3), ((700, 20), 1), ((3, 4, 20), 1)):
+        resample(model)
+        model(torch.randn(shape)).sum().backward()
+        (pattern,) = model[1].last_patterns
+        assert pattern.n_orders >= expected if expected > 1 else pattern.n_orders == 1

@@ -132,7 +132,8 @@ class Site:
         if x.dim() == 0 or x.numel() == 0:
             return as_dense(x) * self.scale
         shape = tuple(x.shape)
-        pattern = self.pattern(shape[-1], rows=math.prod(shape[:-1]))
+        # Several orders cost a tenth to a quarter of the gain. Sequences need them (docs/results.md), images do not.
+        pattern = self.pattern(shape[-1], rows=math.prod(shape[:-1]) if len(shape) > 2 else 0)
         pending = x.held if isinstance(x, PendingLinear) and x.is_lazy else None
         if pending is not None:
             pending.layer.dropped_by.add(self)
