@@ -76,9 +76,12 @@ def test_sigterm_leaves_the_state_of_its_step_and_a_resumed_run_is_exact(tmp_pat
 
 
 def test_ctrl_c_within_the_second_epoch_is_resumed_from_the_end_of_the_first(tmp_path, whole):
-    with pytest.raises(SystemExit):
-        run(tmp_path / "run", "+callbacks.signal={_target_:record_steps.Signal,step:30,number:2}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has it ignored from then on
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit):
+            run(tmp_path / "run", "+callbacks.signal={_target_:record_steps.Signal,step:30,number:2}")
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning has it ignored from then on
     checkpoints = tmp_path / "run" / "checkpoints"
     assert find_checkpoint("last", tmp_path) == str(checkpoints / "last.ckpt")
     assert (checkpoints / "interrupted.ckpt").is_file()
@@ -101,9 +104,13 @@ Trainer(callbacks=[Stop()], **options).fit(BoringModel())
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_exit_status_is_lightnings(tmp_path, number):
-    stock = subprocess.run([sys.executable, "-c", STOCK.format(number=int(number))], cwd=tmp_path, check=False)
+    # What runs in the background inherits that Ctrl-C is ignored.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    stock = subprocess.run(
+        [sys.executable, "-c", STOCK.format(number=int(number))], cwd=tmp_path, check=False, **heeds
+    )
     stop = f"+callbacks.signal={{_target_:record_steps.Signal,step:30,number:{int(number)}}}"
-    status, output = runs.finish(runs.start("mlp", tmp_path / "run", None, *SHORT, stop))
+    status, output = runs.finish(runs.start("mlp", tmp_path / "run", None, *SHORT, stop, **heeds))
     assert status == stock.returncode, output
     print(f"{number.name}: exit status {status}")
     assert f"stopped at step 30; checkpoints and logs are in {tmp_path / 'run'}" in output
@@ -131,7 +138,7 @@ def copy_of(half, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", pytest.param("empty", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_named_and_an_older_one_serves(tmp_path, half, whole, damage):
     last = copy_of(half, tmp_path) / "last.ckpt"
     content = bytearray(last.read_bytes())
@@ -152,7 +159,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_serves(tmp_path, half, w
     [
         ("lstm", [], RuntimeError, "Missing key.*embedding.weight"),
         ("mlp", ["model.hidden=[512,128]"], RuntimeError, "size mismatch for net.4.weight"),
-        ("mlp", ["model.hidden=[512]"], RuntimeError, "Unexpected key"),
+        pytest.param("mlp", ["model.hidden=[512]"], RuntimeError, "Unexpected key", marks=pytest.mark.slow),
         ("mlp", ["dropout.max_dp=12"], MisconfigurationException, "max_dp was 10, now it is 12"),
         ("mlp", ["dropout.rate=0.3"], MisconfigurationException, r"rates \['0.5'\], the model has \['0.3'\]"),
         ("mlp", ["dropout=paper"], MisconfigurationException, "interleave was True, now it is False"),
@@ -193,6 +200,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_spoils_the_weights(tmp_
         assert_same(run(tmp_path / "again", "ckpt_path=last"), whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_with_an_error(tmp_path):
     with pytest.raises(FloatingPointError, match=r"the training loss is (nan|inf) at step \d"):
         run(tmp_path / "run", "model.optimizer.lr=1e30")
@@ -202,7 +210,7 @@ def test_a_run_that_diverges_ends_with_an_error(tmp_path):
     ("model", "overrides", "steps"),
     [
         ("mlp", ["datamodule.train_limit=5"], 1),  # less than a batch
-        ("mlp", ["datamodule.train_limit=1"], 1),
+        pytest.param("mlp", ["datamodule.train_limit=1"], 1, marks=pytest.mark.slow),
         ("mlp", ["datamodule.train_limit=65"], 2),  # the last batch of one image
         ("mlp", ["datamodule.train_limit=3", "datamodule.batch_size=1", "datamodule.val_size=1"], 3),
         ("lstm", ["datamodule.unroll=1", "trainer.limit_train_batches=20"], 20),
@@ -212,7 +220,7 @@ def test_a_run_that_diverges_ends_with_an_error(tmp_path):
             20,
             marks=pytest.mark.slow,
         ),
-        ("lstm", ["datamodule.unroll=500"], 1),  # more than there are
+        pytest.param("lstm", ["datamodule.unroll=500"], 1, marks=pytest.mark.slow),  # more than there are
     ],
 )
 def test_the_smallest_data(tmp_path, model, overrides, steps):

@@ -247,6 +247,13 @@ def test_lstm_sequence_with_a_packed_weight_is_nn_lstm(enabled):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["compact", "reference"])
+@pytest.mark.parametrize("in_pattern", [None, RowPattern(6, 2, 0)])
+def test_a_layer_without_outputs(backend, in_pattern):
+    x = torch.ones(5, 6 if in_pattern is None else 3)
+    assert functional.row_linear(x, torch.ones(0, 6), None, in_pattern, backend=backend).shape == (5, 0)
+
+
 @pytest.mark.parametrize("other", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("which", range(4))
 def test_lstm_sequence_refuses_mixed_types(which, other):

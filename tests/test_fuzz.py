@@ -259,7 +259,7 @@ def row_arguments(draw):
 
 
 @pytest.mark.usefixtures("poisoned", "kernels")
-@examples(40, 10_000)
+@examples(40, 5_000)
 def test_row_linear(number):
     def check(given):
         generator = torch.Generator().manual_seed(given["seed"])
@@ -313,7 +313,7 @@ def tile_arguments(draw):
 
 
 @pytest.mark.usefixtures("poisoned", "kernels")
-@examples(30, 8_000)
+@examples(30, 4_000)
 def test_tile_linear(number):
     def check(given):
         generator, pattern, wrong = torch.Generator().manual_seed(given["seed"]), given["pattern"], given["wrong"]
@@ -407,7 +407,7 @@ def lstm_arguments(draw):
 
 
 @pytest.mark.usefixtures("kernels")
-@examples(30, 8_000)
+@examples(30, 4_000)
 def test_lstm_sequence(number):
     def check(given):
         generator = torch.Generator().manual_seed(given["seed"])

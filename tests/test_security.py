@@ -43,7 +43,7 @@ def no_network(monkeypatch):
     return tried
 
 
-@pytest.mark.parametrize("model", ["mlp", "lstm"])
+@pytest.mark.parametrize("model", ["mlp", pytest.param("lstm", marks=pytest.mark.slow)])
 @real_data
 def test_a_run_needs_no_network(tmp_path, no_network, model):
     train(config(tmp_path, *SMALL[model], *QUICK, "datamodule.source=files"))

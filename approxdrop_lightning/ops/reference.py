@@ -45,7 +45,7 @@ def row_linear(
     """``act(scale * (x @ weight.T + bias))`` over all units, then the kept ones. Shapes as in :mod:`.compact`."""
     dense = x if in_pattern is None else unpack(x, in_pattern, leading_shape)
     y = finish(F.linear(dense, weight, bias), scale, activation)
-    return y.reshape(-1, y.shape[-1]) if out_pattern is None else pack(y, out_pattern)
+    return y.reshape(y.shape[:-1].numel(), y.shape[-1]) if out_pattern is None else pack(y, out_pattern)
 
 
 def tile_linear(
