@@ -75,6 +75,7 @@ def test_sigterm_leaves_the_state_of_its_step_and_a_resumed_run_is_exact(tmp_pat
     assert_same(run(tmp_path / "again", f"ckpt_path={interrupted}"), whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_within_the_second_epoch_is_resumed_from_the_end_of_the_first(tmp_path, whole):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -189,7 +190,7 @@ def test_a_checkpoint_of_conventional_dropout_goes_on_with_the_callback(tmp_path
     assert objects["callbacks"]["dropout"]._steps == 21
 
 
-@pytest.mark.parametrize("value", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("value", ["inf", pytest.param("nan", marks=pytest.mark.slow)])
 def test_a_loss_that_is_no_number_ends_the_run_before_it_spoils_the_weights(tmp_path, whole, value):
     poison = f"+callbacks.poison={{_target_:record_steps.Poison,step:25,value:{value}}}"
     with pytest.raises(FloatingPointError, match="the training loss is nan at step 25"):
@@ -213,7 +214,7 @@ def test_a_run_that_diverges_ends_with_an_error(tmp_path):
         pytest.param("mlp", ["datamodule.train_limit=1"], 1, marks=pytest.mark.slow),
         ("mlp", ["datamodule.train_limit=65"], 2),  # the last batch of one image
         ("mlp", ["datamodule.train_limit=3", "datamodule.batch_size=1", "datamodule.val_size=1"], 3),
-        ("lstm", ["datamodule.unroll=1", "trainer.limit_train_batches=20"], 20),
+        pytest.param("lstm", ["datamodule.unroll=1", "trainer.limit_train_batches=20"], 20, marks=pytest.mark.slow),
         pytest.param(
             "lstm",
             ["datamodule.batch_size=1", "datamodule.eval_batch_size=1", "trainer.limit_train_batches=20"],

@@ -349,7 +349,7 @@ def pack_arguments(draw):
 
 
 @pytest.mark.usefixtures("poisoned", "kernels")
-@examples(30, 8_000)
+@examples(15, 8_000)
 def test_pack_and_unpack(number):
     def check(given):
         pattern, leading = given["pattern"], given["leading"]

@@ -7,7 +7,10 @@ import os
 import socket
 import struct
 import sys
+import threading
 import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,7 @@ from train import train
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 from test_checkpoint import Evil
-from test_train import QUICK, SMALL, SYNTHETIC, config
+from test_train import QUICK, SMALL, config
 
 real_data = pytest.mark.skipif("APPROXDROP_DATA" not in os.environ, reason="APPROXDROP_DATA is not set")
 
@@ -64,10 +67,11 @@ def test_only_a_source_that_may_fetch_fetches(tmp_path, no_network, monkeypatch,
         data(tmp_path, source="auto").prepare_data()
 
 
+@real_data
 def test_a_checkpoint_that_would_run_code_is_refused_by_train(tmp_path):
     torch.save({"state_dict": {}, "evil": Evil(tmp_path / "made")}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match="could run code"):
-        train(config(tmp_path / "run", *SMALL["mlp"], *QUICK, SYNTHETIC, f"ckpt_path={tmp_path / 'evil.ckpt'}"))
+        train(config(tmp_path / "run", *SMALL["mlp"], *QUICK, f"ckpt_path={tmp_path / 'evil.ckpt'}"))
     assert not (tmp_path / "made").exists()
 
 
@@ -109,9 +113,14 @@ def archive(content, name):
     return header + body + struct.pack("<2I", zlib.crc32(content), len(content))
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """A mirror of MNIST on this disk, whose archives name files outside of any folder."""
+    """A mirror of MNIST on this machine, whose archives name files outside of any folder."""
     served = tmp_path / "mirror"
     served.mkdir()
     resources = []
@@ -119,9 +128,12 @@ def mirror(tmp_path, monkeypatch):
         packed = archive(header + bytes(mnist_module.SIZES[name] - len(header)), f"../../../{name}-elsewhere")
         (served / f"{name}.gz").write_bytes(packed)
         resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
-    monkeypatch.setattr(MNIST, "mirrors", [f"{served.as_uri()}/"])
     monkeypatch.setattr(MNIST, "resources", resources)
-    return served
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=served)) as server:
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_address[1]}/"])
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield served
+        server.shutdown()
 
 
 def everything(folder):
