@@ -229,8 +229,9 @@ def test_the_oldest_versions_that_are_allowed_work(wheel, tmp_path):
             floors = [bound.version for bound in found.specifier if bound.operator == ">="]
             extra = f"[{','.join(found.extras)}]" if found.extras else ""
             oldest.append(found.name + extra + "".join(f"=={floor}" for floor in floors))
-    python = install(tmp_path / "venv", wheel, *oldest)
-    tests = ("callback", "functional", "monitor", "native", "readme", "registry", "sampler", "surgery", "triton_rows")
+    # Triton 3.4's interpreter takes arrays of one entry for numbers, which later releases of NumPy refuse.
+    python = install(tmp_path / "venv", wheel, "numpy<2.3", *oldest)
+    tests = ("callback", "functional", "monitor", "native", "readme", "registry", "sampler")
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in tests]
     cli = str(ROOT / "tests" / "test_other_doors.py") + "::test_lightning_cli"
     run = use(python, ROOT, "-m", "pytest", "-p", "no:cacheprovider", *files, str(ROOT / "tests" / "models"), cli)
