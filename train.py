@@ -119,9 +119,11 @@ def find_checkpoint(ckpt_path: str | None, siblings: Path) -> str | None:
     for path, time in written.items():
         newest[path.parent] = max(newest[path.parent], time)
     preferred = {"last.ckpt": 2, "interrupted.ckpt": 1}  # an interrupt may have come in the middle of a step
-    for path in sorted(written, key=lambda p: (newest[p.parent], p.parent, preferred.get(p.name, 0), written[p]))[
-        ::-1
-    ]:
+
+    def rank(path: Path) -> tuple[float, Path, int, float]:
+        return newest[path.parent], path.parent, preferred.get(path.name, 0), written[path]
+
+    for path in sorted(written, key=rank, reverse=True):
         if is_whole(path):
             log.info("resuming from %s", path)
             return str(path)

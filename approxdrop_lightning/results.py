@@ -25,6 +25,11 @@ def print_table(record: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, value in _rows(record):
         table.add_row(name, value)
+    show(table)
+
+
+def show(table: Table) -> None:
+    """Print a table."""
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a file has no width to fit, and a path that is cut cannot be copied

@@ -11,10 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from approxdrop_lightning.results import RESULT_FILE
+from approxdrop_lightning.results import RESULT_FILE, show
 
 Run = dict[str, Any]
 Row = tuple[str, ...]
@@ -36,10 +35,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     table = Table("model", "rate", "dropout", "seeds that reach it", "epochs", "seconds", "times the baseline's")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)
+    show(table)
     return rows
 
 

@@ -191,13 +191,14 @@ def test_blocks_fit_the_layer():
 
 def test_large_batches_take_several_orders_of_the_units_in_turn():
     sampler = make(0.5, gamma=float("inf"), interleave=True, shuffle=True, block_size=4, orders=3)  # dp = 2
-    found = {rows: sampler.pattern(64, rows=rows).n_orders for rows in (0, 1, 191, 192, 288, 10_000)}
+    found = {rows: sampler.pattern(64, leading_shape=(rows, 1)).n_orders for rows in (0, 1, 191, 192, 288, 10_000)}
     assert found == {0: 1, 1: 1, 191: 1, 192: 2, 288: 3, 10_000: 3}
-    a = sampler.pattern(64, rows=10_000)
+    assert sampler.pattern(64, leading_shape=(10_000,)).n_orders == 1  # rows of images
+    a = sampler.pattern(64, leading_shape=(100, 100))
     assert a.n_groups == 6
     assert len({tuple(line.tolist()) for line in a.mask(6)}) == 6
     assert torch.equal(a.mask(6).sum(0), torch.full((64,), 3))  # each order drops each unit once
-    assert sampler.pattern(64, shared=True, rows=10_000).n_orders == 1
+    assert sampler.pattern(64, shared=True, leading_shape=(100, 100)).n_orders == 1
 
 
 def test_every_unit_of_every_row_is_dropped_at_the_rate_with_several_orders():
@@ -206,6 +207,6 @@ def test_every_unit_of_every_row_is_dropped_at_the_rate_with_several_orders():
     dropped = torch.zeros(rows, n)
     for _ in range(draws):
         sampler.draw()
-        dropped += ~sampler.pattern(n, rows=1000).mask(rows)
+        dropped += ~sampler.pattern(n, leading_shape=(100, 10)).mask(rows)
     # 156 normal deviates: Bonferroni at 1e-4 / 156 is 5.1 sd.
     assert ((dropped / draws - rate) / (rate * (1 - rate) / draws) ** 0.5).abs().max() < 5.1

@@ -224,7 +224,7 @@ def test_a_model_learns_as_with_the_reference(settings):
 COMPILATIONS = """
 import torch
 from approxdrop_lightning import RowPattern
-from approxdrop_lightning.ops import triton_groups
+from approxdrop_lightning.ops import group_launches
 from approxdrop_lightning.ops.tables import make_plan
 from approxdrop_lightning.ops.triton_common import tilings
 from triton_cases import compilations, make_pattern
@@ -242,18 +242,18 @@ for dp in range(2, 9):
         x, y, dense = (weight.new_empty(shape) for shape in (in_shape, out_shape, (256, n)))
         common = tables, sizes, 2.0, tiling
         for name, launch in {
-            "forward": triton_groups.product_launch(x, weight, weight[0], y, None, *common),
-            "input": triton_groups.product_launch(y, weight, None, x, None, *common, forward=False),
-            "weight": triton_groups.weight_grad_launch(y, x, weight, *common),
-            "bias": triton_groups.bias_grad_launch(y, weight[0], tables, sizes, 2.0),
-            "gather": triton_groups.copy_launch(dense, x, tables, sizes, gather=True),
+            "forward": group_launches.product_launch(x, weight, weight[0], y, None, *common),
+            "input": group_launches.product_launch(y, weight, None, x, None, *common, forward=False),
+            "weight": group_launches.weight_grad_launch(y, x, weight, *common),
+            "bias": group_launches.bias_grad_launch(y, weight[0], tables, sizes, 2.0),
+            "gather": group_launches.copy_launch(dense, x, tables, sizes, gather=True),
         }.items():
             launches.setdefault(name, []).append(launch)
         single = [make_pattern(narrow, dp, keep, interleave=True, shuffle=True) for _ in range(2)]
         tables, sizes, *_ = make_plan(*single, (256,), small)
-        assert triton_groups.packs(sizes)
-        packed = weight.new_empty(triton_groups.packed_shape(sizes))
-        launches.setdefault("pack", []).append(triton_groups.pack_launch(small, packed, tables, sizes))
+        assert group_launches.packs(sizes)
+        packed = weight.new_empty(group_launches.packed_shape(sizes))
+        launches.setdefault("pack", []).append(group_launches.pack_launch(small, packed, tables, sizes))
 print([compilations(group) for group in launches.values()])
 """
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import itertools
 
-from rich.console import Console
 from rich.table import Table
 
 from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution
+from approxdrop_lightning.results import show
 
 _BAR = 40  # characters of a probability of 1
 
@@ -25,12 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
         ]
     except ValueError as error:
         parser.error(str(error))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
     if len(found) == 1:
-        console.print(_patterns(found[0]))
-    console.print(_summary(settings, found))
+        show(_patterns(found[0]))
+    show(_summary(settings, found))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,12 +44,8 @@ class Site:
         backend: str = "auto",
     ) -> None:
         self.name, self.rate, self.sampler = name, rate, sampler
-        self.scale_by, self.min_features, self.min_multiplies, self.backend = (
-            scale,
-            min_features,
-            min_multiplies,
-            backend,
-        )
+        self.scale_by, self.backend = scale, backend
+        self.min_features, self.min_multiplies = min_features, min_multiplies
         #: What was seen so far: layers before it and after it, functions that read it whole, steps begun.
         self.producers: set[str] = set()
         self.consumers: set[str] = set()
@@ -100,9 +95,9 @@ class Site:
             return f"{multiplies:,} multiplies are too few to gain (min_multiplies={self.min_multiplies:,})"
         return None
 
-    def pattern(self, n: int, shared: bool = False, rows: int = 0) -> RowPattern:
-        """The pattern of the next use, of ``n`` units and ``rows`` rows; with ``shared`` one for all of these."""
-        return self._next(lambda: self.sampler.pattern(n, shared, rows), lambda pattern: pattern.n == n)
+    def pattern(self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = ()) -> RowPattern:
+        """The pattern of the next use, of ``n`` units; with ``shared`` one for all rows of the batch."""
+        return self._next(lambda: self.sampler.pattern(n, shared, leading_shape), lambda pattern: pattern.n == n)
 
     def _next(self, draw: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
         """What is drawn for the next use: anew, or again if the step is one and it still fits."""
@@ -132,8 +127,7 @@ class Site:
         if x.dim() == 0 or x.numel() == 0:
             return as_dense(x) * self.scale
         shape = tuple(x.shape)
-        # Several orders cost a tenth to a quarter of the gain. Sequences need them (docs/results.md), images do not.
-        pattern = self.pattern(shape[-1], rows=math.prod(shape[:-1]) if len(shape) > 2 else 0)
+        pattern = self.pattern(shape[-1], leading_shape=shape[:-1])
         pending = x.held if isinstance(x, PendingLinear) and x.is_lazy else None
         if pending is not None:
             pending.layer.dropped_by.add(self)

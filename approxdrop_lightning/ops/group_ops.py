@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from approxdrop_lightning.ops import triton_groups
+from approxdrop_lightning.ops import group_launches
 from approxdrop_lightning.ops.tables import PAIR_FIELDS, SEGMENT_FIELDS, Sizes, Tables
 from approxdrop_lightning.ops.triton_common import Tiling, autocast, run_fastest
 from approxdrop_lightning.ops.triton_launch import Launch, before_activation, saved_for
@@ -20,7 +20,7 @@ from approxdrop_lightning.ops.triton_launch import Launch, before_activation, sa
 
 def _run(name: str, x: Tensor, tables: Tables, sizes: Sizes, launch: Callable[[Tiling], Launch]) -> None:
     dense = (tables.rows.numel(), sizes.n_out, sizes.n_in)
-    run_fastest(name, x, dense, launch, triton_groups.aligned(sizes))
+    run_fastest(name, x, dense, launch, group_launches.aligned(sizes))
 
 
 @torch.library.custom_op("approxdrop::groups_linear", mutates_args=())
@@ -54,12 +54,12 @@ def groups_linear(
     tables, sizes = Tables(*tables), Sizes(*sizes)
     y, z, packed = _groups_linear_results(x, weight, bias, tables, sizes, in_shape, out_shape, scale, activation)
     if packed.numel():
-        triton_groups.pack_launch(weight, packed, tables, sizes).run()
+        group_launches.pack_launch(weight, packed, tables, sizes).run()
     argument = z if activation == "gelu" else None
-    read = packed if triton_groups.packs(sizes) else weight
+    read = packed if group_launches.packs(sizes) else weight
 
     def launch(tiling: Tiling) -> Launch:
-        return triton_groups.product_launch(x, read, bias, y, argument, tables, sizes, scale, tiling, activation)
+        return group_launches.product_launch(x, read, bias, y, argument, tables, sizes, scale, tiling, activation)
 
     _run("groups_linear", x, tables, sizes, launch)
     return y, z, packed
@@ -70,7 +70,11 @@ def _groups_linear_results(x, weight, bias, tables, sizes, in_shape, out_shape, 
     y = x.new_empty(out_shape)
     z = torch.empty_like(y) if activation == "gelu" else y.new_empty(0)
     sizes = Sizes(*sizes)
-    return y, z, x.new_empty(triton_groups.packed_shape(sizes) if triton_groups.packs(sizes) else (0,))
+    return (
+        y,
+        z,
+        x.new_empty(group_launches.packed_shape(sizes) if group_launches.packs(sizes) else (0,)),
+    )
 
 
 @torch.library.custom_op("approxdrop::groups_input_grad", mutates_args=())
@@ -82,7 +86,7 @@ def groups_input_grad(
     dx = _groups_input_grad_result(dy, weight, tables, sizes, in_shape, scale)
 
     def launch(tiling: Tiling) -> Launch:
-        return triton_groups.product_launch(dy, weight, None, dx, None, tables, sizes, scale, tiling, forward=False)
+        return group_launches.product_launch(dy, weight, None, dx, None, tables, sizes, scale, tiling, forward=False)
 
     _run("groups_input_grad", dy, tables, sizes, launch)
     return dx
@@ -99,19 +103,26 @@ def groups_weight_grad(
 ) -> Tensor:
     """``[n_out, n_in]``: sum over the groups that keep an entry of ``scale * dy[g].T @ x[g]``, zero elsewhere."""
     tables, sizes = Tables(*tables), Sizes(*sizes)
-    dw = dy.new_zeros(n_out, n_in)
 
-    # A launch writes each entry once, and orders have entries in common: a launch for each.
-    for i, pairs in enumerate(tables.pairs.view(-1, PAIR_FIELDS).chunk(sizes.orders)):
-        grad, part = dy.new_zeros(n_out, n_in) if i else dw, tables._replace(pairs=pairs)
+    def of_one_order(pairs: Tensor) -> Tensor:
+        dw, part = dy.new_zeros(n_out, n_in), tables._replace(pairs=pairs)
 
-        def launch(tiling: Tiling, grad: Tensor = grad, part: Tables = part) -> Launch:
-            return triton_groups.weight_grad_launch(dy, x, grad, part, sizes, scale, tiling)
+        def launch(tiling: Tiling) -> Launch:
+            return group_launches.weight_grad_launch(dy, x, dw, part, sizes, scale, tiling)
 
         _run("groups_weight_grad", dy, part, sizes, launch)
-        if i:
-            dw += grad
-    return dw
+        return dw
+
+    return _sum_over_orders(tables.pairs, PAIR_FIELDS, sizes, of_one_order)
+
+
+def _sum_over_orders(records: Tensor, fields: int, sizes: Sizes, of_one_order: Callable[[Tensor], Tensor]) -> Tensor:
+    """A launch writes each entry once, but orders of the units have entries in common: one for each, added up."""
+    first, *others = records.view(-1, fields).chunk(sizes.orders)
+    total = of_one_order(first)
+    for other in others:
+        total += of_one_order(other)
+    return total
 
 
 @groups_weight_grad.register_fake
@@ -122,13 +133,15 @@ def _groups_weight_grad_result(dy, x, tables, sizes, n_out, n_in, scale):
 @torch.library.custom_op("approxdrop::groups_bias_grad", mutates_args=())
 def groups_bias_grad(dy: Tensor, tables: Sequence[Tensor], sizes: Sequence[int], n_out: int, scale: float) -> Tensor:
     """``[n_out]``: sum of ``scale * dy`` over the rows that keep an output."""
-    db = dy.new_zeros(n_out)
     tables, sizes = Tables(*tables), Sizes(*sizes)
-    for segments in tables.segments.view(-1, SEGMENT_FIELDS).chunk(sizes.orders):
-        grad = torch.zeros_like(db)
-        triton_groups.bias_grad_launch(dy, grad, tables._replace(segments=segments), sizes, scale).run()
-        db += grad
-    return db
+
+    def of_one_order(segments: Tensor) -> Tensor:
+        db = dy.new_zeros(n_out)
+        part = tables._replace(segments=segments)
+        group_launches.bias_grad_launch(dy, db, part, sizes, scale).run()
+        return db
+
+    return _sum_over_orders(tables.segments, SEGMENT_FIELDS, sizes, of_one_order)
 
 
 @groups_bias_grad.register_fake
@@ -140,7 +153,7 @@ def _groups_setup(ctx, inputs, output):
     x, weight, bias, tables, ctx.sizes, ctx.in_shape, _, ctx.scale, ctx.activation = inputs
     y, z, packed = output
     ctx.shape, ctx.bias, ctx.n_tables = tuple(weight.shape), bias is not None, len(tables)
-    read = packed if triton_groups.packs(Sizes(*ctx.sizes)) else weight
+    read = packed if group_launches.packs(Sizes(*ctx.sizes)) else weight
     ctx.save_for_backward(x, read, *tables, *saved_for(ctx.activation, y, z))
 
 
@@ -176,7 +189,7 @@ def _(dy, other, tables, sizes, *_, **__) -> int:
 def gather(dense: Tensor, tables: Sequence[Tensor], sizes: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Kept values of dense rows ``[R, n]``, of ``shape``: the inputs of a plan."""
     values = dense.new_empty(shape)
-    triton_groups.copy_launch(dense, values, Tables(*tables), Sizes(*sizes), gather=True).run()
+    group_launches.copy_launch(dense, values, Tables(*tables), Sizes(*sizes), gather=True).run()
     return values
 
 
@@ -189,7 +202,7 @@ def _gather_result(dense, tables, sizes, shape):
 def scatter(values: Tensor, tables: Sequence[Tensor], sizes: Sequence[int], n: int) -> Tensor:
     """Inverse of :func:`gather`, with zeros where nothing is kept."""
     dense = values.new_zeros(tables[0].numel(), n)
-    triton_groups.copy_launch(dense, values, Tables(*tables), Sizes(*sizes), gather=False).run()
+    group_launches.copy_launch(dense, values, Tables(*tables), Sizes(*sizes), gather=False).run()
     return dense
 
 
