@@ -55,7 +55,7 @@ class Options:
     interleave: bool = True
     shuffle: bool = True
     block_size: int = 16
-    orders: int = 4
+    orders: int = 8
     max_dp: int = MAX_DP
     keep: str = KEEP
     concentration: float = CONCENTRATION

@@ -25,8 +25,13 @@ def fitting_block_size(n: int, dp: int, block_size: int) -> int:
     return block_size
 
 
-#: A group of rows of a further order has this many or more, lest its products be thin.
-LEAST_ROWS = 48
+def least_rows(block_size: int) -> int:
+    """Rows that a group has at least, if there are several orders of the units: lest its products be thin.
+
+    Twice as many where blocks are not whole strips of what compiled code reads at once (``ops/strips.py``): there
+    each order reads the weight anew.
+    """
+    return 24 if block_size % 16 == 0 else 48
 
 
 def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
@@ -104,8 +109,8 @@ class PatternSampler:
         """Draw a pattern of ``n`` units with the step's ``(dp, keep)``; with ``shared`` one for all rows.
 
         For the rows of sequences, which have two leading dimensions or more, it has as many orders of the units as
-        leave each group ``LEAST_ROWS`` of them, but one at least and ``orders`` at most. Language models need them,
-        images do not (docs/results.md), and they cost a part of the gain.
+        leave each group :func:`least_rows` of them, but one at least and ``orders`` at most. Language models need
+        them, images do not (docs/results.md).
         """
         rows = math.prod(leading_shape) if len(leading_shape) > 1 else 0
         interleave = self.interleave and not shared
@@ -119,7 +124,7 @@ class PatternSampler:
         n_blocks = -(-n // block_size)
         order = torch.randperm(n_blocks, generator=self._patterns)
         pattern = RowPattern.unchecked(order=order, block_size=block_size, **common)
-        orders = min(self.orders, rows // (pattern.n_groups * LEAST_ROWS)) if interleave else 1
+        orders = min(self.orders, rows // (pattern.n_groups * least_rows(block_size))) if interleave else 1
         if orders < 2:
             return pattern
         further = [torch.randperm(n_blocks, generator=self._patterns) for _ in range(orders - 1)]

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from approxdrop_lightning.ops import groups, reference
 from approxdrop_lightning.ops.blocks import buffer, put, take
 from approxdrop_lightning.ops.groups import Groups
-from approxdrop_lightning.ops.product import multiply
+from approxdrop_lightning.ops.strips import layer_products
 from approxdrop_lightning.pattern import RowPattern, Units
 
 
@@ -50,10 +50,8 @@ class _RowLinear(torch.autograd.Function):
         out_pattern: RowPattern | None,
         leading_shape: tuple[int, ...],
     ) -> Tensor:
-        parts = Groups(in_pattern, out_pattern, leading_shape, weight)
-        y = parts.outside.new(x)
-        blocks = zip(parts.inside.blocks(x), parts.weights(weight), parts.outside.blocks(y), strict=True)
-        multiply([(x_g, w_g.t, y_g, False) for x_g, w_g, y_g in blocks], bias)
+        parts = layer_products(in_pattern, out_pattern, leading_shape, weight)
+        y = parts.product(x, weight, bias)
         ctx.parts, ctx.bias = parts, bias is not None
         ctx.save_for_backward(x, weight)
         return y
@@ -63,17 +61,13 @@ class _RowLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parts: Groups = ctx.parts
         x, weight = ctx.saved_tensors
-        dys = parts.outside.blocks(grad)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = parts.inside.new(grad)
-            blocks = zip(dys, parts.weights(weight), parts.inside.blocks(dx), strict=True)
-            multiply([(dy_g, w_g, dx_g, False) for dy_g, w_g, dx_g in blocks])
-            dx = dx.view(x.shape)
+            dx = parts.input_grad(grad, weight).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dw = parts.weight_grad(dys, parts.inside.blocks(x))
+            dw = parts.weight_grad(grad, x)
         if ctx.bias and ctx.needs_input_grad[2]:
-            db = parts.bias_grad(dys)
+            db = parts.bias_grad(grad)
         return dx, dw, db, None, None, None
 
 

@@ -87,22 +87,37 @@ class Groups:
         """The block of the weight that each group multiplies, ``[its outputs, its inputs]``."""
         return [Block(weight, o, i) for o, i in zip(self.outside.units, self.inside.units, strict=True)]
 
-    def weight_grad(self, dys: list[Block], xs: list[Block]) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias`` of each group."""
+        y = self.outside.new(x)
+        blocks = zip(self.inside.blocks(x), self.weights(weight), self.outside.blocks(y), strict=True)
+        multiply([(x_g, w_g.t, y_g, False) for x_g, w_g, y_g in blocks], bias)
+        return y
+
+    def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """``dy @ weight`` of each group."""
+        dx = self.inside.new(dy)
+        blocks = zip(self.outside.blocks(dy), self.weights(weight), self.inside.blocks(dx), strict=True)
+        multiply([(dy_g, w_g, dx_g, False) for dy_g, w_g, dx_g in blocks])
+        return dx
+
+    def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
         """Dense gradient; each entry is written once, but for those that groups have in common: they add up."""
-        grad = buffer((self.outside.n, self.inside.n), dys[0].tensor)
+        dys, xs = self.outside.blocks(dy), self.inside.blocks(x)
+        grad = buffer((self.outside.n, self.inside.n), dy)
         cleared = self._clear(grad)
         first: list[Product] = []
         later: list[Product] = []
-        for g, (dy, x) in enumerate(zip(dys, xs, strict=True)):
+        for g, (dy_g, x_g) in enumerate(zip(dys, xs, strict=True)):
             if g == 0 or cleared or g >= self.of_one_order:
                 out = Block(grad, self.outside.units[g], self.inside.units[g])
-                (later if g else first).append((dy.t, x, out, g > 0))
+                (later if g else first).append((dy_g.t, x_g, out, g > 0))
                 continue
             for place, rows, again in self.outside.pieces(g):
                 # Rows that no group has written yet: nothing to add to.
                 for columns in self.inside.pieces(g) if again else [(slice(None), self.inside.units[g], False)]:
                     add = again and columns[2]
-                    product = (dy.cut(place).t, x.cut(columns[0]), Block(grad, rows, columns[1]), add)
+                    product = (dy_g.cut(place).t, x_g.cut(columns[0]), Block(grad, rows, columns[1]), add)
                     (later if add else first).append(product)
         multiply(first)
         if self.inside.overlaps or self.outside.overlaps or cleared:
@@ -128,8 +143,9 @@ class Groups:
             zero(grad, outside.pattern.never_kept, Units.every(inside.n))
         return False
 
-    def bias_grad(self, dys: list[Block]) -> Tensor:
+    def bias_grad(self, dy: Tensor) -> Tensor:
         """Dense gradient: sums over the rows of each group."""
+        dys = self.outside.blocks(dy)
         if self.outside.pattern is None:
             return dys[0].matrix.sum(0)
         grad = dys[0].tensor.new_zeros(1, self.outside.n)

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "product.c", "recurrence.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "product.c", "recurrence.c", "strips.c")]
 _HEADERS = [Path(__file__).with_name(name) for name in ("kernels.h", "tile.h")]
 # Not -ffast-math: linking with it would change the rounding of tiny numbers for the whole process.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=gnu11")
@@ -37,11 +37,14 @@ _SIGNATURES = {
     "put": [*_COPY, _INT],
     "zero": [_POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT],
     "products": [_POINTER, _SIZE, _INT],
+    "strips_product": [_POINTER, _INT],
+    "strips_input_grad": [_POINTER, _INT],
+    "strips_weight_grad": [_POINTER, _INT],
     "lstm_forward": [*[_POINTER] * 7, *[_SIZE] * 4, _INT],
     "lstm_backward": [*[_POINTER] * 9, *[_SIZE] * 4, _INT],
 }
 #: Functions that return whether memory was lacking.
-_ALLOCATING = ("products", "lstm_forward", "lstm_backward")
+_ALLOCATING = tuple(name for name in _SIGNATURES if name.startswith(("products", "strips", "lstm")))
 
 
 @cache

@@ -95,7 +95,7 @@ def multiply(products: Sequence[Product], bias: Tensor | None = None) -> None:
     """
     bias = None if bias is None else bias.contiguous()
     tensors = [block.tensor for product in products for block in product[:3]]
-    native = _native(tensors if bias is None else [*tensors, bias])
+    native = native_for(tensors if bias is None else [*tensors, bias])
     address = 0 if bias is None else bias.data_ptr()
     described = array("q")
     for a, b, out, add in products:
@@ -119,7 +119,8 @@ def multiply(products: Sequence[Product], bias: Tensor | None = None) -> None:
 _FIELDS = 31
 
 
-def _native(tensors: list[Tensor]) -> CDLL | None:
+def native_for(tensors: list[Tensor]) -> CDLL | None:
+    """Compiled code for these tensors, or None where PyTorch's own calls have to do."""
     # A dispatch mode (FlopCounterMode, for one) watches PyTorch's own calls: then these are what it shall see.
     if torch._C._len_torch_dispatch_stack() or not all(t.is_cpu and t.dtype == torch.float32 for t in tensors):
         return None
