@@ -13,7 +13,8 @@ import torch
 
 from approxdrop_lightning.ops import blocks, lstm, native, product
 from approxdrop_lightning.ops.product import Block
-from approxdrop_lightning.pattern import Units
+from approxdrop_lightning.ops.strips import layer_products
+from approxdrop_lightning.pattern import RowPattern, Units
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where there is a compiler, sources that do not compile are a failure.
@@ -123,6 +124,11 @@ def test_lack_of_memory_is_an_error_of_python():
     described = array("q", [2**57, 1, 1, *[0] * (product._FIELDS - 3)])
     with pytest.raises(MemoryError, match="products"):
         compiled.products(described.buffer_info()[0], 1, 1)
+    none = array("q", [0])
+    layer = array("q", [2**57, 1, 1, 0, 0, 0, 0, none.buffer_info()[0], *[0] * 6])
+    for name in ("strips_product", "strips_input_grad", "strips_weight_grad"):
+        with pytest.raises(MemoryError, match=name):
+            getattr(compiled, name)(layer.buffer_info()[0], 1)
     with pytest.raises(MemoryError, match="lstm_forward"):
         compiled.lstm_forward(*[None] * 7, 1, 2**50, 8, 8, 1)
     with pytest.raises(MemoryError, match="lstm_backward"):
@@ -142,6 +148,15 @@ def test_lack_of_memory_for_a_threads_blocks_is_an_error_of_python(tmp_path, mon
     a, b, out = torch.randn(200, 50), torch.randn(50, 60), torch.empty(200, 60)
     with pytest.raises(MemoryError, match="products"):
         product.multiply([(Block.whole(a), Block.whole(b), Block.whole(out), False)])
+    pattern = RowPattern(64, 2, 0, interleave=True, block_size=16)
+    layer = layer_products(pattern, None, (200,), torch.randn(50, 64))
+    x, y = layer.inside.new(a), torch.randn(200, 50)
+    with pytest.raises(MemoryError, match="strips_product"):
+        layer.product(x, torch.randn(50, 64), None)
+    with pytest.raises(MemoryError, match="strips_input_grad"):
+        layer.input_grad(y, torch.randn(50, 64))
+    with pytest.raises(MemoryError, match="strips_weight_grad"):
+        layer.weight_grad(y, x)
 
 
 @needs_compiler

@@ -139,3 +139,15 @@ def test_other_types_and_a_machine_without_compiler_are_served_by_groups(ran, mo
     monkeypatch.setattr("approxdrop_lightning.ops.product.library", lambda: None)
     check(pattern, 40, (3, 5))
     assert not ran
+
+
+@needs_library
+def test_the_wider_vectors_of_other_processors(tmp_path, monkeypatch):
+    """Those of AVX-512, which the compiler makes of what this processor has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-DLANES=16", "-DROWS=12"))
+    wide = native.library.__wrapped__()
+    assert wide is not None
+    monkeypatch.setattr("approxdrop_lightning.ops.product.library", lambda: wide)
+    check(interleaved(100, 10, 3, 2), 70, (30, 9))
+    check(interleaved(650, 2, 1, 3), 33, (20, 9))
