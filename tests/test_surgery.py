@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from approxdrop_lightning import ApproxLinear, ApproxLSTM, approximate, resample, restore
+from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.surgery import NoEffectWarning
 
 SETTINGS = {
@@ -641,3 +642,17 @@ def test_rows_of_sequences_take_several_orders_and_those_of_images_one():
         model(torch.randn(shape)).sum().backward()
         (pattern,) = model[1].last_patterns
         assert pattern.n_orders >= expected if expected > 1 else pattern.n_orders == 1
+
+
+@pytest.mark.parametrize(("rate", "hidden", "masked"), [(0.3, 256, True), (0.3, 320, False), (0.7, 256, False)])
+def test_narrow_layers_that_keep_most_by_several_orders_are_masked(rate, hidden, masked):
+    model = nn.ModuleList([nn.Dropout(rate), nn.LSTM(hidden, 8)])
+    report = approximate(model, seed=0, min_hidden=0, concentration=float("inf"))  # always (10, 7) or (10, 3)
+    resample(model)
+    x = torch.ones(35, 20, hidden)
+    dropped = model[0](x)
+    model[1](dropped)[0].sum().backward()
+    assert model[0].last_patterns[0].n_orders > 1
+    assert isinstance(dropped, CompactTensor) != masked
+    assert ("too few to gain at a rate below .5" in str(report)) == masked
+    assert (dropped == 0).float().mean() == pytest.approx(rate, abs=0.01)
