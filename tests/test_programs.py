@@ -11,7 +11,7 @@ import pytest
 PROGRAMS = Path(__file__).parent / "programs"
 SKIPPED = {
     "mlp": ["backbone.2  0.5   backbone.0  backbone.3", "backbone.5  0.5   backbone.3  head"],
-    "lstm": ["drop                 0.4   -         decoder, rnn", "rnn (layer 1)", "consumers' columns"],
+    "lstm": ["drop                 0.5   -         decoder, rnn", "rnn (layer 1)", "consumers' columns"],
     "vit": ["encoder_layer_0.mlp.0", "encoder_layer_1.mlp.3", "producer's rows and consumers' columns"],
 }
 

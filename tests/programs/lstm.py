@@ -11,8 +11,8 @@ class LitLanguageModel(L.LightningModule):
     def __init__(self, vocab_size=50, width=96):
         super().__init__()
         self.encoder = nn.Embedding(vocab_size, width)
-        self.drop = nn.Dropout(0.4)
-        self.rnn = nn.LSTM(width, width, num_layers=2, dropout=0.4, batch_first=True)
+        self.drop = nn.Dropout(0.5)
+        self.rnn = nn.LSTM(width, width, num_layers=2, dropout=0.5, batch_first=True)
         self.decoder = nn.Linear(width, vocab_size)
         self.criterion = nn.CrossEntropyLoss()
 
