@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Units that compiled code reads together: products are cheapest where groups keep whole strips of so many.
+STRIP = 16
+
 
 @dataclass(frozen=True, eq=False)
 class Units:
@@ -262,6 +265,10 @@ class RowPattern:
         """Rows of each group: units of the flattened leading dimensions, ascending."""
         return _row_groups(tuple(leading_shape), self.n_groups)
 
+    def row_order(self, leading_shape: tuple[int, ...]) -> Tensor:
+        """Rows of all groups, one group after the other: int64."""
+        return _row_order(tuple(leading_shape), self.n_groups)
+
     def flat_index(self, leading_shape: tuple[int, ...]) -> Tensor:
         """Where the packed values lie in a contiguous ``[*leading_shape, n]``: int64, group after group."""
         if self._flat_index_of and self._flat_index_of[0] == leading_shape:
@@ -335,3 +342,8 @@ def _row_groups(leading_shape: tuple[int, ...], n_groups: int) -> tuple[Units, .
     group = _group_of_row(leading_shape, n_groups).view(-1)
     rows = [(group == g).nonzero().squeeze(1) for g in range(n_groups)]
     return tuple(Units(r, torch.ones_like(r), len(r)) for r in rows)
+
+
+@lru_cache(maxsize=256)
+def _row_order(leading_shape: tuple[int, ...], n_groups: int) -> Tensor:
+    return torch.cat([rows.index for rows in _row_groups(leading_shape, n_groups)])

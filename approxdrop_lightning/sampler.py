@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from approxdrop_lightning.distribution import PatternDistribution
-from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.pattern import STRIP, RowPattern
 from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
 
 
@@ -31,7 +31,7 @@ def least_rows(block_size: int) -> int:
     Twice as many where blocks are not whole strips of what compiled code reads at once (``ops/strips.py``): there
     each order reads the weight anew.
     """
-    return 24 if block_size % 16 == 0 else 48
+    return 24 if block_size % STRIP == 0 else 48
 
 
 def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from approxdrop_lightning import RowPattern, functional
-from approxdrop_lightning.ops import blocks, compact, groups, native
+from approxdrop_lightning.ops import blocks, native
 from approxdrop_lightning.ops import lstm as lstm_ops
 
 KINDS = {
@@ -39,17 +39,6 @@ def run(x, weight, bias, in_pattern, out_pattern, scale, backend):
     packed = x if in_pattern is None else functional.pack(x, in_pattern, backend)
     y = functional.row_linear(packed, weight, bias, in_pattern, out_pattern, scale, backend, leading)
     return y if out_pattern is None else functional.unpack(y, out_pattern, leading, backend)
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that an op asks for is NaN: an entry that it forgets to write cannot pass for zero."""
-    buffer, new_empty, empty_like = blocks.buffer, torch.Tensor.new_empty, torch.empty_like
-    fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-    for module in (blocks, groups, compact):
-        monkeypatch.setattr(module, "buffer", lambda *a: fill(buffer(*a)))
 
 
 @pytest.fixture(params=["compiled", "plain"])

@@ -8,7 +8,7 @@ import torch
 from fuzz import came_of_it, examples, fuzz
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_functional import kernels, poisoned  # noqa: F401
+from test_functional import kernels  # noqa: F401
 
 from approxdrop_lightning import (
     ApproxDropout,

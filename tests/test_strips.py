@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from approxdrop_lightning import functional
-from approxdrop_lightning.ops import blocks, native
+from approxdrop_lightning.ops import native
 from approxdrop_lightning.ops.groups import Groups
 from approxdrop_lightning.ops.strips import Strips, layer_products
 from approxdrop_lightning.pattern import RowPattern
@@ -18,18 +18,6 @@ def interleaved(n, dp, keep, orders, block_size=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(-(-n // block_size), generator=generator) for _ in range(orders)])
     return RowPattern(n, dp, seed % dp, keep, True, order if orders > 1 else order[0], block_size)
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    monkeypatch.setattr(blocks, "_KEEP_FROM_BYTES", 1 << 62)
-    fresh = torch.Tensor.new_empty
-
-    def nan(self, *args, **kwargs):
-        made = fresh(self, *args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", nan)
 
 
 @pytest.fixture

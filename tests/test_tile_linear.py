@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from approxdrop_lightning import TilePattern, functional
-from approxdrop_lightning.ops import blocks, native, product, tiles
+from approxdrop_lightning.ops import blocks, native, product
 
 SIZES = (1, 7, 31, 33, 130)  # one unit, less than a tile, one less and one more, several tiles and a rest
 
@@ -20,14 +20,6 @@ def kernels(request, monkeypatch):
             monkeypatch.setattr(module, "library", lambda: None)
     elif native.library() is None:
         pytest.skip("no C compiler on this machine")
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that an op asks for is NaN: an entry that it forgets to write cannot pass for zero."""
-    buffer = blocks.buffer
-    for module in (blocks, product, tiles):
-        monkeypatch.setattr(module, "buffer", lambda *a: buffer(*a).fill_(float("nan")))
 
 
 def masked_linear(x, weight, bias, pattern, scale):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from triton_cases import poisoned  # noqa: F401
 
 pytest.importorskip("triton")
 

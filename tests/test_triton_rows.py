@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import compiler_environment
 from torch.utils.flop_counter import FlopCounterMode
-from triton_cases import TOLERANCE, assert_is_the_reference, poisoned  # noqa: F401
+from triton_cases import TOLERANCE, assert_is_the_reference
 
 pytest.importorskip("triton")
 

@@ -9,7 +9,7 @@ import torch
 from conftest import compiler_environment
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
-from triton_cases import TOLERANCE, poisoned  # noqa: F401
+from triton_cases import TOLERANCE
 
 pytest.importorskip("triton")
 

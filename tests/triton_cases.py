@@ -1,6 +1,5 @@
 """What the tests of the Triton backend have in common: patterns, and a comparison with the definition."""
 
-import pytest
 import torch
 
 from approxdrop_lightning import RowPattern, functional
@@ -42,15 +41,6 @@ def assert_is_the_reference(
         torch.testing.assert_close(
             mine.double(), wanted, **TOLERANCE[dtype], msg=lambda m, n=name: f"{n} of {case}: {m}"
         )
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that an operator asks for is NaN: an entry that it forgets to write cannot pass for zero."""
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-    fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
 
 
 def compilations(launches):

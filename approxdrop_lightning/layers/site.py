@@ -19,7 +19,7 @@ Pattern = RowPattern | TilePattern | BernoulliPattern
 
 #: Blocks of fewer units, of a layer too narrow for larger ones, cost more to read for each of several orders than is
 #: saved where most units are kept: at .3 an LSTM of 256 ran at 0.9, one of 512, in blocks of 8, at 1.1
-#: (``benchmark lstm --hidden 256 --vocabulary 2000 --consecutive 1``).
+#: (``benchmark lstm --hidden 256 --vocabulary 2000 --consecutive 1 --min-features 0``).
 _NARROW = 8
 
 

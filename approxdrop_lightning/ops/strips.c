@@ -11,7 +11,7 @@
 
 #include "tile.h"
 
-#define WIDE 16             // inputs of a strip: a tile of the result is HIGH x WIDE
+#define WIDE 16             // inputs of a strip, STRIP in pattern.py: a tile of the result is HIGH x WIDE
 #define VECS (WIDE / LANES)
 #define HIGH (12 / VECS)
 #define DEPTH 384           // of a packed block, as in product.c,
@@ -146,6 +146,9 @@ static int lay_out(const Layer *g, Layout *l) {
     return 1;
 }
 
+// Blocks of HEIGHT rows at most that a group falls into.
+static int64_t row_blocks(const Group *of) { return (of->bands * of->high + HEIGHT - 1) / HEIGHT; }
+
 // Work space that a thread keeps: of all threads (0), or its own (1).
 static float *work_space(int which, int64_t floats) {
     static _Thread_local float *kept[2];
@@ -162,13 +165,13 @@ static float *work_space(int which, int64_t floats) {
 int strips_product(const Layer *g, int threads) {
     Layout l;
     if (!lay_out(g, &l)) return 1;
-    const int64_t tasks = (g->outputs + STRIPS * WIDE - 1) / (STRIPS * WIDE), most = l.strips;
+    const int64_t tasks = (g->outputs + STRIPS * WIDE - 1) / (STRIPS * WIDE);
     float *packed = work_space(0, l.group[g->groups].packed + GAP);
     int failed = !packed;
 #pragma omp parallel num_threads(threads) if (packed && threads > 1)
     {
         float *own = work_space(1, STRIPS * WIDE * g->inputs + GAP);
-        Piece *pieces = malloc(sizeof(Piece) * (most + 1));
+        Piece *pieces = malloc(sizeof(Piece) * (l.strips + 1));
         if (!own || !pieces) {
 #pragma omp atomic write
             failed = 1;
@@ -220,7 +223,7 @@ int strips_input_grad(const Layer *g, int threads) {
     if (!lay_out(g, &l)) return 1;
     const int64_t blocks = (g->outputs + DEPTH - 1) / DEPTH, step = blocks ? (g->outputs + blocks - 1) / blocks : 0;
     int64_t tasks = 0;  // a group, and HEIGHT of its rows at most
-    for (int64_t i = 0; i < g->groups; i++) tasks += (l.group[i].bands * l.group[i].high + HEIGHT - 1) / HEIGHT;
+    for (int64_t i = 0; i < g->groups; i++) tasks += row_blocks(l.group + i);
     float *packed = work_space(0, l.strips * WIDE * step + GAP);
     int failed = !packed;
 #pragma omp parallel num_threads(threads) if (packed && threads > 1)
@@ -245,7 +248,7 @@ int strips_input_grad(const Layer *g, int threads) {
 #pragma omp for schedule(dynamic, 1)
             for (int64_t task = 0; task < tasks; task++) {
                 int64_t i = 0, block = task, count;
-                while (block >= (count = (l.group[i].bands * l.group[i].high + HEIGHT - 1) / HEIGHT)) block -= count, i++;
+                while (block >= (count = row_blocks(l.group + i))) block -= count, i++;
                 const Group *of = l.group + i;
                 const int64_t per = (of->bands + count - 1) / count, band0 = block * per, band1 = least(band0 + per, of->bands);
                 if (failed) continue;

@@ -8,7 +8,6 @@ from it: there the products of :mod:`.groups` are as fast.
 from __future__ import annotations
 
 from array import array
-from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -17,10 +16,8 @@ from torch import Tensor
 from approxdrop_lightning.ops.blocks import buffer
 from approxdrop_lightning.ops.groups import Groups
 from approxdrop_lightning.ops.product import native_for
-from approxdrop_lightning.pattern import RowPattern, Units
+from approxdrop_lightning.pattern import STRIP, RowPattern, Units
 
-#: Inputs of a strip: ``WIDE`` in ``strips.c``.
-WIDE = 16
 #: Multiplies below which a second thread costs more than it saves.
 _SMALL = 100_000
 
@@ -43,7 +40,7 @@ class Strips(Groups):
     @staticmethod
     def fit(pattern: RowPattern) -> bool:
         """Whether the groups of a pattern keep whole strips."""
-        return pattern.n_groups > 1 and pattern.block_size % WIDE == 0
+        return pattern.n_groups > 1 and pattern.block_size % STRIP == 0
 
     def __init__(self, pattern: RowPattern, leading_shape: tuple[int, ...], weight: Tensor) -> None:
         super().__init__(pattern, None, leading_shape, weight)
@@ -75,7 +72,8 @@ class Strips(Groups):
         if self._strips is None:
             self._strips = _kept_strips(self._pattern)
         strip, first_strip = self._strips
-        row, first_row = _rows(self._leading_shape, self._pattern.n_groups)
+        row = self._pattern.row_order(self._leading_shape)
+        first_row = array("q", accumulate((rows.count for rows in self.inside.rows), initial=0))
         layer = array(
             "q",
             (
@@ -96,15 +94,8 @@ def _kept_strips(pattern: RowPattern) -> tuple[Tensor, array[int]]:
 
 
 def _strips(units: Units, pattern: RowPattern) -> Tensor:
-    first, per_block = units.starts // WIDE, pattern.block_size // WIDE
+    first, per_block = units.starts // STRIP, pattern.block_size // STRIP
     if per_block == 1:
         return first
     strips = (first[:, None] + torch.arange(per_block)).view(-1)
-    return strips[strips * WIDE < pattern.n]  # the last block may be shorter
-
-
-@lru_cache(maxsize=256)
-def _rows(leading_shape: tuple[int, ...], n_groups: int) -> tuple[Tensor, array[int]]:
-    """Rows of each group, group after group, and where those of each begin."""
-    groups = RowPattern(1, n_groups, 0, interleave=True).row_groups(leading_shape)
-    return torch.cat([rows.index for rows in groups]), array("q", accumulate((r.count for r in groups), initial=0))
+    return strips[strips * STRIP < pattern.n]  # the last block may be shorter

@@ -220,4 +220,4 @@ def _values_before(side: _Side, rows: list[int]) -> list[int]:
 @lru_cache(maxsize=64)
 def _rows(leading_shape: tuple[int, ...], groups: int, device: torch.device) -> Tensor:
     like = RowPattern(1, groups, 0, interleave=groups > 1)
-    return to_device(torch.cat([rows.index for rows in like.row_groups(leading_shape)]), device)
+    return to_device(like.row_order(leading_shape), device)
