@@ -176,13 +176,13 @@ class ApproxDropout(Callback):
     ) -> None:
         """Add to the realised rate; print the report once the first batch has shown what is skipped."""
         assert self._conversion is not None
-        self._conversion.end()
         patterns = [p for site in self._conversion.report.sites for p in site.last_patterns]
         if patterns:
             self._dropped += sum(1 - p.share for p in patterns) / len(patterns)
             self._steps += 1
         if not self._reported:
             self._reported = True
+            self._conversion.end()  # of later steps it is the next one's beginning that does it
             rank_zero_info(f"ApproxDropout:\n{self.report}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

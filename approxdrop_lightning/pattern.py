@@ -259,7 +259,14 @@ class RowPattern:
     @property
     def share(self) -> float:
         """Share of the units kept, all groups together."""
-        return sum(units.count for units in self._units) / (self.n_groups * self.n)
+        last = [self.n_blocks - 1]
+        if self.order is not None and self.n % self.block_size:
+            last = self._orders[:, -1].tolist()
+        first = [g * self._shift for g in range(self.n_groups // self.n_orders)]
+        sizes = [_cell_sizes(self.n, self.dp, self.offset, self.block_size, block)[1] for block in last]
+        return sum(sum(cells[f : f + self.keep]) for cells in sizes for f in first) / (
+            len(last) * len(first) * self.n
+        )
 
     def row_groups(self, leading_shape: tuple[int, ...]) -> tuple[Units, ...]:
         """Rows of each group: units of the flattened leading dimensions, ascending."""
@@ -308,17 +315,24 @@ class _ByCell:
 
 
 def _sort_by_cell(n: int, order: Tensor, offset: int, dp: int, block_size: int) -> _ByCell:
-    cell = (order - offset).remainder_(dp)
-    blocks = cell.sort(stable=True).indices
-    least, more = divmod(len(order), dp)  # an order is a permutation, so it is known how many blocks are in each cell
-    counts = [least + ((c + offset) % dp < more) for c in range(dp)]
-    missing = len(cell) * block_size - n  # of the last block
+    blocks = (order - offset).remainder_(dp).sort(stable=True).indices
+    counts, sizes = _cell_sizes(n, dp, offset, block_size, int(order[-1]))
     lengths = torch.full_like(blocks, block_size)
-    sizes = [count * block_size for count in counts]
-    if missing:
-        lengths[blocks == len(cell) - 1] = block_size - missing
-        sizes[int(cell[-1])] -= missing
+    if missing := len(order) * block_size - n:
+        lengths[blocks == len(order) - 1] = block_size - missing
     return _ByCell(blocks * block_size, lengths, [0, *accumulate(counts)], [0, *accumulate(sizes)])
+
+
+@lru_cache(maxsize=4096)
+def _cell_sizes(n: int, dp: int, offset: int, block_size: int, last: int) -> tuple[list[int], list[int]]:
+    """Blocks and units of each cell, from the first kept one: an order is a permutation, so its ``last`` entry, that
+    of the block which may be smaller, tells them."""
+    n_blocks = -(-n // block_size)
+    least, more = divmod(n_blocks, dp)
+    counts = [least + ((c + offset) % dp < more) for c in range(dp)]
+    sizes = [count * block_size for count in counts]
+    sizes[(last - offset) % dp] -= n_blocks * block_size - n
+    return counts, sizes
 
 
 @lru_cache(maxsize=1024)

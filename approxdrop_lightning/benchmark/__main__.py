@@ -115,6 +115,7 @@ def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> li
         first, median, third = measure.quartiles(seconds[name])
         faster = measure.ratio(seconds["conventional"], seconds[name])
         ceiling = 1 / (1 - step.report.saved) if step.report else None
+        step.optimizer.zero_grad()
         rows.append(
             {
                 "workload": workload.name,

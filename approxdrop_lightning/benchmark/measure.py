@@ -71,8 +71,8 @@ def ratio(baseline: list[float], other: list[float]) -> float:
 def peak_memory(step: Step) -> float:
     """Peak of what a step allocates beyond what stood before it, in MB (2^20 bytes): activations and temporaries.
 
-    Not for a first step, which makes the optimizer's state. Gradients are freed and made again within the step, so
-    they count in every contender; so do the buffers that are kept from step to step, which are given back before.
+    Not for a first step, which makes the optimizer's state. Free its gradients before, so that they count in every
+    contender; the buffers that are kept from step to step are given back here, so that they do.
     """
     gc.collect()
     free_buffers()

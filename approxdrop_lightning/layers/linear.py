@@ -81,8 +81,8 @@ class ApproxLinear(nn.Linear):
                 site.producers.discard(self.name)
             for before, after in [sites for sites in self.work if sites[1] is not None]:
                 del self.work[before, after]
-        elif self.waited:
-            self.defers = bool(self.dropped_by)
+        elif self.waited and not self.dropped_by:
+            self.defers = False
 
 
 class Pending:

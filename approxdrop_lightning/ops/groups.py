@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from approxdrop_lightning.ops.blocks import buffer, put, take, zero
-from approxdrop_lightning.ops.product import Block, Product, multiply
+from approxdrop_lightning.ops.product import LARGE, Block, Product, multiply
 from approxdrop_lightning.pattern import RowPattern, Units
 
 
@@ -38,7 +38,9 @@ class Side:
         counts = [r.count for r in self.rows]
         if self.by_group:
             return buffer((sum(r * u.count for r, u in zip(counts, self.units, strict=True)),), like)
-        return buffer((sum(counts), self.units[0].count), like)
+        shape = (sum(counts), self.units[0].count)
+        # What is dense others read and free, as the logits of a large vocabulary: kept, it would be held twice.
+        return like.new_empty(shape) if self.pattern is None else buffer(shape, like)
 
     def blocks(self, values: Tensor) -> list[Block]:
         """Where in the values those of each group lie, ``[rows of the group, its units]``."""
@@ -119,7 +121,7 @@ class Groups:
                     add = again and columns[2]
                     product = (dy_g.cut(place).t, x_g.cut(columns[0]), Block(grad, rows, columns[1]), add)
                     (later if add else first).append(product)
-        multiply(first)
+        multiply(first, past_caches=not later and grad.numel() * grad.element_size() > LARGE)
         if self.inside.overlaps or self.outside.overlaps or cleared:
             for product in later:
                 multiply([product])
@@ -131,16 +133,22 @@ class Groups:
     def _clear(self, grad: Tensor) -> bool:
         """Zero what no group writes; returns whether everything was zeroed, which is so where that is simplest."""
         inside, outside = self.inside, self.outside
+        if inside.pattern is not None and outside.pattern is not None and inside.by_group != outside.by_group:
+            grad.zero_()
+            return True
+        if outside.pattern is not None:
+            never = outside.pattern.never_kept if outside.by_group else outside.dropped(0)
+            zero(grad, never, Units.every(inside.n))
+        if inside.pattern is None:
+            return False
         if inside.by_group and outside.by_group and inside.overlaps == outside.overlaps:
             for g, rows in enumerate(outside.units[: self.of_one_order]):
                 zero(grad, outside.dropped(1 - g) if outside.overlaps else rows, inside.dropped(g))
-        elif inside.pattern is not None and inside.by_group and outside.pattern is None:
+            return False
+        if inside.by_group and outside.pattern is None:
             zero(grad, outside.units[0], inside.pattern.never_kept)
-        elif inside.pattern is not None or (outside.pattern is not None and not outside.by_group):
-            grad.zero_()
-            return True
-        if outside.pattern is not None and outside.by_group:
-            zero(grad, outside.pattern.never_kept, Units.every(inside.n))
+            return False
+        zero(grad, outside.units[0], Units.every(inside.n))
         return False
 
     def bias_grad(self, dy: Tensor) -> Tensor:

@@ -39,11 +39,16 @@ static void pack_strips(Part b, int64_t first, int64_t depth, const int64_t *col
 
 // rows x width of the result, by index.
 static inline void store(vec (*sums)[2], float *out, const int64_t *row, int rows, const int64_t *column, int width,
-                         int run, const float *bias, int add) {
+                         int run, const float *bias, int add, int past_caches) {
     for (int i = 0; i < rows; i++) {
         float *to = out + row[i];
         vec left = sums[i][0], right = sums[i][1];
         left += *(const vec *)bias, right += *(const vec *)(bias + LANES);
+        if (past_caches && run && (uintptr_t)(to + column[0]) % LINE == 0 && column[LANES] == column[0] + LANES) {
+            const vec both[2] = {left, right};
+            for (int j = 0; j < COLUMNS; j += 8) store_past_caches(to + column[0] + j, (const float *)both + j);
+            continue;
+        }
         if (run) {
             vec *at[2] = {(vec *)(to + column[0]), (vec *)(to + column[LANES])};
             if (add) left += *at[0], right += *at[1];
@@ -62,8 +67,8 @@ static int64_t *offsets(Units units, int64_t stride, int64_t *to) {
     return to;
 }
 
-// out[out_rows, out_columns] = a[rows, inner] @ b[inner_b, columns] + bias[columns], or += with add. Strides are in
-// entries; bias may be NULL. As product.py fills it in.
+// out[out_rows, out_columns] = a[rows, inner] @ b[inner_b, columns] + bias[columns], or += if it is to ADD. Strides are
+// in entries; bias may be NULL. As product.py fills it in.
 typedef struct {
     int64_t m, depth, n;
     const float *a;
@@ -76,8 +81,10 @@ typedef struct {
     int64_t out_row;
     Units out_rows, out_columns;
     const float *bias;
-    int64_t add;
+    int64_t how;
 } Product;
+
+enum { WRITE, ADD, PAST_CACHES };
 
 // How one product is cut into tasks: bands of `high` rows in blocks, strips of columns in pieces of `width`.
 typedef struct {
@@ -113,7 +120,7 @@ static void plan(const Product *p, Plan *to, int64_t width, int64_t *i) {
 
 // One block of rows and some strips of columns, over the whole depth.
 static void run_task(const Product *p, const Plan *to, int64_t task, float *pa, float *pb) {
-    const int high = to->high, add = (int)p->add;
+    const int high = to->high, add = p->how == ADD, past_caches = p->how == PAST_CACHES && to->step == p->depth;
     const int64_t band0 = task % to->blocks * to->per_block, band1 = least(band0 + to->per_block, to->bands);
     const int64_t strip0 = task / to->blocks * to->width, strip1 = least(strip0 + to->width, to->strips);
     for (int64_t k0 = 0; k0 < p->depth; k0 += to->step) {
@@ -135,9 +142,9 @@ static void run_task(const Product *p, const Plan *to, int64_t task, float *pa, 
                     vec sums[ROWS][2];
                     const int64_t *rows = to->out_row + band * high;
                     const int filled = (int)least(p->m - band * high, high);
-                    for (int i = 0; i < filled; i++) __builtin_prefetch(p->out + rows[i] + columns[0], 1);
+                    for (int i = 0; i < filled && !past_caches; i++) __builtin_prefetch(p->out + rows[i] + columns[0], 1);
                     tile(high, deep, pa + (band - band0) * high * deep, pb + (j - s) * COLUMNS * deep, sums);
-                    store(sums, p->out, rows, filled, columns, wide, run, bias, add || k0);
+                    store(sums, p->out, rows, filled, columns, wide, run, bias, add || k0, past_caches);
                 }
             }
         }
@@ -180,6 +187,7 @@ int products(const Product *list, int64_t count, int threads) {
             while (own >= plans[i].tasks) own -= plans[i++].tasks;
             run_task(list + i, plans + i, own, scratch, scratch + size);
         }
+        fence();
     }
     free(plans);
     return failed;

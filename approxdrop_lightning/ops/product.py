@@ -79,11 +79,13 @@ class Block:
         return take(self.matrix, self.rows, self.columns)
 
 
+#: Bytes of what is not going to be read from a cache, as the gradient that the optimizer reads at the end of a step.
+LARGE = 1 << 20
 #: ``out = a @ b``, or ``out += a @ b`` if the last entry says so.
 Product = tuple[Block, Block, Block, bool]
 
 
-def multiply(products: Sequence[Product], bias: Tensor | None = None) -> None:
+def multiply(products: Sequence[Product], bias: Tensor | None = None, past_caches: bool = False) -> None:
     """``out = a @ b + bias`` in place, or ``out += a @ b + bias``, for each of some products.
 
     In float32 on the CPU one compiled function reads and writes all blocks where they lie; elsewhere they are copied.
@@ -92,6 +94,7 @@ def multiply(products: Sequence[Product], bias: Tensor | None = None) -> None:
         products: ``(a, b, out, add)`` with blocks ``[M, K]``, ``[K, N]`` and ``[M, N]`` of row-major matrices. What
             else is in the matrices of ``out`` stays. No product reads or writes what another one writes.
         bias: One entry for each column of ``b``'s matrix; None for none.
+        past_caches: Whether what is written is not read soon, as a gradient that is larger than the caches.
     """
     bias = None if bias is None else bias.contiguous()
     tensors = [block.tensor for product in products for block in product[:3]]
@@ -108,7 +111,7 @@ def multiply(products: Sequence[Product], bias: Tensor | None = None) -> None:
                     a.tensor.data_ptr() + 4 * a.offset, *a.strides, *a.rows.runs, *a.columns.runs,
                     b.tensor.data_ptr() + 4 * b.offset, *b.strides, *b.rows.runs, *b.columns.runs,
                     out.tensor.data_ptr() + 4 * out.offset, out.strides[0], *out.rows.runs, *out.columns.runs,
-                    address, add,
+                    address, 1 if add else 2 * past_caches,
                 )
             )  # fmt: skip
     if native is not None and described:

@@ -23,6 +23,8 @@ typedef int32_t i8 __attribute__((vector_size(32)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i8){__VA_ARGS__})
 #endif
 
+#define AHEAD 16
+
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline int consecutive(const int64_t *offsets, int64_t n) {
@@ -82,6 +84,7 @@ static inline void pack(const float *base, const int64_t *inner, int64_t depth, 
         if (width == COLUMNS && consecutive(outer, LANES) && consecutive(outer + LANES, LANES)) {
             for (int64_t k = 0; k < depth; k++, to += full) {
                 const float *from = base + inner[k];
+                __builtin_prefetch(base + inner[least(k + AHEAD, depth - 1)] + outer[0]);
                 ((vec *)to)[0] = *(const vec *)(from + outer[0]), ((vec *)to)[1] = *(const vec *)(from + outer[LANES]);
             }
             return;
@@ -102,6 +105,8 @@ static inline void pack(const float *base, const int64_t *inner, int64_t depth, 
         for (int j = 0; j < 8; j++) from[j] = base + outer[least(i + j, width - 1)];
         for (int64_t k = 0; k < depth;) {
             if (k + 8 <= depth && inner[k + 7] == inner[k] + 7 && consecutive(inner + k, 8)) {
+                const int64_t next = inner[least(k + 2 * AHEAD, depth - 1)];
+                for (int j = 0; j < 8; j++) __builtin_prefetch(from[j] + next);
                 transpose(from, inner[k], to + k * full + i, full);
                 k += 8;
             } else {

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from approxdrop_lightning.ops.blocks import buffer, zero
-from approxdrop_lightning.ops.product import Block, multiply
+from approxdrop_lightning.ops.product import LARGE, Block, multiply
 from approxdrop_lightning.pattern import Units
 from approxdrop_lightning.tile_pattern import TilePattern
 
@@ -17,7 +17,7 @@ from approxdrop_lightning.tile_pattern import TilePattern
 def _product(x: Tensor, weight: Tensor, pattern: TilePattern) -> Tensor:
     """``x @ (weight * mask).T``: each part of the pattern makes outputs of its own."""
     rows = Units.every(len(x))
-    y = buffer((len(x), pattern.n_out), x)
+    y = x.new_empty(len(x), pattern.n_out)
     multiply(
         [
             (Block(x, rows, inputs), Block(weight, outputs, inputs).t, Block(y, rows, outputs), False)
@@ -38,7 +38,8 @@ def _weight_grad(dy: Tensor, x: Tensor, pattern: TilePattern) -> Tensor:
         [
             (Block(dy, rows, outputs).t, Block(x, rows, inputs), Block(grad, outputs, inputs), False)
             for outputs, inputs in pattern.parts()
-        ]
+        ],
+        past_caches=grad.numel() * grad.element_size() > LARGE,
     )
     return grad
 
@@ -63,7 +64,7 @@ class _TileLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         pattern: TilePattern = ctx.pattern
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        dy = dy.contiguous() if ctx.scale == 1.0 else torch.mul(dy, ctx.scale, out=buffer(tuple(dy.shape), dy))
+        dy = dy.contiguous() if ctx.scale == 1.0 else dy * ctx.scale
         dx = _product(dy, weight.t(), pattern.t) if ctx.needs_input_grad[0] else None
         dw = _weight_grad(dy, x, pattern) if ctx.needs_input_grad[1] else None
         return dx, dw, db, None, None
