@@ -34,19 +34,24 @@ class _Pool(threading.local):
 _pool = _Pool()
 
 
-def buffer(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def buffer(shape: tuple[int, ...], like: Tensor, exact: bool = False) -> Tensor:
     """Uninitialised memory, if possible some that has been used before.
 
     On the CPU fresh memory costs a page fault per 4 KB, at each step; for a gradient that is more than what skipping
     saves. So large buffers are kept, and handed out again when nobody refers to their memory any more. Other
     devices have allocators that keep theirs.
+
+    Args:
+        shape: Of the tensor.
+        like: Gives device and type.
+        exact: Whether the size is the same at each step, as that of a gradient is; else it is rounded up.
     """
     size = like.element_size() * math.prod(shape)
     if size < _KEEP_FROM_BYTES or not like.is_cpu:
         return like.new_empty(shape)
-    # Few sizes, not more than an eighth too large: what is kept differs a little from step to step.
-    step = 1 << (size.bit_length() - 4)
-    size = -(-size // step) * step
+    if not exact:  # few sizes, not more than an eighth too large: what is kept differs a little from step to step
+        step = 1 << (size.bit_length() - 4)
+        size = -(-size // step) * step
     _pool.requests += 1
     entries = _pool.storages.setdefault(size, [])
     for entry in entries:

@@ -119,7 +119,7 @@ class _SelectColumns(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        dense = buffer(tuple(ctx.shape), grad)
+        dense = buffer(tuple(ctx.shape), grad, exact=True)
         put(dense, Units.every(len(dense)), ctx.pattern.units(0), grad, clear=True)
         return dense, None
 

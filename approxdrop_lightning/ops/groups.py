@@ -106,7 +106,7 @@ class Groups:
     def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
         """Dense gradient; each entry is written once, but for those that groups have in common: they add up."""
         dys, xs = self.outside.blocks(dy), self.inside.blocks(x)
-        grad = buffer((self.outside.n, self.inside.n), dy)
+        grad = buffer((self.outside.n, self.inside.n), dy, exact=True)
         cleared = self._clear(grad)
         first: list[Product] = []
         later: list[Product] = []
@@ -186,7 +186,7 @@ def unpack(values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) 
     """Inverse of :func:`pack`, with zeros where the pattern drops."""
     rows = pattern.row_groups(leading_shape)
     sizes = [r.count * pattern.units(g).count for g, r in enumerate(rows)]
-    dense = buffer((*leading_shape, pattern.n), values)
+    dense = buffer((*leading_shape, pattern.n), values, exact=True)
     for g, (r, part) in enumerate(zip(rows, values.reshape(-1).split(sizes), strict=True)):
         put(dense.view(-1, pattern.n), r, pattern.units(g), part.view(r.count, pattern.units(g).count), clear=True)
     return dense

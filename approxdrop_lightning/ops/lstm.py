@@ -107,7 +107,7 @@ class _LSTMSequence(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             inputs = h[:-1] if kept is None else h[:-1].index_select(2, kept)
             flat, rows = dgates.view(steps * batch, 4 * hidden), inputs.reshape(steps * batch, depth)
-            dweight = buffer(tuple(weight.shape), weight)
+            dweight = buffer(tuple(weight.shape), weight, exact=True)
             multiply([(Block.whole(flat).t, Block.whole(rows), Block.whole(dweight), False)])
         return dgates, dh, dc, dweight, None
 

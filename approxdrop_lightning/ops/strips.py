@@ -59,7 +59,7 @@ class Strips(Groups):
         return dx if self.run("strips_input_grad", dx, dy, weight) else super().input_grad(dy, weight)
 
     def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
-        grad = buffer((self.outside.n, self.inside.n), dy)
+        grad = buffer((self.outside.n, self.inside.n), dy, exact=True)
         return grad if self.run("strips_weight_grad", x, dy, grad) else super().weight_grad(dy, x)
 
     def run(self, name: str, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -30,7 +30,7 @@ def _product(x: Tensor, weight: Tensor, pattern: TilePattern) -> Tensor:
 def _weight_grad(dy: Tensor, x: Tensor, pattern: TilePattern) -> Tensor:
     """``(dy.T @ x) * mask``, dense."""
     rows = Units.every(len(x))
-    grad = buffer((pattern.n_out, pattern.n_in), dy)
+    grad = buffer((pattern.n_out, pattern.n_in), dy, exact=True)
     if not pattern.keeps_all:
         for outputs, inputs in pattern.dropped.parts():
             zero(grad, outputs, inputs)
