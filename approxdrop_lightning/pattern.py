@@ -325,8 +325,10 @@ def _sort_by_cell(n: int, order: Tensor, offset: int, dp: int, block_size: int) 
 
 @lru_cache(maxsize=4096)
 def _cell_sizes(n: int, dp: int, offset: int, block_size: int, last: int) -> tuple[list[int], list[int]]:
-    """Blocks and units of each cell, from the first kept one: an order is a permutation, so its ``last`` entry, that
-    of the block which may be smaller, tells them."""
+    """Blocks and units of each cell, from the first kept one.
+
+    Orders are permutations: but for their ``last`` entry, that of the block which may be smaller, all have the same.
+    """
     n_blocks = -(-n // block_size)
     least, more = divmod(n_blocks, dp)
     counts = [least + ((c + offset) % dp < more) for c in range(dp)]

@@ -220,17 +220,74 @@ def test_take_and_put_are_indexing(dtype, compiled, threads, monkeypatch):
         torch.set_num_threads(before)
 
 
+@needs_compiler
+@pytest.mark.parametrize("n", [1037, 1040])  # rows that begin anywhere in a cache line, and at its beginning
+def test_what_is_written_past_the_caches_is_all_of_it_and_nothing_else(n):
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (Units(*parts) for parts in (_pieces(700, generator), _pieces(n, generator)))
+    assert 4 * rows.count * columns.count > product.LARGE / 4
+    a, b = torch.randn(rows.count, 40, generator=generator), torch.randn(40, columns.count, generator=generator)
+    for size in (1, 4):  # below what is large, and above
+        matrix = torch.ones(size * 700, n)
+        target = matrix[-700:]
+        wanted = target.clone()
+        wanted[rows.index[:, None], columns.index] = 0
+        blocks.zero(target, rows, columns)
+        assert torch.equal(target, wanted)
+        out = Block(target, rows, columns)
+        product.multiply([(Block.whole(a), Block.whole(b), out, False)], past_caches=True)
+        wanted[rows.index[:, None], columns.index] = a @ b
+        torch.testing.assert_close(target, wanted, rtol=1e-5, atol=1e-4)
+        assert matrix[:-700].eq(1).all()
+    every = torch.ones(700, n)
+    blocks.zero(every, Units.every(700), Units.every(n))
+    assert not every.any()
+
+
+def _pieces(n, generator):
+    """Starts, lengths and number of units: blocks of 16 in some order, an odd one among them."""
+    starts = torch.randperm(n // 16, generator=generator)[: n // 20] * 16
+    lengths = torch.full_like(starts, 16)
+    lengths[3] = 5
+    return starts, lengths, int(lengths.sum())
+
+
+def test_a_buffer_of_a_size_that_does_not_vary_is_not_rounded_up():
+    blocks.free_buffers()
+    like = torch.empty(0)
+    assert blocks.buffer((1001, 1003), like).untyped_storage().nbytes() > 4 * 1001 * 1003
+    assert blocks.buffer((1001, 1003), like, exact=True).untyped_storage().nbytes() == 4 * 1001 * 1003
+    blocks.free_buffers()
+
+
+@pytest.mark.parametrize("options", [{}, {"interleave": False}, {"pattern": "tile"}])
+def test_what_others_free_is_not_kept(options):
+    """The logits of a large vocabulary, which the loss copies: held too, they would be there twice."""
+    from torch import nn
+
+    from approxdrop_lightning import approximate, resample
+
+    model = nn.Sequential(nn.Linear(32, 64), nn.Dropout(0.5), nn.Linear(64, 8000))
+    approximate(model, seed=0, min_multiplies=0, **options)
+    blocks.free_buffers()
+    resample(model)
+    logits = model(torch.randn(100, 32))
+    assert 4 * logits.numel() > blocks._KEEP_FROM_BYTES
+    held = [entry for entries in blocks._pool.storages.values() for entry in entries]
+    assert logits.untyped_storage().data_ptr() not in [storage.data_ptr() for storage, _ in held]
+
+
 def test_a_buffer_is_not_handed_out_while_somebody_holds_a_view_of_it():
     like = torch.empty(0)
-    first = blocks.buffer((600, 600), like)
+    first = blocks.buffer((800, 800), like)
     view, address = first[3:5], first.data_ptr()
-    assert blocks.buffer((600, 600), like).data_ptr() != address
+    assert blocks.buffer((800, 800), like).data_ptr() != address
     del first
-    assert blocks.buffer((600, 600), like).data_ptr() != address
+    assert blocks.buffer((800, 800), like).data_ptr() != address
     del view
-    again = blocks.buffer((600, 600), like)
+    again = blocks.buffer((800, 800), like)
     assert again.data_ptr() == address
-    assert blocks.buffer((600, 600), like).data_ptr() != address
+    assert blocks.buffer((800, 800), like).data_ptr() != address
     blocks.free_buffers()
     again.fill_(1.0)  # its memory is its own still
 
@@ -244,9 +301,9 @@ def test_buffers_of_many_sizes_do_not_pile_up():
         height = int(torch.randint(400, 4000, (), generator=generator))
         assert blocks.buffer((height, 700), like).shape == (height, 700)
     held = sum(len(entries) * size for size, entries in blocks._pool.storages.items())
-    assert held < 40 * 4 * 700 * 4000  # of 3,600 sizes: eight for each doubling, and one at a time
+    assert held < 40 * 4 * 700 * 4000  # of 3,800 sizes: eight for each doubling, and one at a time
     for _ in range(blocks._IDLE_REQUESTS + 1):
-        blocks.buffer((300, 1000), like)
+        blocks.buffer((700, 1000), like)
     blocks.buffer((20000, 1000), like)  # a new one: now those that nobody asks for are given back
     assert sum(len(entries) for entries in blocks._pool.storages.values()) == 2
     blocks.free_buffers()
@@ -258,13 +315,13 @@ def test_a_gradient_that_is_kept_is_not_written_again():
 
     from approxdrop_lightning import approximate, resample
 
-    model = nn.Sequential(nn.Linear(600, 600), nn.Dropout(0.5), nn.Linear(600, 600))
+    model = nn.Sequential(nn.Linear(800, 800), nn.Dropout(0.5), nn.Linear(800, 800))
     approximate(model, seed=0)
     kept = []
     for _ in range(4):
         resample(model)
         model.zero_grad()
-        model(torch.randn(32, 600)).square().sum().backward()
+        model(torch.randn(32, 800)).square().sum().backward()
         kept.append([(p.grad, p.grad.clone()) for p in model.parameters()])
     for pairs in kept:
         assert all(torch.equal(a, b) for a, b in pairs)

@@ -116,6 +116,12 @@ def test_a_copy_has_its_own_memory(copied):
     assert other == pattern
 
 
+@given(patterns())
+def test_the_share_is_that_of_the_units(pattern):
+    kept = [pattern.units(group).count for group in range(pattern.n_groups)]
+    assert pattern.share == pytest.approx(sum(kept) / len(kept) / pattern.n)
+
+
 def test_patterns_without_a_kept_unit():
     pattern = RowPattern(3, dp=8, offset=5)
     assert pattern.n_kept == 0

@@ -13,7 +13,7 @@ from approxdrop_lightning.ops.native import Runs, library
 from approxdrop_lightning.pattern import Units
 
 #: Smaller buffers come from PyTorch: asking for them costs less than looking for one.
-_KEEP_FROM_BYTES = 1 << 20
+_KEEP_FROM_BYTES = 1 << 21
 #: A buffer that was not asked for during so many requests is given back.
 _IDLE_REQUESTS = 1000
 
