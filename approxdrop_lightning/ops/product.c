@@ -20,21 +20,25 @@ typedef struct {
     int along;
 } Part;
 
-// Strips of `b`, each [depth, COLUMNS]. Consecutive columns are read in one piece.
+// Strips of `b`, each [depth, COLUMNS]. Where they are made of consecutive columns all are read row by row: rows lie on
+// pages of their own, and finding a page takes time.
 static void pack_strips(Part b, int64_t first, int64_t depth, const int64_t *columns, int64_t n, float *restrict to) {
     const int64_t *inner = b.row + first;
-    if (b.along && n == STRIPS * COLUMNS && consecutive(columns, n)) {
-        for (int64_t k = 0; k < depth; k++) {
-            const float *from = b.base + inner[k] + columns[0];
-            for (int s = 0; s < STRIPS; s++) {
-                vec *strip = (vec *)(to + (s * depth + k) * COLUMNS);
-                strip[0] = *(const vec *)(from + s * COLUMNS), strip[1] = *(const vec *)(from + s * COLUMNS + LANES);
-            }
-        }
+    int runs = b.along && n % COLUMNS == 0;
+    for (int64_t j = 0; runs && j < n; j += LANES) runs = consecutive(columns + j, LANES);
+    if (!runs) {
+        for (int64_t j = 0; j < n; j += COLUMNS)
+            pack(b.base, inner, depth, columns + j, least(n - j, COLUMNS), COLUMNS, !b.along, to + j * depth);
         return;
     }
-    for (int64_t j = 0; j < n; j += COLUMNS)
-        pack(b.base, inner, depth, columns + j, least(n - j, COLUMNS), COLUMNS, !b.along, to + j * depth);
+    for (int64_t k = 0; k < depth; k++, to += COLUMNS) {
+        const float *from = b.base + inner[k], *next = b.base + inner[least(k + AHEAD, depth - 1)];
+        for (int64_t j = 0; j < n; j += COLUMNS) {
+            vec *strip = (vec *)(to + j * depth);
+            __builtin_prefetch(next + columns[j]);
+            strip[0] = *(const vec *)(from + columns[j]), strip[1] = *(const vec *)(from + columns[j + LANES]);
+        }
+    }
 }
 
 // rows x width of the result, by index.
