@@ -259,9 +259,11 @@ class RowPattern:
     @property
     def share(self) -> float:
         """Share of the units kept, all groups together."""
+        if self.keeps_all:
+            return 1.0
         last = [self.n_blocks - 1]
         if self.order is not None and self.n % self.block_size:
-            last = self._orders[:, -1].tolist()
+            last = [int(self.order[-1])] if self.order.dim() == 1 else self.order[:, -1].tolist()
         first = [g * self._shift for g in range(self.n_groups // self.n_orders)]
         sizes = [_cell_sizes(self.n, self.dp, self.offset, self.block_size, block)[1] for block in last]
         return sum(sum(cells[f : f + self.keep]) for cells in sizes for f in first) / (

@@ -92,8 +92,23 @@ def _recurrence(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _drawing(options: argparse.Namespace) -> list[dict[str, Any]]:
     model = nn.Sequential(*(layer for _ in range(10) for layer in (nn.Linear(650, 650), nn.Dropout(0.5))))
-    approximate(model, seed=options.seed)
-    return _timed("what the callback does per step, ten sites", 0.5, {"resample": lambda: resample(model)}, options)
+    sites = approximate(model, seed=options.seed).sites
+
+    def patterns() -> None:
+        resample(model)
+        for site in sites:
+            site.pattern(650)
+
+    steps: dict[str, Callable[[], None]] = {
+        "before the batch": lambda: resample(model),
+        "before it, and a pattern for each site": patterns,
+        "after it": lambda: _ignore(sum(1 - p.share for site in sites for p in site.last_patterns)),
+    }
+    return _timed("what the callback does per step, ten sites", 0.5, steps, options)
+
+
+def _ignore(value: object) -> None:
+    """For what is timed and not used."""
 
 
 def _timed(
