@@ -154,7 +154,9 @@ def test_ctrl_c_leaves_checkpoints_and_log(tmp_path):
     overrides = ["trainer.max_epochs=1000", "trainer.limit_train_batches=40", "trainer.limit_val_batches=1"]
     arguments = [*SMALL["mlp"], *overrides, SYNTHETIC, f"hydra.run.dir={tmp_path}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, **pipes)
+    # What a shell starts in the background ignores Ctrl-C, and so would its children.
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, **pipes, **heed)
     try:
         last, deadline = tmp_path / "checkpoints" / "last.ckpt", time.monotonic() + 90
         while not last.exists() and process.poll() is None and time.monotonic() < deadline:
