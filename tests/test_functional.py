@@ -107,6 +107,24 @@ def test_rows_may_take_several_orders(sides, backend, dtype):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-4)
 
 
+@pytest.mark.usefixtures("poisoned", "kernels")
+@pytest.mark.parametrize("backend", ["compact", "reference"])
+@pytest.mark.parametrize("orders", [1, 2])
+@pytest.mark.parametrize("kept", list(itertools.permutations([(2, 1), (10, 7), (3, 2)], 2)))
+def test_dropouts_of_two_rates_around_a_layer(kept, orders, backend):
+    """As many groups before it as after it, which overlap on one side only or by other amounts."""
+    generator = torch.Generator().manual_seed(0)
+    settings = {"interleave": True, "shuffle": True, "block_size": 4, "orders": orders}
+    patterns = [make_pattern(n, *pair, generator, **settings) for n, pair in zip((52, 41), kept, strict=True)]
+    x, weight = (torch.randn(*shape, requires_grad=True) for shape in ((13, 52), (41, 52)))
+    y, wanted = run(x, weight, None, *patterns, 1.0, backend), masked_linear(x, weight, None, *patterns, 1.0)
+    torch.testing.assert_close(y, wanted)
+    for mine, right in zip(
+        *(torch.autograd.grad(out.square().sum(), (x, weight)) for out in (y, wanted)), strict=True
+    ):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_gradcheck(kind, keep):

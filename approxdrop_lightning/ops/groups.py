@@ -133,7 +133,8 @@ class Groups:
     def _clear(self, grad: Tensor) -> bool:
         """Zero what no group writes; returns whether everything was zeroed, which is so where that is simplest."""
         inside, outside = self.inside, self.outside
-        if inside.pattern is not None and outside.pattern is not None and inside.by_group != outside.by_group:
+        both = inside.pattern is not None and outside.pattern is not None
+        if both and (inside.by_group, inside.overlaps) != (outside.by_group, outside.overlaps):
             grad.zero_()
             return True
         if outside.pattern is not None:
@@ -141,14 +142,13 @@ class Groups:
             zero(grad, never, Units.every(inside.n))
         if inside.pattern is None:
             return False
-        if inside.by_group and outside.by_group and inside.overlaps == outside.overlaps:
+        if not inside.by_group:
+            zero(grad, outside.units[0], Units.every(inside.n))
+        elif outside.pattern is None:
+            zero(grad, outside.units[0], inside.pattern.never_kept)
+        else:
             for g, rows in enumerate(outside.units[: self.of_one_order]):
                 zero(grad, outside.dropped(1 - g) if outside.overlaps else rows, inside.dropped(g))
-            return False
-        if inside.by_group and outside.pattern is None:
-            zero(grad, outside.units[0], inside.pattern.never_kept)
-            return False
-        zero(grad, outside.units[0], Units.every(inside.n))
         return False
 
     def bias_grad(self, dy: Tensor) -> Tensor:
