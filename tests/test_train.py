@@ -155,7 +155,7 @@ def test_ctrl_c_leaves_checkpoints_and_log(tmp_path):
     arguments = [*SMALL["mlp"], *overrides, SYNTHETIC, f"hydra.run.dir={tmp_path}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     # What a shell starts in the background ignores Ctrl-C, and so would its children.
-    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     process = subprocess.Popen(command(*arguments), cwd=ROOT, **pipes, **heed)
     try:
         last, deadline = tmp_path / "checkpoints" / "last.ckpt", time.monotonic() + 90

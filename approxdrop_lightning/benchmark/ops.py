@@ -99,16 +99,15 @@ def _drawing(options: argparse.Namespace) -> list[dict[str, Any]]:
         for site in sites:
             site.pattern(650)
 
+    def realised_rate() -> None:
+        sum(1 - p.share for site in sites for p in site.last_patterns)
+
     steps: dict[str, Callable[[], None]] = {
         "before the batch": lambda: resample(model),
         "before it, and a pattern for each site": patterns,
-        "after it": lambda: _ignore(sum(1 - p.share for site in sites for p in site.last_patterns)),
+        "after it": realised_rate,
     }
     return _timed("what the callback does per step, ten sites", 0.5, steps, options)
-
-
-def _ignore(value: object) -> None:
-    """For what is timed and not used."""
 
 
 def _timed(

@@ -14,6 +14,8 @@ from approxdrop_lightning.pattern import Units
 
 #: Smaller buffers come from PyTorch: asking for them costs less than looking for one.
 _KEEP_FROM_BYTES = 1 << 21
+#: Bytes of what is not going to be read from a cache, as the gradient that the optimizer reads at the end of a step.
+_LARGE = 1 << 20
 #: A buffer that was not asked for during so many requests is given back.
 _IDLE_REQUESTS = 1000
 
@@ -63,6 +65,11 @@ def buffer(shape: tuple[int, ...], like: Tensor, exact: bool = False) -> Tensor:
         storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
     _pool.storages[size].append([storage, _pool.requests])
     return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape, ())
+
+
+def is_large(matrix: Tensor) -> bool:
+    """Whether a matrix that is written now is not going to be in a cache when it is read."""
+    return matrix.nbytes > _LARGE
 
 
 def to_device(index: Tensor, device: torch.device) -> Tensor:
@@ -142,7 +149,8 @@ def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
     if native is not None and matrix.is_cpu:
         item, places = matrix.element_size(), (Runs(*rows.runs), Runs(*columns.runs))
         size = rows.count * columns.count
-        native.zero(matrix.data_ptr(), matrix.stride(0) * item, *places, item, size, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        native.zero(matrix.data_ptr(), matrix.stride(0) * item, *places, item, size, threads, is_large(matrix))
     elif columns.is_all(matrix.shape[1]):
         matrix.index_fill_(0, to_device(rows.index, matrix.device), 0)
     else:

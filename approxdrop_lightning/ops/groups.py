@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from approxdrop_lightning.ops.blocks import buffer, put, take, zero
-from approxdrop_lightning.ops.product import LARGE, Block, Product, multiply
+from approxdrop_lightning.ops.product import Block, Product, multiply
 from approxdrop_lightning.pattern import RowPattern, Units
 
 
@@ -121,7 +121,7 @@ class Groups:
                     add = again and columns[2]
                     product = (dy_g.cut(place).t, x_g.cut(columns[0]), Block(grad, rows, columns[1]), add)
                     (later if add else first).append(product)
-        multiply(first, past_caches=not later and grad.numel() * grad.element_size() > LARGE)
+        multiply(first, past_caches=not later)
         if self.inside.overlaps or self.outside.overlaps or cleared:
             for product in later:
                 multiply([product])

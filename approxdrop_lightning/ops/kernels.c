@@ -87,8 +87,6 @@ void put(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t
     }
 }
 
-#define LARGE (1 << 20)  // bytes that are not going to be read from a cache
-
 static inline void clear(char *to, int64_t bytes, int past_caches) {
     const float zeros[8] = {0};
     const int64_t before = -(uintptr_t)to % LINE;
@@ -103,7 +101,8 @@ static inline void clear(char *to, int64_t bytes, int past_caches) {
 }
 
 // to[rows, columns] = 0.
-void zero(char *restrict to, int64_t to_bytes, Units rows, Units columns, int64_t item, int64_t size, int threads) {
+void zero(char *restrict to, int64_t to_bytes, Units rows, Units columns, int64_t item, int64_t size, int threads,
+          int past_caches) {
     int64_t cut_starts[MAX_THREADS], cut_lengths[MAX_THREADS];
     threads = threads < MAX_THREADS ? threads : MAX_THREADS;
     cut(&rows, cut_starts, cut_lengths, threads);
@@ -113,7 +112,7 @@ void zero(char *restrict to, int64_t to_bytes, Units rows, Units columns, int64_
         for (int64_t r = 0; r < rows.runs; r++)
             for (int64_t i = rows.starts[r]; i < rows.starts[r] + rows.lengths[r]; i++)
                 for (int64_t c = 0; c < columns.runs; c++)
-                    clear(to + i * to_bytes + columns.starts[c] * item, columns.lengths[c] * item, size * item > LARGE);
+                    clear(to + i * to_bytes + columns.starts[c] * item, columns.lengths[c] * item, past_caches);
         fence();
     }
 }

@@ -35,7 +35,7 @@ _COPY = [_POINTER, _SIZE, _POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT]
 _SIGNATURES = {
     "take": _COPY,
     "put": [*_COPY, _INT],
-    "zero": [_POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT],
+    "zero": [_POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT, _INT],
     "products": [_POINTER, _SIZE, _INT],
     "strips_product": [_POINTER, _INT],
     "strips_input_grad": [_POINTER, _INT],

@@ -9,7 +9,7 @@ from ctypes import CDLL
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops.blocks import buffer, put, take, to_device
+from approxdrop_lightning.ops.blocks import buffer, is_large, put, take, to_device
 from approxdrop_lightning.ops.native import library
 from approxdrop_lightning.pattern import Units
 
@@ -79,8 +79,6 @@ class Block:
         return take(self.matrix, self.rows, self.columns)
 
 
-#: Bytes of what is not going to be read from a cache, as the gradient that the optimizer reads at the end of a step.
-LARGE = 1 << 20
 #: ``out = a @ b``, or ``out += a @ b`` if the last entry says so.
 Product = tuple[Block, Block, Block, bool]
 
@@ -94,7 +92,7 @@ def multiply(products: Sequence[Product], bias: Tensor | None = None, past_cache
         products: ``(a, b, out, add)`` with blocks ``[M, K]``, ``[K, N]`` and ``[M, N]`` of row-major matrices. What
             else is in the matrices of ``out`` stays. No product reads or writes what another one writes.
         bias: One entry for each column of ``b``'s matrix; None for none.
-        past_caches: Whether what is written is not read soon, as a gradient that is larger than the caches.
+        past_caches: Whether what is written is not read soon, as a gradient: it goes past the caches if it is large.
     """
     bias = None if bias is None else bias.contiguous()
     tensors = [block.tensor for product in products for block in product[:3]]
@@ -111,7 +109,7 @@ def multiply(products: Sequence[Product], bias: Tensor | None = None, past_cache
                     a.tensor.data_ptr() + 4 * a.offset, *a.strides, *a.rows.runs, *a.columns.runs,
                     b.tensor.data_ptr() + 4 * b.offset, *b.strides, *b.rows.runs, *b.columns.runs,
                     out.tensor.data_ptr() + 4 * out.offset, out.strides[0], *out.rows.runs, *out.columns.runs,
-                    address, 1 if add else 2 * past_caches,
+                    address, 1 if add else 2 * (past_caches and is_large(out.tensor)),
                 )
             )  # fmt: skip
     if native is not None and described:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from approxdrop_lightning.ops.blocks import buffer, zero
-from approxdrop_lightning.ops.product import LARGE, Block, multiply
+from approxdrop_lightning.ops.product import Block, multiply
 from approxdrop_lightning.pattern import Units
 from approxdrop_lightning.tile_pattern import TilePattern
 
@@ -39,7 +39,7 @@ def _weight_grad(dy: Tensor, x: Tensor, pattern: TilePattern) -> Tensor:
             (Block(dy, rows, outputs).t, Block(x, rows, inputs), Block(grad, outputs, inputs), False)
             for outputs, inputs in pattern.parts()
         ],
-        past_caches=grad.numel() * grad.element_size() > LARGE,
+        past_caches=True,
     )
     return grad
 
