@@ -47,9 +47,9 @@ class ApproxDropout(Callback):
         min_features: Sites narrower than this are masked and computed densely, and with tiles so are weights with a
             shorter side. So are sites of sequences of up to about 320 units below rate .5 (blocks narrower than 8
             units, several orders); 0: none of them.
-        min_multiplies: Where the linear layer before a dropout forms fewer multiplies in one call (rows times inputs
-            times outputs), its output is masked and computed densely: skipping would save less time than its
-            bookkeeping costs. 0: none. Measured on 2 CPU cores; not for tiles.
+        min_multiplies: Linear layers of which a dropout saves fewer multiplies in one call (rows times inputs times
+            outputs times rate) are computed densely, and the dropout is a mask: skipping would save less time than
+            its bookkeeping costs. 0: none. Measured on 2 CPU cores; not for tiles.
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense, by the vendor's kernel
             (at .5, 64 ran at 0.94 of conventional dropout's speed, 128 at 1.01 and 1.14).
         backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"``.

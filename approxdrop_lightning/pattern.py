@@ -169,7 +169,7 @@ class RowPattern:
             return 1
         return self.n_orders * (2 if self.overlaps else self.dp // self.keep)
 
-    @property
+    @cached_property
     def n_orders(self) -> int:
         """Number of orders of the units that rows take in turn."""
         return 1 if self.keeps_all or self.order is None or self.order.dim() == 1 else len(self.order)
@@ -190,7 +190,7 @@ class RowPattern:
 
     @property
     def _shift(self) -> int:
-        return self.dp - self.keep if self.overlaps else self.keep
+        return _shift(self.dp, self.keep)
 
     @property
     def keeps_all(self) -> bool:
@@ -261,14 +261,15 @@ class RowPattern:
         """Share of the units kept, all groups together."""
         if self.keeps_all:
             return 1.0
-        last = [self.n_blocks - 1]
-        if self.order is not None and self.n % self.block_size:
-            last = [int(self.order[-1])] if self.order.dim() == 1 else self.order[:, -1].tolist()
-        first = [g * self._shift for g in range(self.n_groups // self.n_orders)]
-        sizes = [_cell_sizes(self.n, self.dp, self.offset, self.block_size, block)[1] for block in last]
-        return sum(sum(cells[f : f + self.keep]) for cells in sizes for f in first) / (
-            len(last) * len(first) * self.n
-        )
+        n_blocks, orders = self.n_blocks, self.n_orders
+        blocks, times = _kept_by(n_blocks, self.dp, self.offset, self.keep, self.n_groups // orders)
+        kept = orders * blocks * self.block_size
+        if missing := n_blocks * self.block_size - self.n:  # where the last block lies, units are fewer
+            last = [n_blocks - 1]
+            if self.order is not None:  # by NumPy, which reads single entries in a fraction of the time
+                last = self.order.numpy().reshape(orders, n_blocks)[:, -1].tolist()
+            kept -= missing * sum(times[place % self.dp] for place in last)
+        return kept / (self.n_groups * self.n)
 
     def row_groups(self, leading_shape: tuple[int, ...]) -> tuple[Units, ...]:
         """Rows of each group: units of the flattened leading dimensions, ascending."""
@@ -293,13 +294,17 @@ class RowPattern:
 
     def mask(self, *leading_shape: int, dtype: torch.dtype = torch.bool, value: float = 1) -> Tensor:
         """Which entries of a batch are kept: ``[*leading_shape, n]``, ``value`` where they are, zero elsewhere."""
-        first = [g * self._shift for g in range(self.n_groups // self.n_orders)]
-        cells = [(self._orders - self.offset - shift).remainder_(self.dp) for shift in first]
-        kept = torch.stack(cells, dim=1).view(self.n_groups, self.n_blocks, 1) < self.keep
-        kept = kept if dtype == torch.bool else kept.to(dtype).mul_(value)
-        kept = kept.expand(-1, -1, self.block_size).reshape(self.n_groups, -1)[:, : self.n]
-        groups = _group_of_row(tuple(leading_shape), self.n_groups)
-        return kept.index_select(0, groups.view(-1)).view(*leading_shape, self.n)
+        n_blocks, orders = self.n_blocks, self.n_orders
+        groups = self.n_groups // orders
+        kept = _kept_places(n_blocks, self.dp, self.offset, self.keep, groups, dtype, value)
+        if self.order is not None:
+            kept = kept.index_select(1, self.order.view(-1)[: orders * n_blocks])
+            if orders > 1:
+                kept = kept.view(groups, orders, n_blocks).transpose(0, 1).reshape(-1, n_blocks)
+        if self.block_size > 1:
+            kept = kept[:, :, None].expand(-1, -1, self.block_size).reshape(self.n_groups, -1)[:, : self.n]
+        group = _group_of_row(tuple(leading_shape), self.n_groups)
+        return kept.index_select(0, group.view(-1)).view(*leading_shape, self.n)
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,11 +323,27 @@ class _ByCell:
 
 def _sort_by_cell(n: int, order: Tensor, offset: int, dp: int, block_size: int) -> _ByCell:
     blocks = (order - offset).remainder_(dp).sort(stable=True).indices
-    counts, sizes = _cell_sizes(n, dp, offset, block_size, int(order[-1]))
+    counts, sizes = _cell_sizes(n, dp, offset, block_size, int(order.numpy()[-1]))
     lengths = torch.full_like(blocks, block_size)
     if missing := len(order) * block_size - n:
         lengths[blocks == len(order) - 1] = block_size - missing
     return _ByCell(blocks * block_size, lengths, [0, *accumulate(counts)], [0, *accumulate(sizes)])
+
+
+def _shift(dp: int, keep: int) -> int:
+    """Cells from the first one that a group keeps to that of the next group."""
+    return dp - keep if 2 * keep > dp else keep
+
+
+@lru_cache(maxsize=1024)
+def _kept_by(n_blocks: int, dp: int, offset: int, keep: int, n_groups: int) -> tuple[int, list[int]]:
+    """Blocks that the groups of one order keep, all together, and how many of the groups keep each cell."""
+    times, shift = [0] * dp, _shift(dp, keep)
+    for kept in range(keep):
+        for group in range(n_groups):
+            times[(offset + group * shift + kept) % dp] += 1
+    least, more = divmod(n_blocks, dp)
+    return sum((least + (cell < more)) * n for cell, n in enumerate(times)), times
 
 
 @lru_cache(maxsize=4096)
@@ -343,6 +364,16 @@ def _cell_sizes(n: int, dp: int, offset: int, block_size: int, last: int) -> tup
 def natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
     """Units in their natural order by cell: unit ``j`` lies in ``(j // block_size - offset) mod dp``."""
     return _sort_by_cell(n, torch.arange(-(-n // block_size)), offset, dp, block_size)
+
+
+@lru_cache(maxsize=1024)
+def _kept_places(
+    n_blocks: int, dp: int, offset: int, keep: int, n_groups: int, dtype: torch.dtype, value: float
+) -> Tensor:
+    """``[n_groups, n_blocks]``: ``value`` for the places in an order whose blocks a group of it keeps, else zero."""
+    first = offset + _shift(dp, keep) * torch.arange(n_groups)[:, None]
+    kept = (torch.arange(n_blocks) - first).remainder(dp) < keep
+    return kept if dtype == torch.bool else kept.to(dtype) * value
 
 
 @lru_cache(maxsize=256)

@@ -1,9 +1,14 @@
-"""Without a GPU, Triton kernels run in its interpreter: that must be chosen before anything imports triton."""
+"""What must be chosen before anything imports torch or triton, and what the processes of a session have in common."""
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+
+# Without a GPU, Triton kernels run in its interpreter.
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -22,6 +27,25 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
     monkeypatch.setattr("approxdrop_lightning.ops.blocks._KEEP_FROM_BYTES", 1 << 62)  # buffers are new, too
+
+
+def pytest_sessionfinish(session):
+    """Hand what a process has counted to the one that prints it."""
+    from fuzz import OUTCOMES, TRIED
+
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = dict(TRIED), {name: dict(said) for name, said in OUTCOMES.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Add up what the processes have counted."""
+    from fuzz import OUTCOMES, TRIED
+
+    tried, outcomes = getattr(node, "workeroutput", {}).get("tried", ({}, {}))
+    TRIED.update(tried)
+    for name, said in outcomes.items():
+        OUTCOMES[name].update(said)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from approxdrop_lightning import ApproxLinear, ApproxLSTM, approximate, resample, restore
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
+from approxdrop_lightning.layers.linear import PendingLinear
 from approxdrop_lightning.surgery import NoEffectWarning
 
 SETTINGS = {
@@ -145,7 +146,7 @@ def test_the_report_says_what_is_skipped_and_why_not():
         nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 128), nn.Dropout(0.0), nn.Linear(128, 32),
         nn.Dropout(0.4), nn.LayerNorm(32), nn.Dropout(1.0), nn.AlphaDropout(0.3),
     )  # fmt: skip
-    report = approximate(model, min_features=64, min_multiplies=16 * 64 * 128)
+    report = approximate(model, min_features=64, min_multiplies=16 * 64 * 128 // 2)
     assert report["2"].skipped == "not known before the first training batch"
     resample(model)
     model(torch.randn(16, 64)).sum().backward()
@@ -167,7 +168,7 @@ def test_a_product_too_small_to_gain_is_masked_and_dense():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Dropout(0.5), nn.Linear(96, 8))
     stock = copy.deepcopy(model)
-    report = approximate(model, min_multiplies=16 * 64 * 96, seed=0)
+    report = approximate(model, min_multiplies=16 * 64 * 96 // 2, seed=0)
     for rows, small in ((15, True), (16, False), (15, True)):
         resample(model)
         x = torch.randn(rows, 64)
@@ -178,8 +179,30 @@ def test_a_product_too_small_to_gain_is_masked_and_dense():
         torch.testing.assert_close(y, stock[3](stock[1](stock[0](x)) * mask))
         assert counter.total == (1 if small else 0.5) * 2 * rows * (64 * 96 + 96 * 8)
         if rows == 15 and not report["2"].producer:
-            assert report["2"].skipped == "nothing: 92,160 multiplies are too few to gain (min_multiplies=98,304)"
+            assert (
+                report["2"].skipped == "nothing: 46,080 multiplies saved are too few to gain (min_multiplies=49,152)"
+            )
     assert report["2"].skipped == "producer's rows and consumers' columns"
+
+
+@pytest.mark.parametrize(
+    ("widths", "executed"), [((8, 64, 256), (1, 0.5)), ((256, 64, 8), (0.5, 0.5)), ((8, 64, 8), (1, 1))]
+)
+def test_each_layer_beside_a_dropout_skips_where_that_saves_enough(widths, executed):
+    n_in, n, n_out = widths
+    model = nn.Sequential(nn.Linear(n_in, n), nn.ReLU(), nn.Dropout(0.5), nn.Linear(n, n_out))
+    stock = copy.deepcopy(model)
+    approximate(model, min_multiplies=16 * 64 * 64, seed=0)
+    for _ in range(3):  # from the second step on small layers do not wait
+        resample(model)
+        x = torch.randn(16, n_in)
+        with Flops() as counter:
+            y = model(x).clone()
+        assert counter.total == 2 * 16 * n * (n_in * executed[0] + n_out * executed[1])
+        mask = model[2].last_patterns[0].mask(16) * 2.0
+        torch.testing.assert_close(y, stock[3](stock[1](stock[0](x)) * mask))
+    waits = executed[0] < 1
+    assert isinstance(model[0](x), PendingLinear) == waits
 
 
 class Checkpointed(nn.Module):

@@ -36,6 +36,9 @@ class Reader(Protocol):
     def read_whole(self, name: str) -> None:
         """A function of that name reads the dense tensor."""
 
+    def saves_too_few(self, multiplies: int) -> bool:
+        """Whether a product of so many multiplies had better read the dense tensor."""
+
 
 class Kept:
     """What a :class:`CompactTensor` holds.
@@ -67,6 +70,11 @@ class Kept:
         self._hooks = saving_hooks()
 
     @property
+    def is_packed(self) -> bool:
+        """Whether kept values are there already."""
+        return self._values is not None
+
+    @property
     def values(self) -> Tensor:
         """Kept values, scaled."""
         if self._values is None:
@@ -83,8 +91,9 @@ class Kept:
             if self._packed:
                 dense = functional.unpack(self._given, self.pattern, self.rows, self.site.backend)
             else:
-                mask = self.pattern.mask(*self.rows).to(self._given)
-                dense = self._given * (mask * self._scale)
+                given = self._given
+                mask = self.pattern.mask(*self.rows, dtype=given.dtype, value=self._scale)
+                dense = given * mask.to(given.device)
             return dense.view(self.shape)
 
     def with_values(self, values: Tensor, shape: tuple[int, ...]) -> Kept:
@@ -111,6 +120,11 @@ class CompactTensor(LazyTensor):
             if shape is not None:
                 return CompactTensor(self.held.with_values(self.held.values, shape), view_of=self)
         return NotImplemented
+
+    def serves(self, multiplies: int) -> bool:
+        """Whether a product of so many multiplies had better read kept values, as it does if they are packed."""
+        held = self.held
+        return self.is_lazy and (held.is_packed or not held.site.saves_too_few(multiplies))
 
     def _read_by(self, name: str) -> None:
         self.held.site.read_whole(name)

@@ -224,6 +224,11 @@ def as_dense(x: Any) -> Any:
     return x.dense() if isinstance(x, LazyTensor) else x
 
 
+def shape_of(x: Tensor) -> tuple[int, ...]:
+    """Shape, without the detour by Python that a lazy tensor's attributes take."""
+    return tuple(x.held.shape) if isinstance(x, LazyTensor) else tuple(x.shape)
+
+
 def has_tensor(args: Any) -> bool:
     """Whether a tensor is among the arguments: then the function is not one of a single value."""
     return any(isinstance(a, Tensor) for a in args)

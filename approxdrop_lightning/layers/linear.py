@@ -24,6 +24,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     run_eagerly,
     saving_as_where,
     saving_hooks,
+    shape_of,
 )
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.work import Ledger
@@ -43,6 +44,7 @@ class ApproxLinear(nn.Linear):
         waited: Whether an output has waited yet.
         dropped_by: Sites reached so far.
         read_whole_too: Whether an output was read whole after a site had its kept units computed.
+        too_small: Multiplies of the largest product that a site found too small to skip: such need not wait.
         work: Multiplies of its last products.
     """
 
@@ -52,6 +54,7 @@ class ApproxLinear(nn.Linear):
     waited: bool
     dropped_by: set[Any]
     read_whole_too: bool
+    too_small: int
     work: Ledger
 
     @run_eagerly
@@ -60,15 +63,18 @@ class ApproxLinear(nn.Linear):
         x = input  # the name by which nn.Linear may be called
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(as_dense(x))
-        if isinstance(x, LazyTensor) and not (isinstance(x, CompactTensor) and x.is_lazy):
-            x = x.dense()
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
+        shape = shape_of(x)
+        if shape[-1:] != (self.in_features,):
             return super().forward(as_dense(x))  # it raises nn.Linear's own error
-        if not self.defers and not isinstance(x, LazyTensor):
-            self.work.note(None, None, x.numel() * self.out_features)
+        multiplies = math.prod(shape) * self.out_features
+        if isinstance(x, LazyTensor) and not (isinstance(x, CompactTensor) and x.serves(multiplies)):
+            x = x.dense()
+        waits = self.defers and multiplies > self.too_small
+        if not waits and not isinstance(x, LazyTensor):
+            self.work.note(None, None, multiplies)
             return super().forward(x)
-        pending = Pending(self, x, (*x.shape[:-1], self.out_features))
-        if not self.defers:
+        pending = Pending(self, x, (*shape[:-1], self.out_features))
+        if not waits:
             return pending.compute()
         self.waited = True
         return PendingLinear(pending)
@@ -103,7 +109,7 @@ class Pending:
         self.name, self.backend, self._work = layer.name, layer.backend, layer.work
         # Those of the call: torch.func.functional_call, for one, puts others in their place for its duration.
         self.weight, self.bias = layer.weight, layer.bias
-        self.device = x.device
+        self.device = x.held.device if isinstance(x, LazyTensor) else x.device
         kind = x.device.type
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self.dtype = self._autocast[1] if self._autocast[2] else x.dtype
@@ -148,7 +154,7 @@ class Pending:
     @property
     def multiplies(self) -> int:
         """Of the dense product."""
-        return math.prod(self.x.shape) * self.weight.shape[0]
+        return math.prod(shape_of(self.x)) * self.weight.shape[0]
 
     def _note(self, after: Any) -> None:
         """Note the product: between the site that made ``x``, if any, and the site ``after`` it, if any."""

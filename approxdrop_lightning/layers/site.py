@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
-from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
+from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly, shape_of
 from approxdrop_lightning.layers.linear import PendingLinear
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.sampler import PatternSampler
@@ -35,7 +35,7 @@ class Site:
         scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
         min_features: Narrower inputs are masked and computed densely, and so are somewhat wider ones of which several
             orders keep most; 0 for none.
-        min_multiplies: So is the output of a linear layer that forms fewer multiplies.
+        min_multiplies: So are the products of a linear layer of which the dropout saves fewer multiplies.
         backend: Backend of packing.
     """
 
@@ -94,15 +94,24 @@ class Site:
             return [f"read whole by {readers}"] if readers else []
         return [f"no linear layer before it, and read whole by {readers or 'nobody'}"]
 
-    def _too_small(self, pattern: RowPattern, multiplies: int | None) -> str | None:
+    def _too_narrow(self, pattern: RowPattern) -> str | None:
         n = pattern.n
         if n < self.min_features:
             return f"{n} features are too few to gain (min_features={self.min_features})"
         if self.min_features and pattern.overlaps and pattern.n_orders > 1 and pattern.block_size < _NARROW:
             return f"{n} features are too few to gain at a rate below .5 (min_features=0 skips all the same)"
-        if multiplies is not None and multiplies < self.min_multiplies:
-            return f"{multiplies:,} multiplies are too few to gain (min_multiplies={self.min_multiplies:,})"
         return None
+
+    def saves_too_few(self, multiplies: int) -> bool:
+        """Whether a product of so many multiplies is too small to gain by the dropout; then the report says so."""
+        saved = int(multiplies * self.rate)
+        if saved >= self.min_multiplies:
+            return False
+        if self.too_small is None:
+            self.too_small = (
+                f"{saved:,} multiplies saved are too few to gain (min_multiplies={self.min_multiplies:,})"
+            )
+        return True
 
     def pattern(self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = ()) -> RowPattern:
         """The pattern of the next use, of ``n`` units; with ``shared`` one for all rows of the batch."""
@@ -133,26 +142,27 @@ class Site:
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout of ``x`` (``[..., n]``) by the next pattern; what it drops of a pending product is not computed."""
-        if x.dim() == 0 or x.numel() == 0:
+        shape = shape_of(x)
+        if not shape or 0 in shape:
             return as_dense(x) * self.scale
-        shape = tuple(x.shape)
         pattern = self.pattern(shape[-1], leading_shape=shape[:-1])
         pending = x.held if isinstance(x, PendingLinear) and x.is_lazy else None
         if pending is not None:
             pending.layer.dropped_by.add(self)
-        too_small = self._too_small(pattern, None if pending is None else pending.multiplies)
-        if pending is not None and not too_small:
-            self.producers.add(pending.layer.name)
         if pattern.keeps_all:
             return as_dense(x) * self.scale
-        if too_small:
-            self.too_small = too_small
+        if too_narrow := self._too_narrow(pattern):
+            self.too_small = too_narrow
             x = as_dense(x)
             return x * pattern.mask(*shape[:-1], dtype=x.dtype, value=self.scale).to(x.device)
-        if pending is not None:
-            values = pending.kept_values(pattern, self) * self.scale
-            return CompactTensor(Kept(shape, pattern, shape[:-1], self, values))
-        return CompactTensor(Kept(shape, pattern, shape[:-1], self, as_dense(x), packed=False, scale=self.scale))
+        if pending is not None and self.saves_too_few(pending.multiplies):
+            pending.layer.too_small = max(pending.layer.too_small, pending.multiplies)
+            pending = None
+        if pending is None:  # a mask or packed, as its readers wish
+            return CompactTensor(Kept(shape, pattern, shape[:-1], self, as_dense(x), packed=False, scale=self.scale))
+        self.producers.add(pending.layer.name)
+        values = pending.kept_values(pattern, self) * self.scale
+        return CompactTensor(Kept(shape, pattern, shape[:-1], self, values))
 
 
 class ApproxDropoutSite(nn.Dropout):

@@ -11,9 +11,9 @@ class LitClassifier(L.LightningModule):
     def __init__(self):
         super().__init__()
         self.backbone = nn.Sequential(
-            nn.Linear(784, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 512), nn.ReLU(), nn.Dropout(0.5)
+            nn.Linear(784, 1024), nn.ReLU(), nn.Dropout(0.5), nn.Linear(1024, 1024), nn.ReLU(), nn.Dropout(0.5)
         )
-        self.head = nn.Linear(512, 4)
+        self.head = nn.Linear(1024, 4)
 
     def forward(self, x):
         return self.head(self.backbone(x.view(x.size(0), -1)))
