@@ -7,10 +7,13 @@ packs the next one reads without a copy.
 
 from __future__ import annotations
 
+from array import array
+
+import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops.blocks import buffer, put, take, zero
-from approxdrop_lightning.ops.product import Block, Product, multiply
+from approxdrop_lightning.ops.blocks import buffer, put, take, to_device, zero
+from approxdrop_lightning.ops.product import Block, Product, multiply, native_for
 from approxdrop_lightning.pattern import RowPattern, Units
 
 
@@ -153,22 +156,21 @@ class Groups:
 
     def bias_grad(self, dy: Tensor) -> Tensor:
         """Dense gradient: sums over the rows of each group."""
-        dys = self.outside.blocks(dy)
-        if self.outside.pattern is None:
-            return dys[0].matrix.sum(0)
-        grad = dys[0].tensor.new_zeros(1, self.outside.n)
-        ones = grad.new_ones(1, max(r.count for r in self.outside.rows))
-        sums = [
-            (Block.whole(ones, (1, dy.rows.count)), dy, Block(grad, _ONE, units), True)
-            for dy, units in zip(dys, self.outside.units, strict=True)
-        ]
-        together = 1 if self.outside.overlaps else self.of_one_order
-        for start in range(0, len(sums), together):
-            multiply(sums[start : start + together])
-        return grad[0]
-
-
-_ONE = Units.every(1)
+        outside = self.outside
+        if outside.pattern is None:
+            return dy.reshape(-1, outside.n).sum(0)
+        grad = dy.new_zeros(outside.n)
+        native = native_for([dy])
+        if native is None:
+            for block, units in zip(outside.blocks(dy), outside.units, strict=True):
+                grad.index_add_(0, to_device(units.index, dy.device), block.copied().sum(0))
+            return grad
+        described = array("q")
+        for rows, units in zip(outside.rows, outside.units, strict=True):
+            described.extend((rows.count, units.count, *units.runs))
+        values, places = dy.contiguous(), described.buffer_info()[0]
+        native.column_sums(values.data_ptr(), places, len(outside.rows), grad.data_ptr(), torch.get_num_threads())
+        return grad
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:

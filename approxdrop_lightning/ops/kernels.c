@@ -116,3 +116,25 @@ void zero(char *restrict to, int64_t to_bytes, Units rows, Units columns, int64_
         fence();
     }
 }
+
+// Values of some rows, which follow each other, and where in the sums their columns belong. As groups.py fills it in.
+typedef struct {
+    int64_t rows, count;
+    Units columns;
+} Group;
+
+// to[columns] += sum over the rows, for each of `n` groups, whose float32 values follow each other.
+void column_sums(const float *restrict values, const Group *groups, int64_t n, float *restrict to, int threads) {
+    for (const Group *group = groups; group < groups + n; values += group->rows * group->count, group++) {
+#pragma omp parallel num_threads(threads) if (group->rows * group->count > 4 * PARALLEL_FROM)
+        {
+            int64_t first, last, before;
+            part(group->columns, &first, &last, &before);
+            for (int64_t row = 0; row < group->rows; row++) {
+                const float *from = values + row * group->count + before;
+                for (int64_t r = first; r < last; from += group->columns.lengths[r++])
+                    for (int64_t j = 0; j < group->columns.lengths[r]; j++) to[group->columns.starts[r] + j] += from[j];
+            }
+        }
+    }
+}

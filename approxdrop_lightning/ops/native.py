@@ -36,6 +36,7 @@ _SIGNATURES = {
     "take": _COPY,
     "put": [*_COPY, _INT],
     "zero": [_POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT, _INT],
+    "column_sums": [_POINTER, _POINTER, _SIZE, _POINTER, _INT],
     "products": [_POINTER, _SIZE, _INT],
     "strips_product": [_POINTER, _INT],
     "strips_input_grad": [_POINTER, _INT],
