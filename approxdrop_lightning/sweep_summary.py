@@ -109,12 +109,13 @@ def _plot(records: list[Record], path: Path) -> None:
     for (metric, unit), (left, right) in zip(tasks, axes, strict=True):
         chosen = [record for record in records if record["metric"] == metric]
         speed = f"training {unit} per second"
+        colors = {line: f"C{i}" for i, line in enumerate(dict.fromkeys(record["line"] for record in chosen))}
         for axis, key, label in ((left, "test", metric), (right, "per_second", speed)):
             for line, points in _points(chosen, key).items():
                 rates = sorted(points)
                 means = [fmean(points[rate]) for rate in rates]
                 spread = [pstdev(points[rate]) for rate in rates]
-                axis.errorbar(rates, means, yerr=spread, marker="o", capsize=3, label=line)
+                axis.errorbar(rates, means, yerr=spread, marker="o", capsize=3, label=line, color=colors[line])
             axis.set(xlabel="dropout rate", ylabel=label)
             axis.grid(alpha=0.3)
         left.legend()

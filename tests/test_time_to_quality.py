@@ -29,6 +29,19 @@ def test_seeds_are_compared_with_their_own_baseline(tmp_path):
     ]
 
 
+def test_almost_as_good_is_asked_of_the_baseline_too(tmp_path, capsys):
+    add_run(tmp_path, "0", "standard", 0, [90, 60.5, 60])
+    add_run(tmp_path, "1", "row", 0, [80, 70, 60.6], 0.5)
+    assert main([str(tmp_path), "--within", "1"]) == [
+        ("M", "0.5", "row", "1 of 1", "3.0", "15.0", "0.75"),
+        ("M", "0.5", "standard", "1 of 1", "2.0", "20.0", "1.00"),
+    ]
+    assert [row[3] for row in main([str(tmp_path), "--within", "0.9"])] == ["0 of 1", "1 of 1"]
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--within", "100"])
+    assert "[0, 100), got 100" in capsys.readouterr().err
+
+
 def test_accuracy_is_better_the_higher_it_is(tmp_path, capsys):
     add_run(tmp_path, "0", "standard", 0, [0.5, 0.9], metric="test/acc")
     add_run(tmp_path, "1", "row", 0, [0.91, 0.2], metric="test/acc")
