@@ -262,13 +262,13 @@ class RowPattern:
         if self.keeps_all:
             return 1.0
         n_blocks, orders = self.n_blocks, self.n_orders
-        blocks, times = _kept_by(n_blocks, self.dp, self.offset, self.keep, self.n_groups // orders)
+        blocks, times = _times_kept(n_blocks, self.dp, self.offset, self.keep, self.n_groups // orders)
         kept = orders * blocks * self.block_size
         if missing := n_blocks * self.block_size - self.n:  # where the last block lies, units are fewer
             last = [n_blocks - 1]
             if self.order is not None:  # by NumPy, which reads single entries in a fraction of the time
                 last = self.order.numpy().reshape(orders, n_blocks)[:, -1].tolist()
-            kept -= missing * sum(times[place % self.dp] for place in last)
+            kept -= missing * sum(times[place] for place in last)
         return kept / (self.n_groups * self.n)
 
     def row_groups(self, leading_shape: tuple[int, ...]) -> tuple[Units, ...]:
@@ -346,14 +346,10 @@ def _shift(dp: int, keep: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _kept_by(n_blocks: int, dp: int, offset: int, keep: int, n_groups: int) -> tuple[int, list[int]]:
-    """Blocks that the groups of one order keep, all together, and how many of the groups keep each cell."""
-    times, shift = [0] * dp, _shift(dp, keep)
-    for kept in range(keep):
-        for group in range(n_groups):
-            times[(offset + group * shift + kept) % dp] += 1
-    least, more = divmod(n_blocks, dp)
-    return sum((least + (cell < more)) * n for cell, n in enumerate(times)), times
+def _times_kept(n_blocks: int, dp: int, offset: int, keep: int, n_groups: int) -> tuple[int, list[int]]:
+    """Blocks that the groups of one order keep, all together, and how many groups keep the one at each place."""
+    times = _kept_places(n_blocks, dp, offset, keep, n_groups, torch.bool, 1).sum(0).tolist()
+    return sum(times), times
 
 
 @lru_cache(maxsize=4096)

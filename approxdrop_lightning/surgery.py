@@ -28,7 +28,7 @@ _RECORD = "_approxdrop"
 #: Attributes that conversion puts on layers; a restored layer has none of them.
 _ATTRIBUTES = (
     "site", "sites", "recurrent_sites", "sequence", "name", "backend", "work",
-    "defers", "waited", "dropped_by", "read_whole_too", "too_small",
+    "defers", "waited", "dropped_by", "read_whole_too",
 )  # fmt: skip
 _STOCK: dict[type, type] = {
     ApproxDropoutSite: nn.Dropout,
@@ -201,7 +201,6 @@ def _convert_linear(conversion: Conversion, name: str, module: nn.Linear) -> Non
         waited=False,
         dropped_by=set(),
         read_whole_too=False,
-        too_small=0,
         work=Ledger(),
     )
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 # Without a GPU, Triton kernels run in its interpreter.
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -70,7 +70,7 @@ class Kept:
         self._hooks = saving_hooks()
 
     @property
-    def is_packed(self) -> bool:
+    def has_values(self) -> bool:
         """Whether kept values are there already."""
         return self._values is not None
 
@@ -124,7 +124,7 @@ class CompactTensor(LazyTensor):
     def serves(self, multiplies: int) -> bool:
         """Whether a product of so many multiplies had better read kept values, as it does if they are packed."""
         held = self.held
-        return self.is_lazy and (held.is_packed or not held.site.saves_too_few(multiplies))
+        return self.is_lazy and (held.has_values or not held.site.saves_too_few(multiplies))
 
     def _read_by(self, name: str) -> None:
         self.held.site.read_whole(name)

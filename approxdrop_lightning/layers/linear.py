@@ -44,7 +44,6 @@ class ApproxLinear(nn.Linear):
         waited: Whether an output has waited yet.
         dropped_by: Sites reached so far.
         read_whole_too: Whether an output was read whole after a site had its kept units computed.
-        too_small: Multiplies of the largest product that a site found too small to skip: such need not wait.
         work: Multiplies of its last products.
     """
 
@@ -54,7 +53,6 @@ class ApproxLinear(nn.Linear):
     waited: bool
     dropped_by: set[Any]
     read_whole_too: bool
-    too_small: int
     work: Ledger
 
     @run_eagerly
@@ -69,7 +67,7 @@ class ApproxLinear(nn.Linear):
         multiplies = math.prod(shape) * self.out_features
         if isinstance(x, LazyTensor) and not (isinstance(x, CompactTensor) and x.serves(multiplies)):
             x = x.dense()
-        waits = self.defers and multiplies > self.too_small
+        waits = self.defers and not self._too_small(multiplies)
         if not waits and not isinstance(x, LazyTensor):
             self.work.note(None, None, multiplies)
             return super().forward(x)
@@ -78,6 +76,10 @@ class ApproxLinear(nn.Linear):
             return pending.compute()
         self.waited = True
         return PendingLinear(pending)
+
+    def _too_small(self, multiplies: int) -> bool:
+        """Whether none of the sites reached so far skips anything of so small a product: it need not wait."""
+        return bool(self.dropped_by) and all(site.saves_too_few(multiplies) for site in self.dropped_by)
 
     def learn(self) -> None:
         """Stop waiting once a step has shown that no site comes; what is wrong about that costs speed only."""
@@ -109,10 +111,11 @@ class Pending:
         self.name, self.backend, self._work = layer.name, layer.backend, layer.work
         # Those of the call: torch.func.functional_call, for one, puts others in their place for its duration.
         self.weight, self.bias = layer.weight, layer.bias
-        self.device = x.held.device if isinstance(x, LazyTensor) else x.device
-        kind = x.device.type
+        source = x.held if isinstance(x, LazyTensor) else x  # past the detour of a lazy tensor's attributes
+        self.device = source.device
+        kind = self.device.type
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        self.dtype = self._autocast[1] if self._autocast[2] else x.dtype
+        self.dtype = self._autocast[1] if self._autocast[2] else source.dtype
         self._hooks = saving_hooks()
         self._versions = self._input_versions()
 

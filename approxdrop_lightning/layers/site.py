@@ -156,7 +156,6 @@ class Site:
             x = as_dense(x)
             return x * pattern.mask(*shape[:-1], dtype=x.dtype, value=self.scale).to(x.device)
         if pending is not None and self.saves_too_few(pending.multiplies):
-            pending.layer.too_small = max(pending.layer.too_small, pending.multiplies)
             pending = None
         if pending is None:  # a mask or packed, as its readers wish
             return CompactTensor(Kept(shape, pattern, shape[:-1], self, as_dense(x), packed=False, scale=self.scale))
