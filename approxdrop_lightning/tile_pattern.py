@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from approxdrop_lightning.distribution import check_rate
-from approxdrop_lightning.pattern import Units, check_integers, natural_cells
+from approxdrop_lightning.pattern import check_integers, natural_cells
+from approxdrop_lightning.units import Units
 
 
 @dataclass(frozen=True)

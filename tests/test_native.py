@@ -14,7 +14,8 @@ import torch
 from approxdrop_lightning.ops import blocks, lstm, native, product
 from approxdrop_lightning.ops.product import Block
 from approxdrop_lightning.ops.strips import layer_products
-from approxdrop_lightning.pattern import RowPattern, Units
+from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.units import Units
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where there is a compiler, sources that do not compile are a failure.

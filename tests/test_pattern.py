@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from approxdrop_lightning import RowPattern
-from approxdrop_lightning.pattern import Units
+from approxdrop_lightning.units import Units
 
 
 @st.composite

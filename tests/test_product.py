@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from approxdrop_lightning.ops.product import Block, multiply
-from approxdrop_lightning.pattern import RowPattern, Units
+from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.units import Units
 
 
 def units(kind: str, n: int, seed: int) -> Units:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from approxdrop_lightning.ops.native import Runs, library
-from approxdrop_lightning.pattern import Units
+from approxdrop_lightning.units import Units
 
 #: Smaller buffers come from PyTorch: asking for them costs less than looking for one.
 _KEEP_FROM_BYTES = 1 << 21

@@ -12,7 +12,8 @@ from approxdrop_lightning.ops import groups, reference
 from approxdrop_lightning.ops.blocks import buffer, put, take
 from approxdrop_lightning.ops.groups import Groups
 from approxdrop_lightning.ops.strips import layer_products
-from approxdrop_lightning.pattern import RowPattern, Units
+from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.units import Units
 
 
 class _Pack(torch.autograd.Function):

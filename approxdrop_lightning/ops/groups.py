@@ -14,7 +14,8 @@ from torch import Tensor
 
 from approxdrop_lightning.ops.blocks import buffer, put, take, to_device, zero
 from approxdrop_lightning.ops.product import Block, Product, multiply, native_for
-from approxdrop_lightning.pattern import RowPattern, Units
+from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.units import Units
 
 
 class Side:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from approxdrop_lightning.ops.blocks import buffer, is_large, put, take, to_device
 from approxdrop_lightning.ops.native import library
-from approxdrop_lightning.pattern import Units
+from approxdrop_lightning.units import Units
 
 
 class Block:

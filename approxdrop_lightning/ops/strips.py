@@ -16,7 +16,8 @@ from torch import Tensor
 from approxdrop_lightning.ops.blocks import buffer
 from approxdrop_lightning.ops.groups import Groups
 from approxdrop_lightning.ops.product import native_for
-from approxdrop_lightning.pattern import STRIP, RowPattern, Units
+from approxdrop_lightning.pattern import STRIP, RowPattern
+from approxdrop_lightning.units import Units
 
 #: Multiplies below which a second thread costs more than it saves.
 _SMALL = 100_000

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from approxdrop_lightning.ops.blocks import buffer, zero
 from approxdrop_lightning.ops.product import Block, multiply
-from approxdrop_lightning.pattern import Units
 from approxdrop_lightning.tile_pattern import TilePattern
+from approxdrop_lightning.units import Units
 
 
 def _product(x: Tensor, weight: Tensor, pattern: TilePattern) -> Tensor:
