@@ -85,7 +85,7 @@ class ApproxDropout(Callback):
         recurrent: bool = False,
         tile_size: int = 32,
         min_features: int = Options.min_features,
-        min_multiplies: int = Options.min_multiplies,
+        min_multiplies: int | None = Options.min_multiplies,
         min_hidden: int = Options.min_hidden,
         backend: str = "auto",
         seed: int | None = None,

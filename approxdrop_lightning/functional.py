@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from approxdrop_lightning.memory import to_device
 from approxdrop_lightning.ops import compact, flat_weights, lstm, reference, tiles
-from approxdrop_lightning.ops.blocks import to_device
 from approxdrop_lightning.ops.registry import ops_for
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern

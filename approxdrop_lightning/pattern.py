@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from approxdrop_lightning.memory import to_device
 from approxdrop_lightning.units import Units
 
 #: Units that compiled code reads together: products are cheapest where groups keep whole strips of so many.
 STRIP = 16
+
+_HOST = torch.device("cpu")
 
 
 def check_integers(pattern: object, **ranges: int | tuple[int, float]) -> None:
@@ -79,7 +82,7 @@ class RowPattern:
         if self.order is not None:
             order = torch.as_tensor(self.order, dtype=torch.int64, device="cpu")
             rows = order.view(-1, self.n_blocks) if order.shape[-1:] == (self.n_blocks,) else order.new_empty(0)
-            natural = torch.arange(self.n_blocks).expand_as(rows) if len(rows) else None
+            natural = torch.arange(self.n_blocks, device="cpu").expand_as(rows) if len(rows) else None
             if order.dim() > 2 or natural is None or not torch.equal(rows.sort().values, natural):
                 raise ValueError(f"RowPattern: order must be a permutation of {self.n_blocks} blocks, got {order}")
             if len(rows) > 1 and not self.interleave:
@@ -182,7 +185,7 @@ class RowPattern:
 
     @property
     def _orders(self) -> Tensor:
-        order = torch.arange(self.n_blocks) if self.order is None else self.order
+        order = torch.arange(self.n_blocks, device="cpu") if self.order is None else self.order
         return order.view(-1, self.n_blocks)[: self.n_orders]
 
     def cells(self) -> tuple[Tensor, ...]:
@@ -239,7 +242,13 @@ class RowPattern:
     def _flat_index_of(self) -> list[Any]:
         return []
 
-    def mask(self, *leading_shape: int, dtype: torch.dtype = torch.bool, value: float = 1) -> Tensor:
+    def mask(
+        self,
+        *leading_shape: int,
+        dtype: torch.dtype = torch.bool,
+        value: float = 1,
+        device: torch.device = _HOST,
+    ) -> Tensor:
         """Which entries of a batch are kept: ``[*leading_shape, n]``, ``value`` where they are, zero elsewhere."""
         n_blocks, orders = self.n_blocks, self.n_orders
         groups = self.n_groups // orders
@@ -248,9 +257,10 @@ class RowPattern:
             kept = kept.index_select(1, self.order.view(-1)[: orders * n_blocks])
             if orders > 1:
                 kept = kept.view(groups, orders, n_blocks).transpose(0, 1).reshape(-1, n_blocks)
+        kept = to_device(kept, device)
         if self.block_size > 1:
             kept = kept[:, :, None].expand(-1, -1, self.block_size).reshape(self.n_groups, -1)[:, : self.n]
-        group = _group_of_row(tuple(leading_shape), self.n_groups)
+        group = _group_of_row(tuple(leading_shape), self.n_groups, device)
         return kept.index_select(0, group.view(-1)).view(*leading_shape, self.n)
 
 
@@ -284,7 +294,7 @@ def _sort_by_cell(n: int, order: Tensor, offset: int, dp: int, block_size: int) 
 @lru_cache(maxsize=1024)
 def _lengths(n_blocks: int, block_size: int) -> Tensor:
     """Of blocks of equal size."""
-    return torch.full((n_blocks,), block_size)
+    return torch.full((n_blocks,), block_size, device="cpu")
 
 
 def _shift(dp: int, keep: int) -> int:
@@ -316,7 +326,7 @@ def _cell_sizes(n: int, dp: int, offset: int, block_size: int, last: int) -> tup
 @lru_cache(maxsize=1024)
 def natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
     """Units in their natural order by cell: unit ``j`` lies in ``(j // block_size - offset) mod dp``."""
-    return _sort_by_cell(n, torch.arange(-(-n // block_size)), offset, dp, block_size)
+    return _sort_by_cell(n, torch.arange(-(-n // block_size), device="cpu"), offset, dp, block_size)
 
 
 @lru_cache(maxsize=1024)
@@ -324,16 +334,16 @@ def _kept_places(
     n_blocks: int, dp: int, offset: int, keep: int, n_groups: int, dtype: torch.dtype, value: float
 ) -> Tensor:
     """``[n_groups, n_blocks]``: ``value`` for the places in an order whose blocks a group of it keeps, else zero."""
-    first = offset + _shift(dp, keep) * torch.arange(n_groups)[:, None]
-    kept = (torch.arange(n_blocks) - first).remainder(dp) < keep
+    first = offset + _shift(dp, keep) * torch.arange(n_groups, device="cpu")[:, None]
+    kept = (torch.arange(n_blocks, device="cpu") - first).remainder(dp) < keep
     return kept if dtype == torch.bool else kept.to(dtype) * value
 
 
 @lru_cache(maxsize=256)
-def _group_of_row(leading_shape: tuple[int, ...], n_groups: int) -> Tensor:
-    group = torch.zeros(leading_shape, dtype=torch.int64)
+def _group_of_row(leading_shape: tuple[int, ...], n_groups: int, device: torch.device = _HOST) -> Tensor:
+    group = torch.zeros(leading_shape, dtype=torch.int64, device=device)
     for dim, size in enumerate(leading_shape):
-        group += torch.arange(size).view(-1, *[1] * (len(leading_shape) - dim - 1))
+        group += torch.arange(size, device=device).view(-1, *[1] * (len(leading_shape) - dim - 1))
     return group.remainder(n_groups)
 
 

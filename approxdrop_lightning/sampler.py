@@ -85,10 +85,10 @@ class PatternSampler:
         self.tile_size = tile_size
         self.orders = orders
         self.rank = rank
-        self._steps = torch.Generator().manual_seed(seed)
+        self._steps = torch.Generator("cpu").manual_seed(seed)
         # Seeded anew at each step, from the first one: processes cannot drift apart, and a step's patterns do not
         # depend on how many the steps before it had.
-        self._patterns = torch.Generator()
+        self._patterns = torch.Generator("cpu")
         # Zero-probability pairs are left out so that rounding in the sum can never pick one.
         pairs = [(s, k) for s, k in zip(distribution.support, distribution.probabilities, strict=True) if k > 0]
         self._support = [s for s, _ in pairs]
@@ -98,10 +98,10 @@ class PatternSampler:
 
     def draw(self) -> tuple[int, int]:
         """Begin a step: draw its ``(dp, keep)``."""
-        u = torch.rand((), generator=self._steps, dtype=torch.float64).item() * self._cumulative[-1]
+        u = torch.rand((), generator=self._steps, dtype=torch.float64, device="cpu").item() * self._cumulative[-1]
         index = min(bisect_right(self._cumulative, u), len(self._support) - 1)
         self.dp, self.keep = self._support[index]
-        seed = int(torch.randint(2**31, (), generator=self._steps))
+        seed = int(torch.randint(2**31, (), generator=self._steps, device="cpu"))
         self._patterns.manual_seed((seed + 1_000_003 * self.rank) % 2**32)
         return self.dp, self.keep
 
@@ -116,31 +116,31 @@ class PatternSampler:
         interleave = self.interleave and not shared
         if self.keep == self.dp:
             return RowPattern(n, 1, 0)
-        offset = int(torch.randint(self.dp, (), generator=self._patterns))
+        offset = int(torch.randint(self.dp, (), generator=self._patterns, device="cpu"))
         common = {"n": n, "dp": self.dp, "offset": offset, "keep": self.keep, "interleave": interleave}
         if not self.shuffle:
             return RowPattern.unchecked(order=None, block_size=1, **common)
         block_size = fitting_block_size(n, self.dp, self.block_size)
         n_blocks = -(-n // block_size)
-        order = torch.randperm(n_blocks, generator=self._patterns)
+        order = torch.randperm(n_blocks, generator=self._patterns, device="cpu")
         pattern = RowPattern.unchecked(order=order, block_size=block_size, **common)
         orders = min(self.orders, rows // (pattern.n_groups * least_rows(block_size))) if interleave else 1
         if orders < 2:
             return pattern
-        further = [torch.randperm(n_blocks, generator=self._patterns) for _ in range(orders - 1)]
+        further = [torch.randperm(n_blocks, generator=self._patterns, device="cpu") for _ in range(orders - 1)]
         return RowPattern.unchecked(order=torch.stack([order, *further]), block_size=block_size, **common)
 
     def tiles(self, n_out: int, n_in: int) -> TilePattern:
         """Draw a pattern of a weight ``[n_out, n_in]`` with the step's ``(dp, keep)``."""
         if self.keep == self.dp:
             return TilePattern(n_out, n_in, 1, 0)
-        offset = int(torch.randint(self.dp, (), generator=self._patterns))
+        offset = int(torch.randint(self.dp, (), generator=self._patterns, device="cpu"))
         tile_size = fitting_tile_size(n_out, n_in, self.dp, self.tile_size)
         return TilePattern(n_out, n_in, self.dp, offset, self.keep, tile_size)
 
     def bernoulli(self, n_out: int, n_in: int) -> BernoulliPattern:
         """Draw independent entries of a matrix ``[n_out, n_in]`` at the distribution's rate."""
-        seed = int(torch.randint(2**31, (), generator=self._patterns))
+        seed = int(torch.randint(2**31, (), generator=self._patterns, device="cpu"))
         return BernoulliPattern(n_out, n_in, self.distribution.rate, seed)
 
     def state_dict(self) -> dict[str, Any]:

@@ -82,13 +82,14 @@ class TilePattern:
         """Share of the weights kept."""
         return self.n_kept / (self.n_out * self.n_in)
 
-    def mask(self) -> Tensor:
-        """Which weights are kept: bool ``[n_out, n_in]``."""
+    def mask(self, device: torch.device | None = None) -> Tensor:
+        """Which weights are kept: bool ``[n_out, n_in]``, on the host or another device."""
         size = self.tile_size
-        i, j = torch.arange(-(-self.n_out // size)), torch.arange(-(-self.n_in // size))
+        i, j = (torch.arange(-(-n // size), device=device or "cpu") for n in (self.n_out, self.n_in))
         tiles = (i[:, None] + j - self.offset).remainder(self.dp) < self.keep
-        rows = tiles.repeat_interleave(size, 1)[:, : self.n_in]
-        return rows.repeat_interleave(size, 0)[: self.n_out]
+        n_rows, n_columns = tiles.shape
+        tiles = tiles[:, None, :, None].expand(n_rows, size, n_columns, size)
+        return tiles.reshape(n_rows * size, n_columns * size)[: self.n_out, : self.n_in]
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,11 @@ class BernoulliPattern:
         """Share of the entries kept, in expectation."""
         return 1 - self.rate
 
-    def mask(self) -> Tensor:
-        """Which entries are kept: bool ``[n_out, n_in]``, the same at each call."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.empty(self.n_out, self.n_in, dtype=torch.bool).bernoulli_(self.share, generator=generator)
+    def mask(self, device: torch.device | None = None) -> Tensor:
+        """Which entries are kept: bool ``[n_out, n_in]``, the same at each call for a kind of device."""
+        generator = torch.Generator(device or "cpu").manual_seed(self.seed)
+        mask = torch.empty(self.n_out, self.n_in, dtype=torch.bool, device=generator.device)
+        return mask.bernoulli_(self.share, generator=generator)
 
 
 @lru_cache(maxsize=1024)

@@ -30,9 +30,9 @@ class Units:
         if len(self.starts) == self.count:  # runs of one
             return self.starts
         if self.count and bool((self.lengths == self.lengths[0]).all()):
-            return (self.starts[:, None] + torch.arange(int(self.lengths[0]))).view(-1)
+            return (self.starts[:, None] + torch.arange(int(self.lengths[0]), device="cpu")).view(-1)
         shift = self.starts - self.lengths.cumsum(0) + self.lengths
-        return shift.repeat_interleave(self.lengths, output_size=self.count) + torch.arange(self.count)
+        return shift.repeat_interleave(self.lengths, output_size=self.count) + torch.arange(self.count, device="cpu")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy must not take along what is cached: addresses are those of the tensors here.
@@ -62,4 +62,4 @@ class Units:
 
 @lru_cache(maxsize=256)
 def _every(n: int) -> Units:
-    return Units(torch.tensor([0]), torch.tensor([n]), n)
+    return Units(torch.tensor([0], device="cpu"), torch.tensor([n], device="cpu"), n)

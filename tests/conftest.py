@@ -18,6 +18,15 @@ def compiler_environment():
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
+@pytest.fixture(autouse=True)
+def _device(request):
+    """Tests of kernels run on the GPU, where there is one."""
+    on_gpu = torch.cuda.is_available() and request.node.get_closest_marker("triton")
+    torch.set_default_device("cuda" if on_gpu else None)
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that an op asks for is NaN: an entry that it forgets to write cannot pass for zero."""

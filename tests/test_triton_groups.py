@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import compiler_environment
 from torch.utils.flop_counter import FlopCounterMode
-from triton_cases import TOLERANCE, assert_is_the_reference, make_pattern
+from triton_cases import TOLERANCE, TYPES, assert_is_the_reference, make_pattern
 
 pytest.importorskip("triton")
 
@@ -61,7 +61,7 @@ def test_every_period_and_number_of_kept_cells(dp):
         assert_is_the_reference((2, 9), 130, 127, *sides, bias=keep != 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("leading", "n_in", "n_out"),
     [
@@ -89,6 +89,7 @@ def test_activation_follows_the_scaled_product(activation, in_kind):
 @pytest.mark.parametrize(("dp", "keep"), [(3, 1), (3, 2), (5, 4), (5, 2)])
 def test_blocks_of_the_weight_are_disjoint_and_all_that_is_kept(in_kind, out_kind, dp, keep):
     """So each entry of the weight's gradient is written once, by one program, without atomics."""
+    torch.set_default_device("cpu")
     inside, outside = pattern(in_kind, 48, dp, keep), pattern(out_kind, 40, dp, keep)
     plan = make_plan(inside, outside, (7,), torch.empty(40, 48))
     groups = range(plan.sizes.groups)
@@ -126,19 +127,19 @@ def plan_and_arguments(dp=3, keep=2, n_in=40, n_out=48, kind="interleaved blocks
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
 def test_opcheck(kind, activation):
     plan, x, weight, bias = plan_and_arguments(kind=kind)
-    torch.library.opcheck(group_ops.groups_linear, (x, weight, bias, *plan[:4], 1.5, activation))
+    torch.library.opcheck(group_ops.groups_linear.op, (x, weight, bias, *plan[:4], 1.5, activation))
 
 
 def test_opcheck_of_the_gradients_and_copies():
     plan, x, weight, _ = plan_and_arguments()
     x, weight, dy = x.detach(), weight.detach(), torch.randn(plan.out_shape)
     tables, sizes = plan.tables, plan.sizes
-    torch.library.opcheck(group_ops.groups_input_grad, (dy, weight, tables, sizes, plan.in_shape, 1.5))
-    torch.library.opcheck(group_ops.groups_weight_grad, (dy, x, tables, sizes, 48, 40, 1.5))
-    torch.library.opcheck(group_ops.groups_bias_grad, (dy, tables, sizes, 48, 1.5))
+    torch.library.opcheck(group_ops.groups_input_grad.op, (dy, weight, tables, sizes, plan.in_shape, 1.5))
+    torch.library.opcheck(group_ops.groups_weight_grad.op, (dy, x, tables, sizes, 48, 40, 1.5))
+    torch.library.opcheck(group_ops.groups_bias_grad.op, (dy, tables, sizes, 48, 1.5))
     dense = torch.randn(7, 40, requires_grad=True)
-    torch.library.opcheck(group_ops.gather, (dense, tables, sizes, plan.in_shape))
-    torch.library.opcheck(group_ops.scatter, (x.requires_grad_(), tables, sizes, 40))
+    torch.library.opcheck(group_ops.gather.op, (dense, tables, sizes, plan.in_shape))
+    torch.library.opcheck(group_ops.scatter.op, (x.requires_grad_(), tables, sizes, 40))
 
 
 def test_multiplies_are_counted():
@@ -152,7 +153,7 @@ def test_multiplies_are_counted():
 
 def test_autocast_casts_as_for_a_linear_layer():
     plan, x, weight, bias = plan_and_arguments()
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(torch.get_default_device().type, torch.float16):
         y = group_ops.groups_linear(x, weight, bias, *plan[:4], 1.5, "relu")[0]
     assert y.dtype == torch.float16
     y.float().sum().backward()
@@ -164,7 +165,7 @@ def test_strided_operands_are_read_right():
     x, weight = torch.randn(24, 6).t(), torch.randn(24, 32).t()
     packed = functional.pack(x, inside, "triton")
     y = functional.row_linear(packed, weight, None, inside, backend="triton", leading_shape=(6,))
-    torch.testing.assert_close(y, (x * inside.mask(6)) @ weight.t(), **TOLERANCE[torch.float32])
+    torch.testing.assert_close(y, (x * inside.mask(6, device=x.device)) @ weight.t(), **TOLERANCE[torch.float32])
 
 
 def test_one_graph_for_all_patterns_of_a_period():
@@ -184,7 +185,7 @@ def test_one_graph_for_all_patterns_of_a_period():
         x = torch.randn(6, 32)
         packed = functional.pack(x, sides[0]).view(plan.in_shape).requires_grad_()
         y = compiled(packed, weight, bias, *map(tuple, plan[:2]), plan.in_shape, plan.out_shape)
-        wanted = 2 * functional.pack(((x * sides[0].mask(6)) @ weight.t() + bias).relu(), sides[1])
+        wanted = 2 * functional.pack(((x * sides[0].mask(6, device=x.device)) @ weight.t() + bias).relu(), sides[1])
         torch.testing.assert_close(y, wanted, **TOLERANCE[torch.float32])
         y.sum().backward()
     assert counter.frame_count == 1
@@ -200,7 +201,7 @@ def test_a_plan_takes_another_pattern_in_place():
     first.flat.copy_(second.flat)
     packed = functional.pack(x, patterns[1][0]).view(first.in_shape)
     y = group_ops.groups_linear(packed, weight, None, *first[:4], 1.0, "identity")[0]
-    wanted = functional.pack((x * patterns[1][0].mask(6)) @ weight.t(), patterns[1][1])
+    wanted = functional.pack((x * patterns[1][0].mask(6, device=x.device)) @ weight.t(), patterns[1][1])
     torch.testing.assert_close(y, wanted, **TOLERANCE[torch.float32])
 
 

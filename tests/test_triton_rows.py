@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import compiler_environment
 from torch.utils.flop_counter import FlopCounterMode
-from triton_cases import TOLERANCE, assert_is_the_reference
+from triton_cases import TOLERANCE, TYPES, assert_is_the_reference
 
 pytest.importorskip("triton")
 
@@ -35,7 +35,7 @@ def test_every_pair_of_periods(in_dp, out_dp):
     assert_is_the_reference((7,), n_in, n_out, pattern(n_in, in_dp), pattern(n_out, out_dp))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("leading", "n_in", "n_out"), [((1,), 1, 1), ((3, 11), 64, 96), ((130,), 33, 7), ((0,), 8, 8)]
 )
@@ -104,13 +104,13 @@ def arguments(in_dp=2, out_dp=3, bias=True):
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu"])
 @pytest.mark.parametrize(("in_dp", "out_dp", "bias"), [(2, 3, True), (1, 2, False), (3, 1, True)])
 def test_opcheck(in_dp, out_dp, bias, activation):
-    torch.library.opcheck(row_ops.rows_linear, (*arguments(in_dp, out_dp, bias), activation))
+    torch.library.opcheck(row_ops.rows_linear.op, (*arguments(in_dp, out_dp, bias), activation))
 
 
 def test_opcheck_of_the_gradients():
     dy, x, packed = torch.randn(6, 14), torch.randn(6, 16), torch.randn(14, 16)
-    torch.library.opcheck(row_ops.rows_input_grad, (dy, packed, 40, 32, 2, 1, 3, 0, 1.5))
-    torch.library.opcheck(row_ops.rows_weight_grad, (dy, x, 40, 32, 2, 1, 3, 0, 1.5))
+    torch.library.opcheck(row_ops.rows_input_grad.op, (dy, packed, 40, 32, 2, 1, 3, 0, 1.5))
+    torch.library.opcheck(row_ops.rows_weight_grad.op, (dy, x, 40, 32, 2, 1, 3, 0, 1.5))
 
 
 def test_multiplies_are_counted():
@@ -124,7 +124,7 @@ def test_multiplies_are_counted():
 
 def test_autocast_casts_as_for_a_linear_layer():
     x, weight, b, *rest = arguments()
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(torch.get_default_device().type, torch.float16):
         y = row_ops.rows_linear(x, weight, b, *rest, "identity")[0]
     assert y.dtype == torch.float16
     y.float().sum().backward()

@@ -9,7 +9,7 @@ import torch
 from conftest import compiler_environment
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
-from triton_cases import TOLERANCE
+from triton_cases import TOLERANCE, TYPES
 
 pytest.importorskip("triton")
 
@@ -38,7 +38,7 @@ def assert_is_the_reference(rows, n_out, n_in, dp, keep=1, tile_size=16, dtype=t
         torch.testing.assert_close(mine.double(), wanted, **TOLERANCE[dtype], msg=message)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("dp", "keep"), [(dp, keep) for dp in range(1, 9) for keep in sorted({1, dp // 2 + 1, dp})])
 def test_every_period(dp, keep, dtype):
     """Nine rows and eight columns of tiles, the last of one unit and of two: classes differ in size."""
@@ -74,7 +74,7 @@ def test_every_choice_of_blocks(number):
     triton_tiles.product_launch(tiling, x, w, None, y, *arguments).run()
     triton_tiles.product_launch(tiling, dy, w.t(), None, dx, *arguments).run()
     triton_tiles.weight_grad_launch(tiling, dy, x, dw, *arguments).run()
-    mask, exact = pattern.mask(), torch.float32
+    mask, exact = pattern.mask(w.device), torch.float32
     masked = w.to(exact) * mask
     for found, expected in (
         (y, x.to(exact) @ masked.T),
@@ -88,36 +88,37 @@ def test_operands_that_are_not_contiguous():
     pattern = TilePattern(33, 40, 2, 1, tile_size=16)
     x, weight = torch.randn(40, 9).t(), torch.randn(40, 33).t()
     found = functional.tile_linear(x, weight, None, pattern, backend="triton")
-    torch.testing.assert_close(found, x @ (weight * pattern.mask()).T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, x @ (weight * pattern.mask(x.device)).T, rtol=1e-4, atol=1e-4)
     grad = tile_ops._weight_grad(torch.ones(()).expand(9, 33), x, torch.tensor(1, dtype=torch.int32), 2, 1, 16, 1.0)
-    torch.testing.assert_close(grad, torch.ones(33, 9) @ x * pattern.mask(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad, torch.ones(33, 9) @ x * pattern.mask(x.device), rtol=1e-4, atol=1e-4)
 
 
-OPERANDS = (
-    torch.randn(5, 40),
-    torch.randn(33, 40),
-    torch.randn(33),
-    torch.tensor(1, dtype=torch.int32),
-    3,
-    2,
-    16,
-    2.0,
-)
+def operands():
+    return (
+        torch.randn(5, 40),
+        torch.randn(33, 40),
+        torch.randn(33),
+        torch.tensor(1, dtype=torch.int32),
+        3,
+        2,
+        16,
+        2.0,
+    )
 
 
 def test_operators_keep_their_promises():
-    x, weight, bias, offset, *pattern = OPERANDS
+    x, weight, bias, offset, *pattern = operands()
     dy = torch.randn(5, 33)
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    torch.library.opcheck(tile_ops._tile_linear, (*leaves, offset, *pattern))
-    torch.library.opcheck(tile_ops._input_grad, (dy, weight, offset, *pattern))
-    torch.library.opcheck(tile_ops._weight_grad, (dy, x, offset, *pattern))
+    torch.library.opcheck(tile_ops._tile_linear.op, (*leaves, offset, *pattern))
+    torch.library.opcheck(tile_ops._input_grad.op, (dy, weight, offset, *pattern))
+    torch.library.opcheck(tile_ops._weight_grad.op, (dy, x, offset, *pattern))
 
 
 def test_compiled_models_do_not_compile_anew_for_another_pattern():
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
-    x, weight, bias, _, *_ = OPERANDS
+    x, weight, bias, _, *_ = operands()
 
     @torch.compile(backend=graphs, dynamic=True, fullgraph=True)
     def compiled(offset, dp):
@@ -132,7 +133,7 @@ def test_compiled_models_do_not_compile_anew_for_another_pattern():
 
 def test_a_pattern_is_changed_in_place():
     """As whoever replays a captured graph does."""
-    x, weight, bias, _, dp, keep, tile_size, scale = OPERANDS
+    x, weight, bias, _, dp, keep, tile_size, scale = operands()
     offset = torch.tensor(0, dtype=torch.int32)
     for number in range(dp):
         offset.fill_(number)
@@ -153,10 +154,10 @@ def test_operations_of_kept_tiles_are_counted():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_takes_the_type_of_the_user(dtype, monkeypatch):
     """The operator itself; what it is cast to is seen by the launch, since the interpreter cannot do bfloat16."""
-    x, weight, bias, offset, *pattern = OPERANDS
+    x, weight, bias, offset, *pattern = operands()
     seen = []
     monkeypatch.setattr(tile_ops, "run_fastest", lambda name, x, *_: seen.append(x.dtype))
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(torch.get_default_device().type, dtype):
         y = tile_ops._tile_linear(x, weight, bias, offset, *pattern)
     assert y.dtype == dtype
     assert seen == [dtype]

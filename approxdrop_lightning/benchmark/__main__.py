@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.set_default_dtype(getattr(torch, options.dtype))
     torch.set_default_device(options.device)
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
     rows = []
     kinds = ("mlp", "lstm", "ops") if options.kind == "all" else (options.kind,)
     for kind in kinds:
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-multiplies", type=int, help="as of ApproxDropout")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
+    parser.add_argument("--tf32", action="store_true", help="float32 products in tf32, on a GPU")
     parser.add_argument("--malloc", default="keep", choices=("keep", "default"),
                         help="keep: with approxdrop_lightning.keep_freed_memory()")  # fmt: skip
     parser.add_argument("--threads", type=int, help="PyTorch's own choice if not given")

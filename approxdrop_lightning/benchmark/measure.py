@@ -90,10 +90,15 @@ def peak_memory(step: Step) -> float:
 
 def where_time_goes(step: Step, rows: int = 14) -> str:
     """Table of the functions in which a step spends its time, its own time first."""
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+    step()
+    _synchronize()
+    on_gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
         for _ in range(3):
             step()
-    return recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=44)
+        _synchronize()
+    by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    return recorded.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=44)
 
 
 def surroundings(device: str) -> dict[str, str]:

@@ -178,9 +178,9 @@ def _maxent(shares: Sequence[float], rate: float, gamma: float) -> list[float]:
 
 def _sgd(shares: Sequence[float], rate: float, gamma: float, steps: int = 4_000) -> list[float]:
     """The paper's search. Warns if it ends away from the closed form's optimum."""
-    u = torch.tensor(shares, dtype=torch.float64)
+    u = torch.tensor(shares, dtype=torch.float64, device="cpu")
     logits = torch.zeros_like(u)
-    target = torch.tensor(_maxent(shares, rate, gamma), dtype=torch.float64)
+    target = torch.tensor(_maxent(shares, rate, gamma), dtype=torch.float64, device="cpu")
     target_entropy = float(torch.special.entr(target).sum())
 
     def errors() -> tuple[float, float]:

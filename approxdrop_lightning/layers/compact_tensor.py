@@ -36,7 +36,7 @@ class Reader(Protocol):
     def read_whole(self, name: str) -> None:
         """A function of that name reads the dense tensor."""
 
-    def saves_too_few(self, multiplies: int) -> bool:
+    def saves_too_few(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a product of so many multiplies had better read the dense tensor."""
 
 
@@ -92,8 +92,9 @@ class Kept:
                 dense = functional.unpack(self._given, self.pattern, self.rows, self.site.backend)
             else:
                 given = self._given
-                mask = self.pattern.mask(*self.rows, dtype=given.dtype, value=self._scale)
-                dense = given * mask.to(given.device)
+                dense = given * self.pattern.mask(
+                    *self.rows, dtype=given.dtype, value=self._scale, device=given.device
+                )
             return dense.view(self.shape)
 
     def with_values(self, values: Tensor, shape: tuple[int, ...]) -> Kept:
@@ -124,7 +125,9 @@ class CompactTensor(LazyTensor):
     def serves(self, multiplies: int) -> bool:
         """Whether a product of so many multiplies had better read kept values, as it does if they are packed."""
         held = self.held
-        return self.is_lazy and (held.has_values or not held.site.saves_too_few(multiplies))
+        if not self.is_lazy or held.has_values:
+            return self.is_lazy
+        return not held.site.saves_too_few(multiplies, held.device, held.dtype)
 
     def _read_by(self, name: str) -> None:
         self.held.site.read_whole(name)

@@ -67,7 +67,7 @@ class ApproxLinear(nn.Linear):
         multiplies = math.prod(shape) * self.out_features
         if isinstance(x, LazyTensor) and not (isinstance(x, CompactTensor) and x.serves(multiplies)):
             x = x.dense()
-        waits = self.defers and not self._too_small(multiplies)
+        waits = self.defers and not self._too_small(multiplies, x)
         if not waits and not isinstance(x, LazyTensor):
             self.work.note(None, None, multiplies)
             return super().forward(x)
@@ -77,9 +77,11 @@ class ApproxLinear(nn.Linear):
         self.waited = True
         return PendingLinear(pending)
 
-    def _too_small(self, multiplies: int) -> bool:
+    def _too_small(self, multiplies: int, x: Tensor) -> bool:
         """Whether none of the sites reached so far skips anything of so small a product: it need not wait."""
-        return bool(self.dropped_by) and all(site.saves_too_few(multiplies) for site in self.dropped_by)
+        source = x.held if isinstance(x, LazyTensor) else x  # past the detour of a lazy tensor's attributes
+        kind = source.device, source.dtype
+        return bool(self.dropped_by) and all(site.saves_too_few(multiplies, *kind) for site in self.dropped_by)
 
     def learn(self) -> None:
         """Stop waiting once a step has shown that no site comes; what is wrong about that costs speed only."""

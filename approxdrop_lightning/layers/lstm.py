@@ -87,11 +87,18 @@ class ApproxLSTM(nn.LSTM):
         weight_ih, weight_hh, *biases = self._weights(layer)
         held = x.held if isinstance(x, CompactTensor) and x.is_lazy else None
         dropped = self.recurrent_sites[layer] if self.recurrent_sites else None
+        rows = x.shape[0] * x.shape[1]
+        multiplies = rows * x.shape[-1] * 4 * self.hidden_size
+        if isinstance(x, CompactTensor) and not weight_ih.is_cpu and not x.serves(multiplies):
+            x, held = as_dense(x), None
         if held is not None and held.pattern.interleave and not self.sequence and dropped is None:
             held.site.read_whole(f"{self.name} (hidden size below min_hidden)")
             x, held = as_dense(x), None
-        rows = x.shape[0] * x.shape[1]
-        self.work.note(held and held.site, None, rows * x.shape[-1] * 4 * self.hidden_size)
+        if dropped is not None and self._too_small(dropped, rows, weight_hh):
+            kept = dropped.pattern(self.hidden_size, shared=True)
+            weight_hh = weight_hh * kept.mask(1, dtype=weight_hh.dtype, value=dropped.scale, device=weight_hh.device)
+            dropped = None
+        self.work.note(held and held.site, None, multiplies)
         self.work.note(dropped, None, rows * self.hidden_size * 4 * self.hidden_size)
         if held is not None:
             held.site.read_kept(self._reader(layer))
@@ -113,6 +120,10 @@ class ApproxLSTM(nn.LSTM):
         return self._vendor(
             as_dense(x), state, [weight_ih, weight_hh, *biases], None if held is None else held.pattern
         )
+
+    def _too_small(self, site: Any, rows: int, weight: Tensor) -> bool:
+        """Whether the vendor's kernel had better run the recurrence: on a GPU, where ours is launch after launch."""
+        return not weight.is_cpu and site.saves_too_few(rows * weight.numel(), weight.device, weight.dtype)
 
     def _weights(self, layer: int) -> tuple[Tensor, ...]:
         """``weight_ih``, ``weight_hh`` and, if there are any, both biases of a layer."""

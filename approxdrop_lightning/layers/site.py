@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly, shape_of
 from approxdrop_lightning.layers.linear import PendingLinear
+from approxdrop_lightning.ops.registry import least_saved
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.sampler import PatternSampler
 from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
@@ -35,7 +36,8 @@ class Site:
         scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
         min_features: Narrower inputs are masked and computed densely, and so are somewhat wider ones of which several
             orders keep most; 0 for none.
-        min_multiplies: So are the products of a linear layer of which the dropout saves fewer multiplies.
+        min_multiplies: So are the products of a linear layer of which the dropout saves fewer multiplies; None for
+            what was measured for the device and the type.
         backend: Backend of packing.
     """
 
@@ -46,7 +48,7 @@ class Site:
         sampler: PatternSampler,
         scale: str = "rate",
         min_features: int = 0,
-        min_multiplies: int = 0,
+        min_multiplies: int | None = None,
         backend: str = "auto",
     ) -> None:
         self.name, self.rate, self.sampler = name, rate, sampler
@@ -102,15 +104,15 @@ class Site:
             return f"{n} features are too few to gain at a rate below .5 (min_features=0 skips all the same)"
         return None
 
-    def saves_too_few(self, multiplies: int) -> bool:
+    def saves_too_few(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a product of so many multiplies is too small to gain by the dropout; then the report says so."""
-        saved = int(multiplies * self.rate)
-        if saved >= self.min_multiplies:
+        saved, least = int(multiplies * self.rate), self.min_multiplies
+        if least is None:
+            least = least_saved(device, dtype)
+        if saved >= least:
             return False
         if self.too_small is None:
-            self.too_small = (
-                f"{saved:,} multiplies saved are too few to gain (min_multiplies={self.min_multiplies:,})"
-            )
+            self.too_small = f"{saved:,} multiplies saved are too few to gain (min_multiplies={least:,})"
         return True
 
     def pattern(self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = ()) -> RowPattern:
@@ -154,8 +156,8 @@ class Site:
         if too_narrow := self._too_narrow(pattern):
             self.too_small = too_narrow
             x = as_dense(x)
-            return x * pattern.mask(*shape[:-1], dtype=x.dtype, value=self.scale).to(x.device)
-        if pending is not None and self.saves_too_few(pending.multiplies):
+            return x * pattern.mask(*shape[:-1], dtype=x.dtype, value=self.scale, device=x.device)
+        if pending is not None and self.saves_too_few(pending.multiplies, pending.device, pending.dtype):
             pending = None
         if pending is None:  # a mask or packed, as its readers wish
             return CompactTensor(Kept(shape, pattern, shape[:-1], self, as_dense(x), packed=False, scale=self.scale))

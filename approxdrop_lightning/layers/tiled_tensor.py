@@ -70,7 +70,8 @@ class Marked:
         n = self.shape[-1]
         pattern = self.site.units(self.use, self.source.numel() // n, n)
         with saving_as_where(self._hooks):
-            return self.source * (pattern.mask().view(self.shape).to(self.source) / (1 - self.site.rate))
+            mask = pattern.mask(self.source.device).view(self.shape).to(self.source.dtype)
+            return self.source * (mask / (1 - self.site.rate))
 
 
 class TiledTensor(LazyTensor):

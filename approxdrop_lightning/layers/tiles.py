@@ -56,9 +56,14 @@ class TileLSTM(ApproxLSTM):
         weight_ih, weight_hh, *biases = self._weights(layer)
         reader = self._reader(layer)
         self.work.note(None, None, x.shape[0] * x.shape[1] * weight_hh.numel())
-        if self.sequence:
+        too_small = self._too_small(x.held.site, x.shape[0] * x.shape[1], weight_hh)
+        if self.sequence and not too_small:
             gates = x.linear(weight_ih, biases[0] + biases[1] if biases else None, reader, self.work)
             return self._sequence(gates, state, weight_hh)
         self.work.note(None, None, x.numel() * len(weight_ih))
-        weight_ih = x.masked_weight(weight_ih, reader, "its hidden size is below min_hidden")
+        weight_ih = x.masked_weight(
+            weight_ih,
+            reader,
+            "too small for a recurrence of our own" if too_small else "its hidden size is below min_hidden",
+        )
         return self._vendor(x.held.source, state, [weight_ih, weight_hh, *biases])

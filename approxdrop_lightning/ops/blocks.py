@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from approxdrop_lightning.memory import to_device
 from approxdrop_lightning.ops.native import Runs, library
 from approxdrop_lightning.units import Units
 
@@ -59,22 +60,17 @@ def buffer(shape: tuple[int, ...], like: Tensor, exact: bool = False) -> Tensor:
     for entry in entries:
         if torch._C._storage_Use_Count(entry[0]._cdata) == 1:  # the pool's own
             entry[1] = _pool.requests
-            return torch.empty(0, dtype=like.dtype).set_(entry[0], 0, shape, ())
+            return torch.empty(0, dtype=like.dtype, device="cpu").set_(entry[0], 0, shape, ())
     _pool.drop_idle()
     with torch.inference_mode(False):
-        storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
+        storage = torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
     _pool.storages[size].append([storage, _pool.requests])
-    return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape, ())
+    return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, shape, ())
 
 
 def is_large(matrix: Tensor) -> bool:
     """Whether a matrix that is written now is not going to be in a cache when it is read."""
     return matrix.nbytes > _LARGE
-
-
-def to_device(index: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host's on a device; nobody waits for it."""
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
 def free_buffers() -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from approxdrop_lightning.ops import group_launches
+from approxdrop_lightning.ops.custom_op import custom_op
 from approxdrop_lightning.ops.tables import PAIR_FIELDS, SEGMENT_FIELDS, Sizes, Tables
-from approxdrop_lightning.ops.triton_common import Tiling, autocast, run_fastest
+from approxdrop_lightning.ops.triton_common import Tiling, run_fastest
 from approxdrop_lightning.ops.triton_launch import Launch, before_activation, saved_for
 
 
@@ -23,7 +24,7 @@ def _run(name: str, x: Tensor, tables: Tables, sizes: Sizes, launch: Callable[[T
     run_fastest(name, x, dense, launch, group_launches.aligned(sizes))
 
 
-@torch.library.custom_op("approxdrop::groups_linear", mutates_args=())
+@custom_op("approxdrop::groups_linear")
 def groups_linear(
     x: Tensor,
     weight: Tensor,
@@ -77,7 +78,7 @@ def _groups_linear_results(x, weight, bias, tables, sizes, in_shape, out_shape, 
     )
 
 
-@torch.library.custom_op("approxdrop::groups_input_grad", mutates_args=())
+@custom_op("approxdrop::groups_input_grad")
 def groups_input_grad(
     dy: Tensor, weight: Tensor, tables: Sequence[Tensor], sizes: Sequence[int], in_shape: Sequence[int], scale: float
 ) -> Tensor:
@@ -97,7 +98,7 @@ def _groups_input_grad_result(dy, weight, tables, sizes, in_shape, scale):
     return dy.new_empty(in_shape)
 
 
-@torch.library.custom_op("approxdrop::groups_weight_grad", mutates_args=())
+@custom_op("approxdrop::groups_weight_grad")
 def groups_weight_grad(
     dy: Tensor, x: Tensor, tables: Sequence[Tensor], sizes: Sequence[int], n_out: int, n_in: int, scale: float
 ) -> Tensor:
@@ -130,7 +131,7 @@ def _groups_weight_grad_result(dy, x, tables, sizes, n_out, n_in, scale):
     return dy.new_empty(n_out, n_in)
 
 
-@torch.library.custom_op("approxdrop::groups_bias_grad", mutates_args=())
+@custom_op("approxdrop::groups_bias_grad")
 def groups_bias_grad(dy: Tensor, tables: Sequence[Tensor], sizes: Sequence[int], n_out: int, scale: float) -> Tensor:
     """``[n_out]``: sum of ``scale * dy`` over the rows that keep an output."""
     tables, sizes = Tables(*tables), Sizes(*sizes)
@@ -172,7 +173,7 @@ def _groups_backward(ctx, dy, *_):
 
 
 groups_linear.register_autograd(_groups_backward, setup_context=_groups_setup)
-autocast(groups_linear)
+groups_linear.register_autocast()
 
 
 @register_flop_formula([torch.ops.approxdrop.groups_linear])
@@ -185,7 +186,7 @@ def _(dy, other, tables, sizes, *_, **__) -> int:
     return 2 * Sizes(*sizes).multiplies
 
 
-@torch.library.custom_op("approxdrop::gather", mutates_args=())
+@custom_op("approxdrop::gather")
 def gather(dense: Tensor, tables: Sequence[Tensor], sizes: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Kept values of dense rows ``[R, n]``, of ``shape``: the inputs of a plan."""
     values = dense.new_empty(shape)
@@ -198,7 +199,7 @@ def _gather_result(dense, tables, sizes, shape):
     return dense.new_empty(shape)
 
 
-@torch.library.custom_op("approxdrop::scatter", mutates_args=())
+@custom_op("approxdrop::scatter")
 def scatter(values: Tensor, tables: Sequence[Tensor], sizes: Sequence[int], n: int) -> Tensor:
     """Inverse of :func:`gather`, with zeros where nothing is kept."""
     dense = values.new_zeros(tables[0].numel(), n)

@@ -12,7 +12,8 @@ from array import array
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops.blocks import buffer, put, take, to_device, zero
+from approxdrop_lightning.memory import to_device
+from approxdrop_lightning.ops.blocks import buffer, put, take, zero
 from approxdrop_lightning.ops.product import Block, Product, multiply, native_for
 from approxdrop_lightning.pattern import RowPattern
 from approxdrop_lightning.units import Units

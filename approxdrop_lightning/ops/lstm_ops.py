@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from approxdrop_lightning.ops.triton_common import autocast, check_operands
+from approxdrop_lightning.ops.custom_op import custom_op
+from approxdrop_lightning.ops.triton_common import check_operands
 from approxdrop_lightning.ops.triton_lstm import backward_launch, forward_launch
 
 
-@torch.library.custom_op("approxdrop::lstm_sequence", mutates_args=())
+@custom_op("approxdrop::lstm_sequence")
 def _sequence(
     gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -43,7 +44,7 @@ def _results(gates, h0, c0, weight, kept):
     )  # fmt: skip
 
 
-@torch.library.custom_op("approxdrop::lstm_sequence_backward", mutates_args=())
+@custom_op("approxdrop::lstm_sequence_backward")
 def _sequence_backward(
     dh: Tensor | None, dh_last: Tensor | None, dc_last: Tensor | None, acts: Tensor, c: Tensor, weight: Tensor,
     kept: Tensor | None,
@@ -102,7 +103,7 @@ def _backward(
 
 
 _sequence.register_autograd(_backward, setup_context=_setup_context)
-autocast(_sequence)
+_sequence.register_autocast()
 
 
 @register_flop_formula(torch.ops.approxdrop.lstm_sequence)

@@ -9,7 +9,8 @@ from ctypes import CDLL
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops.blocks import buffer, is_large, put, take, to_device
+from approxdrop_lightning.memory import to_device
+from approxdrop_lightning.ops.blocks import buffer, is_large, put, take
 from approxdrop_lightning.ops.native import library
 from approxdrop_lightning.units import Units
 

@@ -57,4 +57,4 @@ def tile_linear(
 
 def masked_weight(weight: Tensor, pattern: TilePattern | BernoulliPattern, scale: float) -> Tensor:
     """``scale * weight * mask``."""
-    return weight * (pattern.mask().to(weight) * scale)
+    return weight * (pattern.mask(weight.device).to(weight.dtype) * scale)

@@ -23,6 +23,18 @@ def check_backend(backend: str) -> str:
     return backend
 
 
+def least_saved(device: torch.device, dtype: torch.dtype) -> int:
+    """Multiplies that a dropout must save in one product to gain more than its bookkeeping costs.
+
+    Measured by whole steps: on 2 CPU cores (README, Results) and on an H100 (docs/gpu_model.md).
+    """
+    if device.type == "cpu":
+        return 20_000_000
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return 100_000_000_000 if _on_tensor_cores(dtype) else 10_000_000_000
+
+
 def ops_for(backend: str, x: Tensor, widths: tuple[int, ...]) -> ModuleType:
     """The module that computes.
 
@@ -60,7 +72,10 @@ def has_triton() -> bool:
 
 
 def _gains(x: Tensor, widths: tuple[int, ...]) -> bool:
-    tensor_cores = x.dtype in (torch.float16, torch.bfloat16) or (
-        x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return x.is_cuda and _on_tensor_cores(x.dtype) and max(widths) >= _LEAST_UNITS and has_triton()
+
+
+def _on_tensor_cores(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16) or (
+        dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     )
-    return x.is_cuda and tensor_cores and max(widths) >= _LEAST_UNITS and has_triton()

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from approxdrop_lightning.ops import triton_rows
-from approxdrop_lightning.ops.triton_common import Tiling, arch_of, autocast, run_fastest
+from approxdrop_lightning.ops.custom_op import custom_op
+from approxdrop_lightning.ops.triton_common import Tiling, arch_of, run_fastest
 from approxdrop_lightning.ops.triton_launch import Launch, before_activation, saved_for
 from approxdrop_lightning.ops.triton_rows import Kept
 
 
-@torch.library.custom_op("approxdrop::rows_linear", mutates_args=())
+@custom_op("approxdrop::rows_linear")
 def rows_linear(
     x: Tensor,
     weight: Tensor,
@@ -69,7 +70,7 @@ def _rows_linear_results(x, weight, bias, in_dp, in_offset, out_dp, out_offset, 
     return y, z, x.new_empty(triton_rows.packed_shape(inside, outside) if in_dp > 1 else (0,))
 
 
-@torch.library.custom_op("approxdrop::rows_input_grad", mutates_args=())
+@custom_op("approxdrop::rows_input_grad")
 def rows_input_grad(
     dy: Tensor,
     weight: Tensor,
@@ -100,7 +101,7 @@ def _rows_input_grad_result(dy, weight, n_out, n_in, in_dp, in_offset, out_dp, o
     return dy.new_empty(dy.shape[0], Kept(n_in, in_dp, in_offset).count)
 
 
-@torch.library.custom_op("approxdrop::rows_weight_grad", mutates_args=())
+@custom_op("approxdrop::rows_weight_grad")
 def rows_weight_grad(
     dy: Tensor,
     x: Tensor,
@@ -158,7 +159,7 @@ def _rows_backward(ctx, dy, *_):
 
 
 rows_linear.register_autograd(_rows_backward, setup_context=_rows_setup)
-autocast(rows_linear)
+rows_linear.register_autocast()
 
 
 @register_flop_formula(torch.ops.approxdrop.rows_linear)

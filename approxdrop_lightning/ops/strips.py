@@ -98,5 +98,5 @@ def _strips(units: Units, pattern: RowPattern) -> Tensor:
     first, per_block = units.starts // STRIP, pattern.block_size // STRIP
     if per_block == 1:
         return first
-    strips = (first[:, None] + torch.arange(per_block)).view(-1)
+    strips = (first[:, None] + torch.arange(per_block, device="cpu")).view(-1)
     return strips[strips * STRIP < pattern.n]  # the last block may be shorter

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops.blocks import to_device
+from approxdrop_lightning.memory import to_device
 from approxdrop_lightning.pattern import RowPattern
 
 #: Fields of a group: first row in the table of rows, rows, first row of its block of a packed weight; then of the
@@ -113,7 +113,7 @@ class _Side:
         self.by_group = groups == 1 or (pattern is not None and pattern.n_groups > 1)
         if pattern is None:
             self.run, self.align = 0, widest if n % widest == 0 else 1
-            self.starts = torch.empty(0, dtype=torch.int64)
+            self.starts = torch.empty(0, dtype=torch.int64, device="cpu")
             self.places, self.most = [slice(0, n)] * groups, n
             return
         # Then every cell is a whole number of runs, and so is every width and offset of packed values.
@@ -191,7 +191,7 @@ def make_plan(
         if max(out[2], into[2]) < min(out[3], into[3])
     ]
     lists = [[field for record in part for field in record] for part in (records, pairs, outside.segments())]
-    parts = [*map(torch.tensor, lists), inside.starts, outside.starts]
+    parts = [*(torch.tensor(part, device="cpu") for part in lists), inside.starts, outside.starts]
     flat = to_device(torch.cat([part.to(torch.int64) for part in parts]), weight.device)
     multiplies = sum(r * i * o for r, i, o in zip(rows, inside.widths, outside.widths, strict=True))
     return Plan(

@@ -9,27 +9,28 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from approxdrop_lightning.ops.triton_common import Tiling, autocast, check_operands, run_fastest
+from approxdrop_lightning.ops.custom_op import custom_op
+from approxdrop_lightning.ops.triton_common import Tiling, check_operands, run_fastest
 from approxdrop_lightning.ops.triton_launch import Launch
 from approxdrop_lightning.ops.triton_tiles import aligned, product_launch, weight_grad_launch
 from approxdrop_lightning.tile_pattern import TilePattern
 
 
-@torch.library.custom_op("approxdrop::tile_linear", mutates_args=())
+@custom_op("approxdrop::tile_linear")
 def _tile_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float
 ) -> Tensor:
     return _product("forward", x, weight, bias, offset, dp, keep, tile_size, scale)
 
 
-@torch.library.custom_op("approxdrop::tile_linear_input_grad", mutates_args=())
+@custom_op("approxdrop::tile_linear_input_grad")
 def _input_grad(
     dy: Tensor, weight: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float
 ) -> Tensor:
     return _product("input_grad", dy, weight.t(), None, offset, dp, keep, tile_size, scale)
 
 
-@torch.library.custom_op("approxdrop::tile_linear_weight_grad", mutates_args=())
+@custom_op("approxdrop::tile_linear_weight_grad")
 def _weight_grad(dy: Tensor, x: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float) -> Tensor:
     dw = x.new_zeros(dy.shape[1], x.shape[1])
     dy, x = _rows(dy), _rows(x)
@@ -89,7 +90,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _tile_linear.register_autograd(_backward, setup_context=_setup_context)
-autocast(_tile_linear)
+_tile_linear.register_autocast()
 
 
 @register_flop_formula(torch.ops.approxdrop.tile_linear)

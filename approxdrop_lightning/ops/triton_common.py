@@ -246,22 +246,3 @@ def check_operands(caller: str, *operands: Tensor) -> None:
                 f"{caller}: the triton backend needs tensors on a CUDA device (or TRITON_INTERPRET=1 for its "
                 f"interpreter), got {operand.device}"
             )
-
-
-def autocast(op: Any) -> None:
-    """Let an op cast its floating-point operands as ``torch.autocast`` casts those of a linear layer.
-
-    ``op.register_autocast`` takes one type once and for all; the user of ``torch.autocast`` chooses between two.
-    """
-    name = op._qualname
-
-    def cast_for(device_type: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device_type)
-            with torch.autocast(device_type, enabled=False):
-                return op(*(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
-
-        return call
-
-    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        torch.library.impl(name, key, cast_for(device_type))

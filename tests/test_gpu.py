@@ -1,0 +1,167 @@
+"""What only a GPU can show: the vendor's kernels, captured graphs, timed tiles, whole trainings."""
+
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from triton_cases import TOLERANCE, make_pattern
+
+from approxdrop_lightning import ApproxDropout, RowPattern, functional
+from approxdrop_lightning.benchmark import contenders
+from approxdrop_lightning.surgery import resample
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+KIND = {"interleave": True, "shuffle": True, "block_size": 16}
+
+
+@pytest.mark.parametrize("backend", ["auto", "compact", "triton"])
+@pytest.mark.parametrize("pattern", contenders.PATTERNS)
+@pytest.mark.parametrize("rate", [0.3, 0.7])
+def test_a_network_has_the_gradients_of_the_reference(pattern, backend, rate):
+    workload = contenders.mlp([100, 256, 192, 10], 96)
+    options = {"backend": backend, "min_multiplies": 0, "min_features": 0}
+    contenders.verify(contenders.contender(workload, pattern, rate, **options), rate, **options)
+
+
+@pytest.mark.parametrize("backend", ["auto", "compact", "triton"])
+@pytest.mark.parametrize("pattern", ["row", "shared", "paper"])
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_a_language_model_has_the_gradients_of_the_reference(pattern, backend, recurrent):
+    workload = contenders.lstm(96, 2, 7, 6, 130)
+    options = {
+        "backend": backend, "recurrent": recurrent, "min_multiplies": 0, "min_features": 0, "min_hidden": 0
+    }  # fmt: skip
+    contenders.verify(contenders.contender(workload, pattern, 0.5, **options), 0.5, **options)
+
+
+@pytest.mark.parametrize("pattern", ["row", "shared", "tile", "dropconnect"])
+@pytest.mark.parametrize("least", [None, 0])
+def test_a_step_waits_for_nothing(pattern, least):
+    options = {"backend": "triton", "min_multiplies": least}
+    step = contenders.contender(contenders.mlp([784, 512, 512, 10], 128), pattern, 0.5, **options)
+    for _ in range(3):
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_product_takes_another_pattern():
+    from approxdrop_lightning.ops.group_ops import groups_linear
+    from approxdrop_lightning.ops.tables import make_plan
+
+    rows, n_in, n_out = 96, 256, 192
+    weight, bias = torch.randn(n_out, n_in) / 8, torch.randn(n_out)
+    sides = [[make_pattern(n, 4, 1, **KIND) for n in (n_in, n_out)] for _ in range(3)]
+    plan = make_plan(*sides[0], (rows,), weight)
+    x = torch.randn(plan.in_shape)
+    groups_linear(x, weight, bias, *plan[:4], 2.0, "relu")  # compiles and chooses tiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = groups_linear(x, weight, bias, *plan[:4], 2.0, "relu")[0]
+    for inside, outside in sides:
+        plan.flat.copy_(make_plan(inside, outside, (rows,), weight).flat)
+        x.normal_()
+        graph.replay()
+        wanted = functional.row_linear(x.view(-1), weight, bias, inside, outside, 2.0, "reference", (rows,), "relu")
+        torch.testing.assert_close(y.view(-1), wanted.view(-1), **TOLERANCE[torch.float32])
+
+
+def test_the_sequence_can_be_captured():
+    from approxdrop_lightning.ops import lstm_ops
+
+    gates, state, weight = torch.randn(5, 4, 128), torch.randn(4, 32), torch.randn(128, 32) / 6
+    arguments = (gates, state, state, weight, None)
+    wanted = lstm_ops.sequence(*arguments)[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = lstm_ops.sequence(*arguments)[0]
+    y.fill_(float("nan"))
+    graph.replay()
+    torch.testing.assert_close(y, wanted)
+
+
+def test_tiles_are_chosen_by_timing(monkeypatch):
+    from approxdrop_lightning.ops import triton_common
+
+    monkeypatch.setenv("APPROXDROP_AUTOTUNE", "1")
+    monkeypatch.setattr(triton_common, "_fastest", {})
+    pattern = make_pattern(512, 2, 1, **KIND)
+    x, weight = torch.randn(256, 512).half(), torch.randn(512, 512).half()
+    packed = functional.pack(x, pattern, "triton")
+    y = functional.row_linear(packed, weight, None, pattern, pattern, 1.0, "triton", (256,))
+    wanted = functional.row_linear(packed.double(), weight.double(), None, pattern, pattern, 1.0, "reference", (256,))
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-2, atol=0.1)
+    assert triton_common._fastest
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("pattern", ["row", "shared", "tile"])
+def test_small_networks_are_masked_and_have_the_gradients_of_the_reference(pattern, recurrent):
+    options = {"recurrent": True} if recurrent and pattern != "tile" else {}
+    workload = contenders.lstm(96, 2, 7, 6, 130)
+    step = contenders.contender(workload, pattern, 0.5, **options)
+    contenders.verify(step, 0.5, **options)
+    step()
+    assert pattern == "tile" or not any(site.skips for site in step.report.sites)
+    workload = contenders.mlp([100, 256, 192, 10], 96)
+    contenders.verify(contenders.contender(workload, pattern, 0.5), 0.5)
+
+
+def test_cudnn_is_not_given_weights_in_pieces(recwarn):
+    step = contenders.contender(contenders.lstm(128, 2, 5, 4, 100), "shared", 0.5, min_features=0, min_multiplies=0)
+    for _ in range(3):
+        step()
+    assert not [w for w in recwarn if "contiguous chunk" in str(w.message)]
+
+
+class Classifier(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.5),
+            nn.Linear(256, 4),
+        )  # fmt: skip
+        self.losses = []
+
+    def training_step(self, batch):
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("pattern", ["row", "tile"])
+def test_training(precision, pattern, tmp_path):
+    torch.set_default_device(None)  # as a user's
+    lightning.seed_everything(1)
+    x = torch.randn(2048, 64)
+    data = DataLoader(TensorDataset(x, (x @ torch.randn(64, 4)).argmax(1)), batch_size=128, shuffle=True)
+    model = Classifier()
+    callback = ApproxDropout(pattern=pattern, min_multiplies=0, min_features=0)
+    lightning.Trainer(
+        max_epochs=6, precision=precision, accelerator="gpu", devices=1, callbacks=[callback], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
+    ).fit(model, data)  # fmt: skip
+    assert model.losses[0] > 1
+    assert sum(model.losses[-16:]) / 16 < 0.75
+
+
+def test_a_default_device_does_not_reach_patterns():
+    """Patterns are the host's, whatever is the default."""
+    assert torch.get_default_device().type == "cuda"
+    assert RowPattern(64, 2, 0, interleave=True).mask(4).device.type == "cpu"
+    step = contenders.contender(contenders.mlp([64, 128, 10], 32), "row", 0.5, min_multiplies=0, min_features=0)
+    resample(step.model)
+    step()
