@@ -108,7 +108,7 @@ def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> li
     for pattern in options.pattern:
         for backend in options.backend:
             step = contenders.contender(workload, pattern, rate, options.seed, backend=backend, **settings)
-            if options.dtype in ("float32", "float64"):
+            if options.dtype in ("float32", "float64") and not options.tf32:
                 contenders.verify(step, rate, options.seed, backend=backend, **settings)
             steps[pattern if backend == "auto" else f"{pattern} ({backend})"] = step
     seconds = measure.interleaved(steps, options.repeats, consecutive=options.consecutive)
