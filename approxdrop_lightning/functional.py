@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.memory import to_device
 from approxdrop_lightning.ops import compact, flat_weights, lstm, reference, tiles
 from approxdrop_lightning.ops.registry import ops_for
 from approxdrop_lightning.pattern import RowPattern
@@ -248,7 +247,7 @@ def lstm_weights(pattern: RowPattern | None, weight_ih: Tensor, *others: Tensor)
     if weight_ih.is_cuda:
         kept = None
         if pattern is not None:
-            kept = to_device(_columns("lstm_weights", weight_ih, pattern).kept, weight_ih.device)
+            kept = _columns("lstm_weights", weight_ih, pattern).units(0).on(weight_ih.device)
         return flat_weights.flat_weights(kept, weight_ih, *others)
     return (weight_ih if pattern is None else select_columns(weight_ih, pattern)), *others
 
@@ -296,7 +295,7 @@ def lstm_sequence(
     gates, h0, c0, weight_hh = _operands("lstm_sequence", gates=gates, h0=h0, c0=c0, weight_hh=weight_hh)
     kept = None
     if pattern is not None and not pattern.keeps_all:
-        weight_hh, kept = compact.select_columns(weight_hh, pattern), to_device(pattern.kept, gates.device)
+        weight_hh, kept = compact.select_columns(weight_hh, pattern), pattern.units(0).on(gates.device)
     if scale != 1.0:
         weight_hh = weight_hh * scale
     return lstm.sequence(gates, h0, c0, weight_hh, kept)

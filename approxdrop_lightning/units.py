@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from approxdrop_lightning.memory import to_device
+
 
 @dataclass(frozen=True, eq=False)
 class Units:
@@ -33,6 +35,28 @@ class Units:
             return (self.starts[:, None] + torch.arange(int(self.lengths[0]), device="cpu")).view(-1)
         shift = self.starts - self.lengths.cumsum(0) + self.lengths
         return shift.repeat_interleave(self.lengths, output_size=self.count) + torch.arange(self.count, device="cpu")
+
+    @cached_property
+    def slice(self) -> slice | None:
+        """The units as a slice, if they are equally far from each other."""
+        if len(self.starts) == 1:
+            return slice(int(self.starts), int(self.starts) + self.count)
+        if len(self.starts) != self.count or not self.count:
+            return None
+        first, step = int(self.starts[0]), int(self.starts[1] - self.starts[0])
+        if step < 1 or not bool((self.starts.diff() == step).all()):
+            return None
+        return slice(first, first + step * self.count, step)
+
+    def on(self, device: torch.device) -> Tensor:
+        """:attr:`index` on a device, copied there once."""
+        if device not in self._copies:
+            self._copies[device] = to_device(self.index, device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy must not take along what is cached: addresses are those of the tensors here.

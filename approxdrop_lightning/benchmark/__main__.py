@@ -30,7 +30,6 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         keep_freed_memory()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.set_default_dtype(getattr(torch, options.dtype))
-    torch.set_default_device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     rows = []
     kinds = ("mlp", "lstm", "ops") if options.kind == "all" else (options.kind,)
@@ -91,9 +90,13 @@ def _parser() -> argparse.ArgumentParser:
 def _workload(kind: str, options: argparse.Namespace) -> Workload:
     torch.manual_seed(options.seed)
     if kind == "mlp":
-        return contenders.mlp([784, *(options.hidden or [2048, 2048]), 10], options.batch or 128)
-    hidden = (options.hidden or [650])[0]
-    return contenders.lstm(hidden, options.layers, options.steps, options.batch or 20, options.vocabulary)
+        workload = contenders.mlp([784, *(options.hidden or [2048, 2048]), 10], options.batch or 128)
+    else:
+        hidden = (options.hidden or [650])[0]
+        workload = contenders.lstm(hidden, options.layers, options.steps, options.batch or 20, options.vocabulary)
+    # A default device would slow every call of PyTorch down, and most those that a step has many of.
+    workload.batch = (workload.batch[0].to(options.device), workload.batch[1].to(options.device))
+    return workload
 
 
 def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:

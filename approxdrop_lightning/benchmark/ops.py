@@ -35,8 +35,8 @@ def _linear(
 ) -> list[dict[str, Any]]:
     settings = PATTERNS[name]
     sampler = Options(rate=rate, **settings).sampler(rate, options.seed)
-    weight, bias = torch.randn(n, n, requires_grad=True), torch.randn(n, requires_grad=True)
-    x = torch.randn(batch, n, requires_grad=True)
+    shapes = (n, n), (n,), (batch, n)
+    weight, bias, x = (torch.randn(shape, device=options.device, requires_grad=True) for shape in shapes)
 
     def run(backend: str) -> Sequence[Tensor]:
         if sides == "weight":
@@ -76,9 +76,9 @@ def _linear(
 
 def _recurrence(options: argparse.Namespace) -> list[dict[str, Any]]:
     hidden, steps, batch = (options.hidden or [650])[0], options.steps, 20
-    vendor = nn.LSTM(hidden, hidden)
-    x = torch.randn(steps, batch, hidden, requires_grad=True)
-    zeros = torch.zeros(batch, hidden)
+    vendor = nn.LSTM(hidden, hidden, device=options.device)
+    x = torch.randn(steps, batch, hidden, device=options.device, requires_grad=True)
+    zeros = torch.zeros(batch, hidden, device=options.device)
     weight_ih, weight_hh, bias_ih, bias_hh = vendor.all_weights[0]
 
     def ours() -> None:

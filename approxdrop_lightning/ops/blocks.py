@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.memory import to_device
 from approxdrop_lightning.ops.native import Runs, library
 from approxdrop_lightning.units import Units
 
@@ -97,11 +96,21 @@ def take(matrix: Tensor, rows: Units, columns: Units, out: Tensor | None = None)
     if native is not None and matrix.is_cpu and (matrix.stride(1) == 1 or matrix.shape[1] == 1):
         native.take(*_places(out, matrix, matrix.stride(0), rows, columns))
         return out
-    parts = [(dim, units) for dim, units in enumerate((rows, columns)) if not units.is_all(matrix.shape[dim])]
-    for dim, units in parts:
-        last = dim == parts[-1][0]
-        matrix = torch.index_select(matrix, dim, to_device(units.index, matrix.device), out=out if last else None)
-    return out if parts else out.copy_(matrix)
+    there, matrix = matrix.device, sliced(matrix, rows, columns)
+    if rows.slice and columns.slice:
+        return out.copy_(matrix)
+    if rows.slice:
+        return torch.index_select(matrix, 1, columns.on(there), out=out)
+    if columns.slice:
+        return torch.index_select(matrix, 0, rows.on(there), out=out)
+    index = torch.ops.aten.index.Tensor_out
+    return index(matrix, [rows.on(there)[:, None], columns.on(there)], out=out)
+
+
+def sliced(matrix: Tensor, rows: Units, columns: Units) -> Tensor:
+    """A view of what slices can take of ``matrix[rows][:, columns]``."""
+    whole = slice(None)
+    return matrix[rows.slice or whole, columns.slice or whole]
 
 
 def put(matrix: Tensor, rows: Units, columns: Units, values: Tensor, clear: bool) -> None:
@@ -121,20 +130,19 @@ def put(matrix: Tensor, rows: Units, columns: Units, values: Tensor, clear: bool
     if native is not None and matrix.is_cpu:
         native.put(*_places(matrix, values, columns.count, rows, columns), clear)
         return
-    every_row, every_column = rows.is_all(matrix.shape[0]), columns.is_all(matrix.shape[1])
-    rows_index = to_device(rows.index, matrix.device)
-    if every_column:
-        matrix.copy_(values) if every_row else matrix.index_copy_(0, rows_index, values)
+    if clear and not columns.is_all(matrix.shape[1]):
+        zero(matrix, rows, Units.every(matrix.shape[1]))
+    if not columns.count:
         return
-    if every_row:
-        target = matrix.zero_() if clear else matrix
+    there, view = matrix.device, sliced(matrix, rows, columns)
+    if rows.slice and columns.slice:
+        view.copy_(values)
+    elif rows.slice:  # scatter_ along a row is twice as fast as index_copy_
+        view.scatter_(1, columns.on(there).expand(values.shape), values)
+    elif columns.slice:
+        view.index_copy_(0, rows.on(there), values)
     else:
-        target = matrix.new_zeros(rows.count, matrix.shape[1]) if clear else matrix.index_select(0, rows_index)
-    if columns.count:
-        # scatter_ along a row is twice as fast as index_copy_
-        target.scatter_(1, to_device(columns.index, matrix.device).expand(values.shape), values)
-    if not every_row:
-        matrix.index_copy_(0, rows_index, target)
+        view.index_put_((rows.on(there)[:, None], columns.on(there)), values)
 
 
 def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
@@ -147,10 +155,15 @@ def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
         size = rows.count * columns.count
         threads = torch.get_num_threads()
         native.zero(matrix.data_ptr(), matrix.stride(0) * item, *places, item, size, threads, is_large(matrix))
-    elif columns.is_all(matrix.shape[1]):
-        matrix.index_fill_(0, to_device(rows.index, matrix.device), 0)
+        return
+    there, view = matrix.device, sliced(matrix, rows, columns)
+    if rows.slice and columns.slice:
+        view.zero_()
+    elif rows.slice or columns.slice:
+        dim, units = (1, columns) if rows.slice else (0, rows)
+        view.index_fill_(dim, units.on(there), 0)
     else:
-        matrix[to_device(rows.index, matrix.device)[:, None], to_device(columns.index, matrix.device)] = 0
+        view[rows.on(there)[:, None], columns.on(there)] = 0
 
 
 def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple[Any, ...]:

@@ -9,8 +9,7 @@ from ctypes import CDLL
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.memory import to_device
-from approxdrop_lightning.ops.blocks import buffer, is_large, put, take
+from approxdrop_lightning.ops.blocks import buffer, is_large, put, sliced, take
 from approxdrop_lightning.ops.native import library
 from approxdrop_lightning.units import Units
 
@@ -72,9 +71,15 @@ class Block:
         return self.rows.is_all(self.shape[0]) and self.columns.is_all(self.shape[1])
 
     def copied(self) -> Tensor:
-        """``[rows, columns]``: the matrix itself if the block is all of it."""
+        """``[rows, columns]``: a view of the matrix if a product can read it."""
         if self.is_whole:
             return self.matrix
+        if (
+            self.rows.slice
+            and self.columns.slice
+            and 1 in (view := sliced(self.matrix, self.rows, self.columns)).stride()
+        ):
+            return view
         if self.strides[1] != 1 and self.strides[0] == 1:
             return take(self.matrix.t(), self.columns, self.rows).t()
         return take(self.matrix, self.rows, self.columns)
@@ -132,13 +137,16 @@ def native_for(tensors: list[Tensor]) -> CDLL | None:
 def _by_copies(a: Block, b: Block, out: Block, add: bool, bias: Tensor | None) -> None:
     if not out.rows.count or not out.columns.count:
         return
-    shape = (out.rows.count, out.columns.count)
-    values = out.copied() if add else out.matrix if out.is_whole else buffer(shape, out.tensor)
+    in_place = out.rows.slice is not None and out.columns.slice is not None
+    if in_place:
+        values = sliced(out.matrix, out.rows, out.columns)
+    else:
+        values = out.copied() if add else buffer((out.rows.count, out.columns.count), out.tensor)
     if add:
         torch.addmm(values, a.copied(), b.copied(), out=values)
     else:
         torch.mm(a.copied(), b.copied(), out=values)
     if bias is not None:
-        values += bias if b.columns.is_all(len(bias)) else bias[to_device(b.columns.index, bias.device)]
-    if not out.is_whole:
+        values += bias if b.columns.is_all(len(bias)) else bias.index_select(0, b.columns.on(bias.device))
+    if not in_place:
         put(out.matrix, out.rows, out.columns, values, clear=False)
