@@ -41,11 +41,11 @@ def test_names():
         (torch.float16, (1024, 10), False, "triton_backend"),
         (torch.float16, (32, 10), False, "compact"),
         (torch.float32, (1024, 1024), False, "compact"),
-        (torch.float32, (1024, 1024), True, "triton_backend"),
+        (torch.float32, (1024, 1024), True, "compact"),
         (torch.float64, (1024, 1024), True, "compact"),
     ],
 )
-def test_auto_takes_triton_where_products_run_on_tensor_cores(dtype, widths, tf32, expected):
+def test_auto_takes_triton_for_16_bits_on_cuda(dtype, widths, tf32, expected):
     pytest.importorskip("triton")
     with FakeTensorMode():
         x = torch.empty(8, 1024, dtype=dtype, device="cuda")
@@ -55,6 +55,15 @@ def test_auto_takes_triton_where_products_run_on_tensor_cores(dtype, widths, tf3
         assert registry.ops_for("auto", x, widths).__name__ == f"approxdrop_lightning.ops.{expected}"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_the_least_product_depends_on_device_and_type():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    least = registry.least_saved(cuda, torch.float32)
+    assert registry.least_saved(cpu, torch.bfloat16) == registry.least_saved(cpu, torch.float32) < least
+    assert registry.least_saved(cuda, torch.bfloat16) == 10 * least
+    with torch.autocast("cuda", torch.bfloat16, enabled=True):
+        assert registry.least_saved(cuda, torch.float32) in (least, 10 * least)  # the latter where there is a GPU
 
 
 @pytest.mark.triton

@@ -14,6 +14,7 @@ from approxdrop_lightning.ops import compact, reference
 BACKENDS = ("auto", "reference", "compact", "triton")
 #: Layers whose both sides are narrower take no time worth a kernel of their own.
 _LEAST_UNITS = 64
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def check_backend(backend: str) -> str:
@@ -32,16 +33,15 @@ def least_saved(device: torch.device, dtype: torch.dtype) -> int:
         return 20_000_000
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    return 100_000_000_000 if _on_tensor_cores(dtype) else 10_000_000_000
+    return 250_000_000_000 if _on_tensor_cores(dtype) else 25_000_000_000
 
 
 def ops_for(backend: str, x: Tensor, widths: tuple[int, ...]) -> ModuleType:
     """The module that computes.
 
-    ``"auto"`` is ``compact``, or ``triton`` where that is expected to win: on CUDA, but for small layers, where
-    products run on tensor cores (16-bit types, or float32 with ``torch.backends.cuda.matmul.allow_tf32``). For plain
-    float32 the vendor's product is the faster one, and worth the copies that ``compact`` makes for it. This is
-    reasoned (``docs/gpu_model.md``), not yet measured.
+    ``"auto"`` is ``compact``, or ``triton`` for 16-bit types on CUDA, but for small layers. In float32, tf32 or not,
+    the vendor's product is the faster one by far, and worth the copies that ``compact`` makes for it
+    (``docs/gpu_model.md`` has what was measured).
 
     Args:
         backend: ``"auto"``, ``"reference"``, ``"compact"`` or ``"triton"``.
@@ -72,10 +72,8 @@ def has_triton() -> bool:
 
 
 def _gains(x: Tensor, widths: tuple[int, ...]) -> bool:
-    return x.is_cuda and _on_tensor_cores(x.dtype) and max(widths) >= _LEAST_UNITS and has_triton()
+    return x.is_cuda and x.dtype in _HALVES and max(widths) >= _LEAST_UNITS and has_triton()
 
 
 def _on_tensor_cores(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float16, torch.bfloat16) or (
-        dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    )
+    return dtype in _HALVES or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32)
