@@ -39,7 +39,7 @@ def pack(x: Tensor, pattern: RowPattern, backend: str = "auto") -> Tensor:
     """
     if x.dim() == 0 or x.shape[-1] != pattern.n:
         raise ValueError(f"pack: the pattern is of {pattern.n} units, got x of shape {tuple(x.shape)}")
-    values = ops_for(backend, x, (pattern.n,)).pack(x, pattern)
+    values = ops_for(backend).pack(x, pattern)
     return values if pattern.interleave else values.view(*x.shape[:-1], pattern.n_kept)
 
 
@@ -61,7 +61,7 @@ def unpack(
         ValueError: The number of values is not that of the pattern and shape.
     """
     leading = _leading_shape("unpack", values, pattern, leading_shape)
-    return ops_for(backend, values, (pattern.n,)).unpack(values, pattern, leading)
+    return ops_for(backend).unpack(values, pattern, leading)
 
 
 def row_linear(
@@ -127,7 +127,7 @@ def row_linear(
     else:
         leading = _leading_shape("row_linear", x, in_pattern, leading_shape)
     x, weight, bias = _operands("row_linear", x=x, weight=weight, bias=bias)
-    ops = ops_for(backend, x, (n_in, n_out))
+    ops = ops_for(backend)
     y = ops.row_linear(x, weight, bias, in_pattern, out_pattern, leading, scale, activation)
     if out_pattern is None:
         return y.view(*leading, n_out)
@@ -172,7 +172,7 @@ def tile_linear(
         raise ValueError(f"tile_linear: x must be [..., {n_in}], got shape {tuple(x.shape)}")
     leading = x.shape[:-1]
     x, weight, bias = _operands("tile_linear", x=x.reshape(-1, n_in), weight=weight, bias=bias)
-    ops = ops_for(backend, x, (n_in, n_out))
+    ops = ops_for(backend, tiles_of=x)
     if isinstance(pattern, BernoulliPattern):
         ops = reference
     elif ops is compact:

@@ -4,8 +4,9 @@ import io
 
 import pytest
 import torch
+from torch import nn
 
-from approxdrop_lightning import PatternDistribution, PatternSampler
+from approxdrop_lightning import PatternDistribution, PatternSampler, approximate, resample
 from approxdrop_lightning.sampler import fitting_block_size, fitting_tile_size
 
 # Quantile of the chi-square distribution, 9 degrees of freedom, at 1 - 1e-4: each test below fails by chance once in
@@ -215,3 +216,18 @@ def test_every_unit_of_every_row_is_dropped_at_the_rate_with_several_orders():
         dropped += ~sampler.pattern(n, leading_shape=(100, 10)).mask(rows)
     # 156 normal deviates: Bonferroni at 1e-4 / 156 is 5.1 sd.
     assert ((dropped / draws - rate) / (rate * (1 - rate) / draws) ** 0.5).abs().max() < 5.1
+
+
+@pytest.mark.parametrize("options", [{}, {"interleave": False, "shuffle": False}, {"pattern": "tile"}])
+def test_a_default_device_does_not_reach_patterns(options):
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Dropout(0.5), nn.Linear(96, 8))
+    x = torch.randn(30, 64)
+    torch.set_default_device("meta")
+    try:
+        approximate(model, min_multiplies=0, **options)
+        for _ in range(2):
+            resample(model)
+            model(x).sum().backward()
+    finally:
+        torch.set_default_device(None)
+    assert all(parameter.grad.device.type == "cpu" for parameter in model.parameters())

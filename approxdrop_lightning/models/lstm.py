@@ -210,7 +210,9 @@ class LSTMLanguageModel(LightningModule):
             self._carried["train"] = tuple(checkpoint["carried_state"])
         if "train_nll" in checkpoint:
             self.train_nll.reset()
-            self.train_nll.update(*(part.to(self.device) for part in checkpoint["train_nll"]))
+            # The score may not be where the model is about to be.
+            there = self.train_nll.nll.device
+            self.train_nll.update(*(part.to(there) for part in checkpoint["train_nll"]))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """SGD with the published schedule; see ``full_lr_epochs`` and ``lr_decay`` above."""

@@ -12,8 +12,6 @@ from torch import Tensor
 from approxdrop_lightning.ops import compact, reference
 
 BACKENDS = ("auto", "reference", "compact", "triton")
-#: Layers whose both sides are narrower take no time worth a kernel of their own.
-_LEAST_UNITS = 64
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -36,17 +34,15 @@ def least_saved(device: torch.device, dtype: torch.dtype) -> int:
     return 250_000_000_000 if _on_tensor_cores(dtype) else 25_000_000_000
 
 
-def ops_for(backend: str, x: Tensor, widths: tuple[int, ...]) -> ModuleType:
+def ops_for(backend: str, tiles_of: Tensor | None = None) -> ModuleType:
     """The module that computes.
 
-    ``"auto"`` is ``compact``, or ``triton`` for 16-bit types on CUDA, but for small layers. In float32, tf32 or not,
-    the vendor's product is the faster one by far, and worth the copies that ``compact`` makes for it
-    (``docs/gpu_model.md`` has what was measured).
+    ``"auto"`` is ``compact``; for tiles of 16-bit types on CUDA it is ``triton``. With rows the vendor's products of
+    what was gathered were faster than Triton's in all cases but one (docs/gpu_model.md).
 
     Args:
         backend: ``"auto"``, ``"reference"``, ``"compact"`` or ``"triton"``.
-        x: What is computed with.
-        widths: Numbers of units: of a pattern, or of the inputs and outputs of a layer.
+        tiles_of: What a product with kept tiles is formed of; None for one with kept rows and columns.
 
     Raises:
         ImportError: ``"triton"`` is asked for and not installed.
@@ -54,7 +50,7 @@ def ops_for(backend: str, x: Tensor, widths: tuple[int, ...]) -> ModuleType:
     """
     if check_backend(backend) == "reference":
         return reference
-    if backend == "compact" or (backend == "auto" and not _gains(x, widths)):
+    if backend == "compact" or (backend == "auto" and not _tiles_gain(tiles_of)):
         return compact
     if not has_triton():
         raise ImportError(
@@ -71,8 +67,8 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _gains(x: Tensor, widths: tuple[int, ...]) -> bool:
-    return x.is_cuda and x.dtype in _HALVES and max(widths) >= _LEAST_UNITS and has_triton()
+def _tiles_gain(x: Tensor | None) -> bool:
+    return x is not None and x.is_cuda and x.dtype in _HALVES and has_triton()
 
 
 def _on_tensor_cores(dtype: torch.dtype) -> bool:

@@ -180,3 +180,11 @@ def test_refuses_bad_values(arguments, message):
 def test_refuses_data_of_another_vocabulary(tmp_path):
     with pytest.raises(ValueError, match="vocab_size=11, but the data has 12 words"):
         make_trainer(tmp_path).fit(make_model(), Text(vocab_size=12))
+
+
+def test_a_score_is_loaded_to_where_it_is(monkeypatch):
+    """On a GPU the model may say that it is there while its score is not yet."""
+    model = make_model()
+    monkeypatch.setattr(LSTMLanguageModel, "device", torch.device("meta"))
+    model.on_load_checkpoint({"train_nll": (torch.tensor(6.0), torch.tensor(4.0))})
+    assert model.train_nll.compute() == 1.5
