@@ -1,5 +1,6 @@
 """The result of a run: one record, as JSON for machines and as a table for people."""
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,16 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def curve(folder: Path, monitor: str) -> list[tuple[int, int, float]]:
+    """``(epoch, step, value)`` of a metric, each time it was validated, from the newest ``metrics.csv`` of a run."""
+    logs = sorted(folder.rglob("metrics.csv"))
+    if not logs:
+        return []
+    with logs[-1].open(newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line.get(monitor)]
+    return [(int(line["epoch"]), int(line["step"]), float(line[monitor])) for line in lines]
 
 
 def print_table(record: dict[str, Any]) -> None:

@@ -1,12 +1,10 @@
-"""One summary of a Hydra sweep: ``summary.csv`` and ``summary.png`` in the folder of the sweep."""
+"""One summary of a Hydra sweep: ``summary.csv``, ``summary.png`` and ``curves.png`` in the folder of the sweep."""
 
 import csv
 import json
 import logging
 import os
-from collections import defaultdict
 from pathlib import Path
-from statistics import fmean, pstdev
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -14,7 +12,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from approxdrop_lightning.results import RESULT_FILE, write_json
+from approxdrop_lightning.results import RESULT_FILE, curve, write_json
+from approxdrop_lightning.sweep_plots import plot_curves, plot_summary
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class SweepSummary(Callback):
 
 
 def summarise(folder: Path) -> None:
-    """Write ``summary.csv`` and ``summary.png`` from the ``*/job.json`` in ``folder``.
+    """Write ``summary.csv``, ``summary.png`` and ``curves.png`` from the ``*/job.json`` in ``folder``.
 
     Jobs that run side by side (joblib) end side by side: who finds more jobs after writing than it had read
     writes again. So the summary that is written last is complete, without a lock.
@@ -72,7 +71,9 @@ def summarise(folder: Path) -> None:
         _name_lines(records)
         records.sort(key=lambda record: (len(record["job"]), record["job"]))
         _write_csv(records, folder / "summary.csv")
-        _plot([record for record in records if record.get("test") is not None], folder / "summary.png")
+        plot_summary([record for record in records if record.get("test") is not None], folder / "summary.png")
+        curves = [record | {"curve": curve(folder / record["job"], record.get("monitor", ""))} for record in records]
+        plot_curves([record for record in curves if record["curve"]], folder / "curves.png")
 
 
 def _name_lines(records: list[Record]) -> None:
@@ -92,46 +93,3 @@ def _write_csv(records: list[Record], path: Path) -> None:
         writer.writeheader()
         writer.writerows(records)
     temporary.replace(path)
-
-
-def _plot(records: list[Record], path: Path) -> None:
-    """Metric and throughput against rate, one line per pattern: mean over seeds, bars of one deviation."""
-    if not records:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
-
-    tasks = sorted({(record["metric"], record["unit"]) for record in records})
-    size = (10, 4 * len(tasks))
-    figure, axes = plt.subplots(len(tasks), 2, figsize=size, squeeze=False, layout="constrained")
-    for (metric, unit), (left, right) in zip(tasks, axes, strict=True):
-        chosen = [record for record in records if record["metric"] == metric]
-        speed = f"training {unit} per second"
-        colors = {line: f"C{i}" for i, line in enumerate(dict.fromkeys(record["line"] for record in chosen))}
-        for axis, key, label in ((left, "test", metric), (right, "per_second", speed)):
-            for line, points in _points(chosen, key).items():
-                rates = sorted(points)
-                means = [fmean(points[rate]) for rate in rates]
-                spread = [pstdev(points[rate]) for rate in rates]
-                axis.errorbar(rates, means, yerr=spread, marker="o", capsize=3, label=line, color=colors[line])
-            axis.set(xlabel="dropout rate", ylabel=label)
-            axis.grid(alpha=0.3)
-        left.legend()
-    sources = sorted({record["data_source"] for record in records})
-    figure.suptitle(f"data source: {', '.join(sources)}")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
-    temporary.replace(path)
-
-
-def _points(records: list[Record], key: str) -> dict[str, dict[float, list[float]]]:
-    """Line -> rate -> values, one per seed; rates given per layer count by their mean."""
-    lines: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        if record[key] is not None:
-            rate = record["rate"]
-            lines[record["line"]][fmean(rate) if isinstance(rate, list) else rate].append(record[key])
-    return lines

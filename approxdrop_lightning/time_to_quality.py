@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from approxdrop_lightning.results import RESULT_FILE, show
+from approxdrop_lightning.results import RESULT_FILE, curve, show
 
 Run = dict[str, Any]
 Row = tuple[str, ...]
@@ -52,11 +51,8 @@ def _runs(folder: Path) -> Iterator[Run]:
     """Finished runs, each with its curve: ``(epoch, step, validation metric)``."""
     for path in sorted(folder.rglob(RESULT_FILE)):
         run = json.loads(path.read_text(encoding="utf-8"))
-        logs = sorted(path.parent.rglob("metrics.csv"))
-        if logs and run.get("seconds_per_step"):
-            with logs[-1].open(newline="", encoding="utf-8") as file:
-                lines = [line for line in csv.DictReader(file) if line.get(run["monitor"])]
-            run["curve"] = [(int(line["epoch"]), int(line["step"]), float(line[run["monitor"]])) for line in lines]
+        run["curve"] = curve(path.parent, run["monitor"])
+        if run["curve"] and run.get("seconds_per_step"):
             yield run
 
 

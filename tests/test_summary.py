@@ -74,6 +74,20 @@ def test_only_failed_jobs_make_a_csv_and_no_plot(tmp_path):
     summarise(tmp_path)
     assert rows(tmp_path)[0]["status"] == "failed: ValueError: no"
     assert not (tmp_path / "summary.png").exists()
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_curves_are_means_over_seeds(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: drawn.append((style["label"], list(x), list(y))))
+    for job, (seed, values) in enumerate([(0, (90, 70)), (1, (80, 60, 50))]):
+        add_job(tmp_path, str(job), "row", seed=seed, **RESULT | {"monitor": "val/ppl"}, test=None)
+        lines = [f"{epoch},{10 * epoch + 9},,{value}" for epoch, value in enumerate(values)]
+        (tmp_path / str(job) / "metrics.csv").write_text("\n".join(["epoch,step,train/loss,val/ppl", *lines]))
+    summarise(tmp_path)
+    assert drawn == [("row", [1, 2, 3], [85, 65, 50])]
 
 
 def test_two_job_sweep(tmp_path):
@@ -86,6 +100,7 @@ def test_two_job_sweep(tmp_path):
     ]
     assert all(float(row["test"]) > 0 and "synthetic" in row["data_source"] for row in found)
     assert (tmp_path / "summary.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
 
 
 def test_a_failed_job_is_named_and_the_others_stay(tmp_path):
