@@ -1,5 +1,10 @@
 """What only a GPU can show: the vendor's kernels, captured graphs, timed tiles, whole trainings."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning
 import pytest
 import torch
@@ -165,3 +170,14 @@ def test_a_default_device_does_not_reach_patterns():
     step = contenders.contender(contenders.mlp([64, 128, 10], 32), "row", 0.5, min_multiplies=0, min_features=0)
     resample(step.model)
     step()
+
+
+@pytest.mark.parametrize("model", ["mlp", "lstm"])
+def test_the_main_job_trains_and_tests_its_best_checkpoint(model, tmp_path):
+    quick = ["debug=fast", "datamodule.source=synthetic", "trainer.accelerator=gpu", "logger=csv"]
+    result = subprocess.run(
+        [sys.executable, "train.py", f"model={model}", *quick, f"hydra.run.dir={tmp_path}"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["test"] is not None
