@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
@@ -35,11 +36,15 @@ def test_the_same_results_through_the_dispatcher_and_past_it(dtype):
         torch.testing.assert_close(a, b)
 
 
-def test_transforms_of_functions_are_seen():
+def test_who_looks_on():
     seen = []
-    torch.func.vmap(lambda x: seen.append(custom_op._is_watched()) or x)(torch.zeros(2))
-    assert seen == [True]
-    assert not custom_op._is_watched()
+    torch.func.vmap(lambda x: seen.append(custom_op._is_watched(())) or x)(torch.zeros(2))
+    with FakeTensorMode():
+        fake = torch.zeros(2)
+        seen.append(custom_op._is_watched((torch.zeros(2),)))
+    seen.append(custom_op._is_watched((1, fake)))
+    assert seen == [True] * 3
+    assert not custom_op._is_watched((torch.zeros(2), torch.nn.Parameter(torch.zeros(2)), None, 1))
 
 
 def test_no_second_derivative():

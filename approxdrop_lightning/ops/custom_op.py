@@ -29,7 +29,7 @@ class CustomOp:
 
     def __call__(self, *args: Any) -> Any:
         """The result, through the dispatcher only if somebody looks on."""
-        if _is_watched():
+        if _is_watched(args):
             return self.op(*args)
         if self._casts:
             device_type = next(a for a in args if isinstance(a, Tensor)).device.type
@@ -87,12 +87,13 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOp]:
     return lambda function: CustomOp(name, function)
 
 
-def _is_watched() -> bool:
-    """Whether somebody must see the operator: a compiler, a mode such as a counter of multiplies, a transform."""
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether somebody must see the operator: a compiler, a counter of multiplies, a transform, a kind of tensor."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter) for a in args)
     )
 
 
