@@ -53,7 +53,9 @@ def plot_curves(records: list[Record], path: Path) -> None:
     tasks = sorted({record["monitor"] for record in records})
     rates = sorted({_rate(record) for record in records})
     size = (4 * len(rates), 4 * len(tasks))
-    figure, axes = plt.subplots(len(tasks), len(rates), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(tasks), len(rates), figsize=size, squeeze=False, sharey="row", layout="constrained"
+    )
     for monitor, row in zip(tasks, axes, strict=True):
         of_task = [record for record in records if record["monitor"] == monitor]
         colors = {line: f"C{i}" for i, line in enumerate(dict.fromkeys(record["line"] for record in of_task))}
@@ -69,6 +71,8 @@ def plot_curves(records: list[Record], path: Path) -> None:
             axis.set(xlabel="epoch", ylabel=monitor, title=f"dropout rate {rate:g}")
             if monitor.endswith("ppl"):
                 axis.set_yscale("log")
+                axis.yaxis.set_minor_formatter("{x:.0f}")
+                axis.yaxis.set_major_formatter("{x:.0f}")
             axis.grid(alpha=0.3, which="both")
         row[0].legend()
     _save(figure, path)
