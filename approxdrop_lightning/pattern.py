@@ -17,7 +17,8 @@ from approxdrop_lightning.units import Units
 #: Units that compiled code reads together: products are cheapest where groups keep whole strips of so many.
 STRIP = 16
 
-_HOST = torch.device("cpu")
+#: Where patterns are made, whatever the default device.
+HOST = torch.device("cpu")
 
 
 def check_integers(pattern: object, **ranges: int | tuple[int, float]) -> None:
@@ -247,7 +248,7 @@ class RowPattern:
         *leading_shape: int,
         dtype: torch.dtype = torch.bool,
         value: float = 1,
-        device: torch.device = _HOST,
+        device: torch.device = HOST,
     ) -> Tensor:
         """Which entries of a batch are kept: ``[*leading_shape, n]``, ``value`` where they are, zero elsewhere."""
         n_blocks, orders = self.n_blocks, self.n_orders
@@ -340,7 +341,7 @@ def _kept_places(
 
 
 @lru_cache(maxsize=256)
-def _group_of_row(leading_shape: tuple[int, ...], n_groups: int, device: torch.device = _HOST) -> Tensor:
+def _group_of_row(leading_shape: tuple[int, ...], n_groups: int, device: torch.device = HOST) -> Tensor:
     group = torch.zeros(leading_shape, dtype=torch.int64, device=device)
     for dim, size in enumerate(leading_shape):
         group += torch.arange(size, device=device).view(-1, *[1] * (len(leading_shape) - dim - 1))

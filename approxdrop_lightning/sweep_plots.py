@@ -74,7 +74,8 @@ def plot_curves(records: list[Record], path: Path) -> None:
                 axis.yaxis.set_minor_formatter("{x:.0f}")
                 axis.yaxis.set_major_formatter("{x:.0f}")
             axis.grid(alpha=0.3, which="both")
-        row[0].legend()
+            if values:  # not every pattern is there at every rate
+                axis.legend()
     _save(figure, path)
 
 

@@ -13,15 +13,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from approxdrop_lightning.results import RESULT_FILE, curve, write_json
-from approxdrop_lightning.sweep_plots import plot_curves, plot_summary
+from approxdrop_lightning.sweep_plots import Record, plot_curves, plot_summary
 
 log = logging.getLogger(__name__)
 
 JOB_FILE = "job.json"  # the job's result, as the sweep sees it; there for failed jobs too
 FIRST_COLUMNS = ["job", "status", "line", "model", "dropout", "rate", "seed", "data_source"]
 NOT_A_LINE = {"dropout", "dropout.rate", "seed"}  # the line's own name, the x axis, what is averaged over
-
-Record = dict[str, Any]
 
 
 class SweepSummary(Callback):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from approxdrop_lightning.distribution import check_rate
-from approxdrop_lightning.pattern import check_integers, natural_cells
+from approxdrop_lightning.pattern import HOST, check_integers, natural_cells
 from approxdrop_lightning.units import Units
 
 
@@ -82,10 +82,10 @@ class TilePattern:
         """Share of the weights kept."""
         return self.n_kept / (self.n_out * self.n_in)
 
-    def mask(self, device: torch.device | None = None) -> Tensor:
+    def mask(self, device: torch.device = HOST) -> Tensor:
         """Which weights are kept: bool ``[n_out, n_in]``, on the host or another device."""
         size = self.tile_size
-        i, j = (torch.arange(-(-n // size), device=device or "cpu") for n in (self.n_out, self.n_in))
+        i, j = (torch.arange(-(-n // size), device=device) for n in (self.n_out, self.n_in))
         tiles = (i[:, None] + j - self.offset).remainder(self.dp) < self.keep
         n_rows, n_columns = tiles.shape
         tiles = tiles[:, None, :, None].expand(n_rows, size, n_columns, size)
@@ -122,9 +122,9 @@ class BernoulliPattern:
         """Share of the entries kept, in expectation."""
         return 1 - self.rate
 
-    def mask(self, device: torch.device | None = None) -> Tensor:
+    def mask(self, device: torch.device = HOST) -> Tensor:
         """Which entries are kept: bool ``[n_out, n_in]``, the same at each call for a kind of device."""
-        generator = torch.Generator(device or "cpu").manual_seed(self.seed)
+        generator = torch.Generator(device).manual_seed(self.seed)
         mask = torch.empty(self.n_out, self.n_in, dtype=torch.bool, device=generator.device)
         return mask.bernoulli_(self.share, generator=generator)
 

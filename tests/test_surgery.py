@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from approxdrop_lightning import ApproxLinear, ApproxLSTM, approximate, resample, restore
+from approxdrop_lightning.benchmark import contenders
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.layers.linear import PendingLinear
 from approxdrop_lightning.surgery import NoEffectWarning
@@ -679,3 +680,22 @@ def test_narrow_layers_that_keep_most_by_several_orders_are_masked(rate, hidden,
     assert isinstance(dropped, CompactTensor) != masked
     assert ("too few to gain at a rate below .5" in str(report)) == masked
     assert (dropped == 0).float().mean() == pytest.approx(rate, abs=0.01)
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("pattern", ["row", "shared"])
+def test_an_lstm_too_small_for_a_gpu_is_the_vendor_s_with_masks(pattern, recurrent, monkeypatch):
+    """Input masked, and recurrent weights: the same loss and gradients as by the recurrence that skips."""
+    found = []
+    for masked in (False, True):
+        if masked:
+            monkeypatch.setattr(ApproxLSTM, "_too_small", lambda *_: True)
+        torch.manual_seed(0)
+        workload = contenders.lstm(24, 2, 5, 6, 30)
+        options = {"recurrent": recurrent, "min_features": 0, "min_multiplies": 0, "min_hidden": 0}
+        step = contenders.contender(workload, pattern, 0.5, **options)
+        found.append([step.loss_and_gradients(), *(p.grad for p in step.model.parameters())])
+        readers = {name for site in step.report.sites for name in site.consumers}
+        assert any("lstm" in name for name in readers) is not masked
+    for skipped, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, skipped, rtol=1e-4, atol=1e-6)

@@ -53,7 +53,7 @@ def interleaved(
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a GPU that is there may not be what is measured
         torch.cuda.synchronize()
 
 
@@ -76,7 +76,7 @@ def peak_memory(step: Step) -> float:
     """
     gc.collect()
     free_buffers()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
@@ -92,7 +92,7 @@ def where_time_goes(step: Step, rows: int = 14) -> str:
     """Table of the functions in which a step spends its time, its own time first."""
     step()
     _synchronize()
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_initialized()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
         for _ in range(3):
             step()

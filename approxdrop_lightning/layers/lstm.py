@@ -88,8 +88,7 @@ class ApproxLSTM(nn.LSTM):
         held = x.held if isinstance(x, CompactTensor) and x.is_lazy else None
         dropped = self.recurrent_sites[layer] if self.recurrent_sites else None
         rows = x.shape[0] * x.shape[1]
-        multiplies = rows * x.shape[-1] * 4 * self.hidden_size
-        if isinstance(x, CompactTensor) and not weight_ih.is_cpu and not x.serves(multiplies):
+        if held is not None and self._too_small(held.site, rows, weight_ih):
             x, held = as_dense(x), None
         if held is not None and held.pattern.interleave and not self.sequence and dropped is None:
             held.site.read_whole(f"{self.name} (hidden size below min_hidden)")
@@ -98,7 +97,7 @@ class ApproxLSTM(nn.LSTM):
             kept = dropped.pattern(self.hidden_size, shared=True)
             weight_hh = weight_hh * kept.mask(1, dtype=weight_hh.dtype, value=dropped.scale, device=weight_hh.device)
             dropped = None
-        self.work.note(held and held.site, None, multiplies)
+        self.work.note(held and held.site, None, rows * x.shape[-1] * 4 * self.hidden_size)
         self.work.note(dropped, None, rows * self.hidden_size * 4 * self.hidden_size)
         if held is not None:
             held.site.read_kept(self._reader(layer))
@@ -122,7 +121,7 @@ class ApproxLSTM(nn.LSTM):
         )
 
     def _too_small(self, site: Any, rows: int, weight: Tensor) -> bool:
-        """Whether the vendor's kernel had better run the recurrence: on a GPU, where ours is launch after launch."""
+        """Whether the vendor's kernel had better run the layer: on a GPU our recurrence is launch after launch."""
         return not weight.is_cpu and site.saves_too_few(rows * weight.numel(), weight.device, weight.dtype)
 
     def _weights(self, layer: int) -> tuple[Tensor, ...]:

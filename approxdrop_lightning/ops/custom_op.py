@@ -44,7 +44,7 @@ class CustomOp:
         return self.op.register_fake(function)
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """As of ``torch.library``; of several results only the first has a gradient here."""
+        """As of ``torch.library``, but that the gradient of a result that nobody used is None past the dispatcher."""
         self.op.register_autograd(backward, setup_context=setup_context)
         function = self.function
 
