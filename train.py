@@ -14,8 +14,8 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer, s
 from omegaconf import DictConfig, OmegaConf
 
 from approxdrop_lightning import keep_freed_memory
-from approxdrop_lightning.checkpoint import is_whole
-from approxdrop_lightning.results import RESULT_FILE, print_table, write_json
+from approxdrop_lightning.application.checkpoint import is_whole
+from approxdrop_lightning.application.results import RESULT_FILE, print_table, write_json
 
 log = logging.getLogger(__name__)
 

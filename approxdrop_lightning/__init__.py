@@ -6,10 +6,10 @@ from approxdrop_lightning.distribution import PatternDistribution
 from approxdrop_lightning.layers import ApproxLinear, ApproxLSTM
 from approxdrop_lightning.memory import keep_freed_memory
 from approxdrop_lightning.monitor import ThroughputLogger
-from approxdrop_lightning.pattern import RowPattern
-from approxdrop_lightning.sampler import PatternSampler
+from approxdrop_lightning.patterns.row import RowPattern
+from approxdrop_lightning.patterns.sampler import PatternSampler
+from approxdrop_lightning.patterns.tile import TilePattern
 from approxdrop_lightning.surgery import approximate, resample, restore
-from approxdrop_lightning.tile_pattern import TilePattern
 
 __all__ = [
     "ApproxDropout",

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops import compact, flat_weights, lstm, reference, tiles
-from approxdrop_lightning.ops.registry import ops_for
-from approxdrop_lightning.pattern import RowPattern
-from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
+from approxdrop_lightning.ops import reference
+from approxdrop_lightning.ops.backend import ops_for
+from approxdrop_lightning.ops.lstm import compact as lstm
+from approxdrop_lightning.ops.lstm import flat_weights
+from approxdrop_lightning.ops.row_linear import compact
+from approxdrop_lightning.ops.tile_linear import compact as tiles
+from approxdrop_lightning.patterns.row import RowPattern
+from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 
 
 def lines_up(first: RowPattern | None, second: RowPattern | None) -> bool:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution, check_rate
-from approxdrop_lightning.ops.registry import check_backend
-from approxdrop_lightning.sampler import PatternSampler
+from approxdrop_lightning.ops.backend import check_backend
+from approxdrop_lightning.patterns.sampler import PatternSampler
 
 PATTERNS = ("row", "tile", "dropconnect")
 #: What decides, beside the rates and the seed, which patterns are drawn.

@@ -19,8 +19,8 @@ from approxdrop_lightning.layers import (
     TileSite,
 )
 from approxdrop_lightning.options import Options
+from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.report import Report, Row
-from approxdrop_lightning.sampler import PatternSampler
 from approxdrop_lightning.work import Count, Ledger
 
 #: Attribute of a converted model that holds what was done to it. No module, so not a part of the model.

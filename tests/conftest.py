@@ -13,11 +13,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def compiler_environment():
-    """Environment of a subprocess that compiles kernels, for which the interpreter must be off."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-
-
 @pytest.fixture(autouse=True)
 def _device(request):
     """Tests of kernels run on the GPU, where there is one."""
@@ -34,12 +29,12 @@ def poisoned(monkeypatch):
     fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-    monkeypatch.setattr("approxdrop_lightning.ops.blocks._KEEP_FROM_BYTES", 1 << 62)  # buffers are new, too
+    monkeypatch.setattr("approxdrop_lightning.ops.native.blocks._KEEP_FROM_BYTES", 1 << 62)  # buffers are new, too
 
 
 def pytest_sessionfinish(session):
     """Hand what a process has counted to the one that prints it."""
-    from fuzz import OUTCOMES, TRIED
+    from support.fuzz import OUTCOMES, TRIED
 
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["tried"] = dict(TRIED), {name: dict(said) for name, said in OUTCOMES.items()}
@@ -48,7 +43,7 @@ def pytest_sessionfinish(session):
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
     """Add up what the processes have counted."""
-    from fuzz import OUTCOMES, TRIED
+    from support.fuzz import OUTCOMES, TRIED
 
     tried, outcomes = getattr(node, "workeroutput", {}).get("tried", ({}, {}))
     TRIED.update(tried)
@@ -58,7 +53,7 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter):
     """Say how many inputs the properties were tried on."""
-    from fuzz import OUTCOMES, TRIED
+    from support.fuzz import OUTCOMES, TRIED
 
     if TRIED:
         terminalreporter.section("inputs tried")

@@ -7,7 +7,8 @@ import torch
 
 from approxdrop_lightning.benchmark import contenders, measure
 from approxdrop_lightning.benchmark.__main__ import COLUMNS, main
-from approxdrop_lightning.ops import groups, tiles
+from approxdrop_lightning.ops.row_linear import groups
+from approxdrop_lightning.ops.tile_linear import compact as tiles
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from approxdrop_lightning import ApproxDropout
-from approxdrop_lightning.models import LSTMLanguageModel, MLPClassifier
+from approxdrop_lightning.application.models import LSTMLanguageModel, MLPClassifier
 from datamodules.loader import ResumableLoader
 
 

@@ -1,12 +1,12 @@
 """What pyproject.toml allows to be installed beside the package."""
 
 import tomllib
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from support import ROOT
 
-TEXT = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+TEXT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 REQUIRED = {r.name: r.specifier for r in map(Requirement, tomllib.loads(TEXT)["project"]["dependencies"])}
 
 

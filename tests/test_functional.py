@@ -4,11 +4,10 @@ import itertools
 
 import pytest
 import torch
+from support.kernels import kernels  # noqa: F401
 from torch import nn
 
 from approxdrop_lightning import RowPattern, functional
-from approxdrop_lightning.ops import blocks, native
-from approxdrop_lightning.ops import lstm as lstm_ops
 
 KINDS = {
     "shared": {},
@@ -39,16 +38,6 @@ def run(x, weight, bias, in_pattern, out_pattern, scale, backend):
     packed = x if in_pattern is None else functional.pack(x, in_pattern, backend)
     y = functional.row_linear(packed, weight, bias, in_pattern, out_pattern, scale, backend, leading)
     return y if out_pattern is None else functional.unpack(y, out_pattern, leading, backend)
-
-
-@pytest.fixture(params=["compiled", "plain"])
-def kernels(request, monkeypatch):
-    """With the compiled kernels and without."""
-    if request.param == "plain":
-        monkeypatch.setattr(blocks, "library", lambda: None)
-        monkeypatch.setattr(lstm_ops, "library", lambda: None)
-    elif native.library() is None:
-        pytest.skip("no C compiler on this machine")
 
 
 @pytest.mark.usefixtures("poisoned", "kernels")

@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import lightning
 import pytest
 import torch
+from support import ROOT
+from support.triton_cases import TOLERANCE, make_pattern
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from triton_cases import TOLERANCE, make_pattern
 
 from approxdrop_lightning import ApproxDropout, RowPattern, functional
 from approxdrop_lightning.benchmark import contenders
@@ -60,8 +60,8 @@ def test_a_step_waits_for_nothing(pattern, least):
 
 
 def test_a_captured_product_takes_another_pattern():
-    from approxdrop_lightning.ops.group_ops import groups_linear
-    from approxdrop_lightning.ops.tables import make_plan
+    from approxdrop_lightning.ops.row_linear.group_ops import groups_linear
+    from approxdrop_lightning.ops.row_linear.tables import make_plan
 
     rows, n_in, n_out = 96, 256, 192
     weight, bias = torch.randn(n_out, n_in) / 8, torch.randn(n_out)
@@ -81,7 +81,7 @@ def test_a_captured_product_takes_another_pattern():
 
 
 def test_the_sequence_can_be_captured():
-    from approxdrop_lightning.ops import lstm_ops
+    from approxdrop_lightning.ops.lstm import lstm_ops
 
     gates, state, weight = torch.randn(5, 4, 128), torch.randn(4, 32), torch.randn(128, 32) / 6
     arguments = (gates, state, state, weight, None)
@@ -95,7 +95,7 @@ def test_the_sequence_can_be_captured():
 
 
 def test_tiles_are_chosen_by_timing(monkeypatch):
-    from approxdrop_lightning.ops import triton_common
+    from approxdrop_lightning.ops.triton import common as triton_common
 
     monkeypatch.setenv("APPROXDROP_AUTOTUNE", "1")
     monkeypatch.setattr(triton_common, "_fastest", {})
@@ -177,7 +177,7 @@ def test_the_main_job_trains_and_tests_its_best_checkpoint(model, tmp_path):
     quick = ["debug=fast", "datamodule.source=synthetic", "trainer.accelerator=gpu", "logger=csv"]
     result = subprocess.run(
         [sys.executable, "train.py", f"model={model}", *quick, f"hydra.run.dir={tmp_path}"],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+        cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "result.json").read_text())["test"] is not None

@@ -7,16 +7,14 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 from packaging.requirements import Requirement
+from support import ROOT
 from torch import nn
 
 from approxdrop_lightning import approximate, resample, restore
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(code, *arguments, cwd, **environment):

@@ -4,11 +4,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support import PROGRAMS, ROOT
 
-PROGRAMS = Path(__file__).parent / "programs"
 SKIPPED = {
     "mlp": ["backbone.2  0.5   backbone.0  backbone.3", "backbone.5  0.5   backbone.3  head"],
     "lstm": ["drop                 0.5   -         decoder, rnn", "rnn (layer 1)", "consumers' columns"],
@@ -18,7 +17,7 @@ SKIPPED = {
 
 @pytest.mark.parametrize("name", list(SKIPPED))
 def test_program(name, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROGRAMS.parents[1])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, str(PROGRAMS / f"{name}.py")],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False,

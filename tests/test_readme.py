@@ -3,17 +3,16 @@
 import itertools
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from support import ROOT
 
 from approxdrop_lightning.benchmark.__main__ import _parser
 from train import make_dropout
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = [line.strip() for line in re.findall(r"python train\.py([^#`\n]*)", README)]
 BENCHMARK = re.findall(r"`(?:python -m approxdrop_lightning\.benchmark|\.{3}) ((?:mlp|lstm|ops) [^`]*)`", README)

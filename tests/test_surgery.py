@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from gallery import GALLERY, LanguageModel, mlp, twin
+from support.gallery import GALLERY, LanguageModel, mlp, twin
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -5,50 +5,23 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, InstantiationException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from support import ROOT
+from support.runs_of_train import QUICK, SMALL, command, config, weights
 
 from train import find_checkpoint, train
 
-ROOT = Path(__file__).resolve().parents[1]
 FILES = pytest.param(
     "files",
     marks=pytest.mark.skipif("APPROXDROP_DATA" not in os.environ, reason="APPROXDROP_DATA is not set"),
 )
-# Small, but wide enough (64 units) that the callback does not leave the layers as they are.
-SMALL = {
-    "mlp": ["model.hidden=[96,64]", "datamodule.val_size=500"],
-    "lstm": [
-        *("model=lstm", "model.hidden_size=64", "model.init_range=0.1"),
-        *("datamodule.batch_size=10", "datamodule.unroll=12"),
-        *("datamodule.vocabulary=300", "datamodule.fraction=0.1"),
-    ],
-}
 SYNTHETIC = "datamodule.source=synthetic"
-QUICK = [
-    *("debug=fast", "trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"),
-    *("callbacks.throughput.warmup_steps=5", "callbacks.throughput.window_size=5"),
-]
-
-
-def config(run_dir, *overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", [f"run_dir={run_dir}", "trainer.accelerator=cpu", *overrides])
-
-
-def command(*overrides):
-    return [sys.executable, str(ROOT / "train.py"), "trainer.accelerator=cpu", *overrides]
-
-
-def weights(objects):
-    return {key: value.cpu() for key, value in objects["model"].state_dict().items()}
 
 
 @pytest.mark.parametrize("dropout", ["row", "standard", "tile"])
@@ -175,7 +148,7 @@ def test_ctrl_c_leaves_checkpoints_and_log(tmp_path):
 
 
 def test_a_crash_leaves_the_state_of_its_step(tmp_path, monkeypatch):
-    from approxdrop_lightning.models import MLPClassifier
+    from approxdrop_lightning.application.models import MLPClassifier
 
     step = MLPClassifier.training_step
 

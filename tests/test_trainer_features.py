@@ -4,11 +4,10 @@ import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer, seed_everything
+from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
@@ -17,35 +16,13 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from support import ROOT, TESTS
+from support.lightning_nets import Net, Patterns, data
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from approxdrop_lightning import ApproxDropout
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Net(LightningModule):
-    def __init__(self, lr=0.1, batch_size=16):
-        super().__init__()
-        self.lr, self.batch_size = lr, batch_size
-        self.net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 3))
-
-    def training_step(self, batch, batch_idx, dataloader_idx=0):
-        batches = batch if isinstance(batch[0], (list, tuple)) else [batch]
-        return sum(nn.functional.cross_entropy(self.net(x), y) for x, y in batches)
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), self.lr)
-
-    def train_dataloader(self):
-        return data(self.batch_size)
-
-    def val_dataloader(self):
-        return data()
 
 
 class Manual(Net):
@@ -61,12 +38,6 @@ class Manual(Net):
             optimizer.step()
 
 
-def data(batch_size=16, n=96):
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(n, 20, generator=generator), torch.randint(3, (n,), generator=generator)
-    return DataLoader(TensorDataset(x, y), batch_size=batch_size)
-
-
 def fit(model, *callbacks, tmp_path, loaders=None, **options):
     options = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False} | options
     trainer = Trainer(
@@ -78,14 +49,6 @@ def fit(model, *callbacks, tmp_path, loaders=None, **options):
     )
     trainer.fit(model, loaders)
     return trainer
-
-
-class Patterns(Callback):
-    def __init__(self, callback):
-        self.callback, self.seen = callback, []
-
-    def on_train_batch_end(self, *_):
-        self.seen.append(self.callback.report.sites[0].last_patterns)
 
 
 @pytest.mark.parametrize("resample", ["batch", "step"])
@@ -163,8 +126,7 @@ DDP = """
 import sys, torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
-sys.path.insert(0, sys.argv[1])
-from test_trainer_features import Net, Patterns, data
+from support.lightning_nets import Net, Patterns, data
 from approxdrop_lightning import ApproxDropout
 
 class Dump(Patterns):
@@ -187,10 +149,9 @@ def test_two_processes_stay_in_step(sync, tmp_path):
     """The same dp on both, patterns equal or not as asked, gradients and weights the same."""
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
-    here = Path(__file__).parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
     run = subprocess.run(
-        [sys.executable, str(script), str(here), str(tmp_path), sync],
+        [sys.executable, str(script), str(TESTS), str(tmp_path), sync],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]

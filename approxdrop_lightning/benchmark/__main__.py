@@ -15,7 +15,7 @@ from rich.table import Table
 from approxdrop_lightning.benchmark import contenders, measure, ops
 from approxdrop_lightning.benchmark.contenders import BASELINES, PATTERNS, Workload
 from approxdrop_lightning.memory import keep_freed_memory
-from approxdrop_lightning.ops.registry import BACKENDS
+from approxdrop_lightning.ops.backend import BACKENDS
 
 COLUMNS = (
     "workload", "rate", "contender", "median_ms", "first_quartile_ms", "third_quartile_ms", "to_conventional",

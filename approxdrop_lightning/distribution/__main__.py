@@ -7,8 +7,8 @@ import itertools
 
 from rich.table import Table
 
+from approxdrop_lightning.application.results import show
 from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution
-from approxdrop_lightning.results import show
 
 _BAR = 40  # characters of a probability of 1
 

@@ -20,7 +20,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     saving_as_where,
     saving_hooks,
 )
-from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.patterns.row import RowPattern
 
 _SCALES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__}
 

@@ -26,7 +26,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     saving_hooks,
     shape_of,
 )
-from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.work import Ledger
 
 

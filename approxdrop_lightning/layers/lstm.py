@@ -12,7 +12,7 @@ from approxdrop_lightning import functional
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
 from approxdrop_lightning.layers.site import Site
-from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.work import Ledger
 
 _State = tuple[Tensor, Tensor]

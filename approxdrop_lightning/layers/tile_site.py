@@ -9,7 +9,7 @@ from torch import Tensor
 from approxdrop_lightning.layers.lazy_tensor import as_dense
 from approxdrop_lightning.layers.site import Site
 from approxdrop_lightning.layers.tiled_tensor import Marked, TiledTensor, Use
-from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
+from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 
 
 class TileSite(Site):

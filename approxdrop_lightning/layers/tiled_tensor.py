@@ -17,7 +17,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     saving_as_where,
     saving_hooks,
 )
-from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
+from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 from approxdrop_lightning.work import Ledger
 
 #: Patterns of one use of a site: by reader and shape of what it drops from.

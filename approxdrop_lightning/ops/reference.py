@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from approxdrop_lightning.pattern import RowPattern
-from approxdrop_lightning.tile_pattern import BernoulliPattern, TilePattern
+from approxdrop_lightning.patterns.row import RowPattern
+from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 
 #: Functions that may follow a product.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda y: y, "relu": F.relu, "gelu": F.gelu}

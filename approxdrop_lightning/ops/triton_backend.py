@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from approxdrop_lightning.ops import reference
-from approxdrop_lightning.ops.group_ops import gather, groups_linear, scatter
-from approxdrop_lightning.ops.row_ops import rows_linear
-from approxdrop_lightning.ops.tables import make_plan
-from approxdrop_lightning.ops.tile_ops import tile_linear as tile_linear
-from approxdrop_lightning.ops.triton_common import check_operands
-from approxdrop_lightning.ops.triton_rows import Kept
-from approxdrop_lightning.pattern import RowPattern
+from approxdrop_lightning.ops.row_linear.group_ops import gather, groups_linear, scatter
+from approxdrop_lightning.ops.row_linear.row_ops import rows_linear
+from approxdrop_lightning.ops.row_linear.tables import make_plan
+from approxdrop_lightning.ops.row_linear.triton_rows import Kept
+from approxdrop_lightning.ops.tile_linear.tile_ops import tile_linear as tile_linear
+from approxdrop_lightning.ops.triton.common import check_operands
+from approxdrop_lightning.patterns.row import RowPattern
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:

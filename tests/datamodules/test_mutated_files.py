@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz import came_of_it, examples, fuzz
 from hypothesis import strategies as st
+from support.fuzz import came_of_it, examples, fuzz
 
 from datamodules import MNISTDataModule, PTBDataModule
 from datamodules import mnist as mnist_module

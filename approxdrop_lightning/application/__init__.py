@@ -1,0 +1,1 @@
+"""The training application behind ``train.py``: models, checkpoints, results. The library never imports it."""

@@ -1,0 +1,93 @@
+"""One summary of a Hydra sweep: ``summary.csv``, ``summary.png`` and ``curves.png`` in the folder of the sweep."""
+
+import csv
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from approxdrop_lightning.application.results import RESULT_FILE, curve, write_json
+from approxdrop_lightning.application.sweep_plots import Record, plot_curves, plot_summary
+
+log = logging.getLogger(__name__)
+
+JOB_FILE = "job.json"  # the job's result, as the sweep sees it; there for failed jobs too
+FIRST_COLUMNS = ["job", "status", "line", "model", "dropout", "rate", "seed", "data_source"]
+NOT_A_LINE = {"dropout", "dropout.rate", "seed"}  # the line's own name, the x axis, what is averaged over
+
+
+class SweepSummary(Callback):
+    """Gather the results of all jobs of a sweep, whatever launcher ran them.
+
+    The summary is written anew after each job, so a sweep that is stopped, or one of whose jobs fails (Hydra
+    then calls no ``on_multirun_end``), still has the summary of what was finished. A failed job stays in the
+    CSV by name, with its error as its status.
+    """
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Record the job, and write the summary so far; a single run has none."""
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        job = Path(config.hydra.runtime.output_dir)
+        rate = config.dropout.rate
+        record: Record = {
+            "dropout": config.dropout.name,
+            "rate": OmegaConf.to_container(rate) if OmegaConf.is_config(rate) else rate,
+            "seed": config.seed,
+        }
+        try:
+            _ = job_return.return_value  # raises what the job raised
+            record |= json.loads((job / RESULT_FILE).read_text(encoding="utf-8"))
+            status = "completed"
+        except Exception as error:
+            status = " ".join(f"failed: {type(error).__name__}: {error}".split())
+        overrides = list(config.hydra.overrides.task)
+        write_json(record | {"job": job.name, "status": status, "overrides": overrides}, job / JOB_FILE)
+        summarise(job.parent)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Say where the summary is."""
+        log.info("summary of the sweep: %s", Path(config.hydra.sweep.dir).absolute() / "summary.csv")
+
+
+def summarise(folder: Path) -> None:
+    """Write ``summary.csv``, ``summary.png`` and ``curves.png`` from the ``*/job.json`` in ``folder``.
+
+    Jobs that run side by side (joblib) end side by side: who finds more jobs after writing than it had read
+    writes again. So the summary that is written last is complete, without a lock.
+    """
+    read: list[Path] = []
+    while read != (found := sorted(folder.glob(f"*/{JOB_FILE}"))):
+        read = found
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+        _name_lines(records)
+        records.sort(key=lambda record: (len(record["job"]), record["job"]))
+        _write_csv(records, folder / "summary.csv")
+        plot_summary([record for record in records if record.get("test") is not None], folder / "summary.png")
+        curves = [record | {"curve": curve(folder / record["job"], record.get("monitor", ""))} for record in records]
+        plot_curves([record for record in curves if record["curve"]], folder / "curves.png")
+
+
+def _name_lines(records: list[Record]) -> None:
+    """Name the line of the plot that each job belongs to: its pattern, and any other override that varies."""
+    common = set.intersection(*(set(record["overrides"]) for record in records))
+    for record in records:
+        overrides = [text for text in record.pop("overrides") if text not in common]
+        others = [text for text in overrides if text.split("=")[0] not in NOT_A_LINE]
+        record["line"] = " ".join([record["dropout"], *others])
+
+
+def _write_csv(records: list[Record], path: Path) -> None:
+    columns = dict.fromkeys([*FIRST_COLUMNS, *(key for record in records for key in record)])
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(records)
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""The LSTM recurrence over ready-made gate inputs: autograd and backends."""

@@ -1,0 +1,1 @@
+"""Compiled CPU kernels (C), their loader, and the buffers and copies built on them."""

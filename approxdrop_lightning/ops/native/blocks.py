@@ -1,0 +1,175 @@
+"""Copies of blocks of a matrix: some rows and some columns, out of a large one or into it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from approxdrop_lightning.ops.native.library import Runs, library
+from approxdrop_lightning.patterns.units import Units
+
+#: Smaller buffers come from PyTorch: asking for them costs less than looking for one.
+_KEEP_FROM_BYTES = 1 << 21
+#: Bytes of what is not going to be read from a cache, as the gradient that the optimizer reads at the end of a step.
+_LARGE = 1 << 20
+#: A buffer that was not asked for during so many requests is given back.
+_IDLE_REQUESTS = 1000
+
+
+class _Pool(threading.local):
+    """Storages by size, each with the number of the request that it served last."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.storages: dict[int, list[list[Any]]] = {}
+
+    def drop_idle(self) -> None:
+        oldest = self.requests - _IDLE_REQUESTS
+        for size, entries in list(self.storages.items()):
+            self.storages[size] = [entry for entry in entries if entry[1] >= oldest]
+
+
+_pool = _Pool()
+
+
+def buffer(shape: tuple[int, ...], like: Tensor, exact: bool = False) -> Tensor:
+    """Uninitialised memory, if possible some that has been used before.
+
+    On the CPU fresh memory costs a page fault per 4 KB, at each step; for a gradient that is more than what skipping
+    saves. So large buffers are kept, and handed out again when nobody refers to their memory any more. Other
+    devices have allocators that keep theirs.
+
+    Args:
+        shape: Of the tensor.
+        like: Gives device and type.
+        exact: Whether the size is the same at each step, as that of a gradient is; else it is rounded up.
+    """
+    size = like.element_size() * math.prod(shape)
+    if size < _KEEP_FROM_BYTES or not like.is_cpu:
+        return like.new_empty(shape)
+    if not exact:  # few sizes, not more than an eighth too large: what is kept differs a little from step to step
+        step = 1 << (size.bit_length() - 4)
+        size = -(-size // step) * step
+    _pool.requests += 1
+    entries = _pool.storages.setdefault(size, [])
+    for entry in entries:
+        if torch._C._storage_Use_Count(entry[0]._cdata) == 1:  # the pool's own
+            entry[1] = _pool.requests
+            return torch.empty(0, dtype=like.dtype, device="cpu").set_(entry[0], 0, shape, ())
+    _pool.drop_idle()
+    with torch.inference_mode(False):
+        storage = torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
+    _pool.storages[size].append([storage, _pool.requests])
+    return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, shape, ())
+
+
+def is_large(matrix: Tensor) -> bool:
+    """Whether a matrix that is written now is not going to be in a cache when it is read."""
+    return matrix.nbytes > _LARGE
+
+
+def free_buffers() -> None:
+    """Give the memory back that :func:`buffer` keeps and nobody uses."""
+    _pool.storages.clear()
+
+
+def take(matrix: Tensor, rows: Units, columns: Units, out: Tensor | None = None) -> Tensor:
+    """``matrix[rows][:, columns]``, contiguous.
+
+    Args:
+        matrix: ``[n, m]``.
+        rows: Rows to take.
+        columns: Columns to take.
+        out: Contiguous ``[rows.count, columns.count]`` to write to; may be a new one.
+
+    Returns:
+        ``out``.
+    """
+    out = buffer((rows.count, columns.count), matrix) if out is None else out
+    if out.numel() == 0:
+        return out
+    native = library()
+    if native is not None and matrix.is_cpu and (matrix.stride(1) == 1 or matrix.shape[1] == 1):
+        native.take(*_places(out, matrix, matrix.stride(0), rows, columns))
+        return out
+    there, matrix = matrix.device, sliced(matrix, rows, columns)
+    if rows.slice and columns.slice:
+        return out.copy_(matrix)
+    if rows.slice:
+        return torch.index_select(matrix, 1, columns.on(there), out=out)
+    if columns.slice:
+        return torch.index_select(matrix, 0, rows.on(there), out=out)
+    index = torch.ops.aten.index.Tensor_out
+    return index(matrix, [rows.on(there)[:, None], columns.on(there)], out=out)
+
+
+def sliced(matrix: Tensor, rows: Units, columns: Units) -> Tensor:
+    """A view of what slices can take of ``matrix[rows][:, columns]``."""
+    whole = slice(None)
+    return matrix[rows.slice or whole, columns.slice or whole]
+
+
+def put(matrix: Tensor, rows: Units, columns: Units, values: Tensor, clear: bool) -> None:
+    """``matrix[rows][:, columns] = values``, in place.
+
+    Args:
+        matrix: Contiguous ``[n, m]``.
+        rows: Rows to write.
+        columns: Columns to write.
+        values: ``[rows.count, columns.count]``.
+        clear: Whether the other columns of these rows become zero.
+    """
+    if rows.count == 0 or matrix.numel() == 0:
+        return
+    values = values.contiguous()
+    native = library()
+    if native is not None and matrix.is_cpu:
+        native.put(*_places(matrix, values, columns.count, rows, columns), clear)
+        return
+    if clear and not columns.is_all(matrix.shape[1]):
+        zero(matrix, rows, Units.every(matrix.shape[1]))
+    if not columns.count:
+        return
+    there, view = matrix.device, sliced(matrix, rows, columns)
+    if rows.slice and columns.slice:
+        view.copy_(values)
+    elif rows.slice:  # scatter_ along a row is twice as fast as index_copy_
+        view.scatter_(1, columns.on(there).expand(values.shape), values)
+    elif columns.slice:
+        view.index_copy_(0, rows.on(there), values)
+    else:
+        view.index_put_((rows.on(there)[:, None], columns.on(there)), values)
+
+
+def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
+    """``matrix[rows][:, columns] = 0``, in place, for a contiguous matrix."""
+    if rows.count == 0 or columns.count == 0:
+        return
+    native = library()
+    if native is not None and matrix.is_cpu:
+        item, places = matrix.element_size(), (Runs(*rows.runs), Runs(*columns.runs))
+        size = rows.count * columns.count
+        threads = torch.get_num_threads()
+        native.zero(matrix.data_ptr(), matrix.stride(0) * item, *places, item, size, threads, is_large(matrix))
+        return
+    there, view = matrix.device, sliced(matrix, rows, columns)
+    if rows.slice and columns.slice:
+        view.zero_()
+    elif rows.slice or columns.slice:
+        dim, units = (1, columns) if rows.slice else (0, rows)
+        view.index_fill_(dim, units.on(there), 0)
+    else:
+        view[rows.on(there)[:, None], columns.on(there)] = 0
+
+
+def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple[Any, ...]:
+    """Arguments that the compiled copies have in common."""
+    item, width = to.element_size(), to.shape[1]
+    return (
+        to.data_ptr(), width * item, source.data_ptr(), stride * item, Runs(*rows.runs), Runs(*columns.runs),
+        item, rows.count * width, torch.get_num_threads(),
+    )  # fmt: skip

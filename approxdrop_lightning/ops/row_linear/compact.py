@@ -1,0 +1,131 @@
+"""Gather and multiply: products over kept units only, in plain PyTorch calls, on any device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from approxdrop_lightning.ops import reference
+from approxdrop_lightning.ops.native.blocks import buffer, put, take
+from approxdrop_lightning.ops.row_linear import groups
+from approxdrop_lightning.ops.row_linear.groups import Groups
+from approxdrop_lightning.ops.row_linear.strips import layer_products
+from approxdrop_lightning.patterns.row import RowPattern
+from approxdrop_lightning.patterns.units import Units
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pattern: RowPattern) -> Tensor:
+        ctx.pattern, ctx.leading_shape = pattern, tuple(x.shape[:-1])
+        return groups.pack(x, pattern)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return groups.unpack(grad, ctx.pattern, ctx.leading_shape), None
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
+        ctx.pattern, ctx.shape = pattern, values.shape
+        return groups.unpack(values, pattern, leading_shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return groups.pack(grad, ctx.pattern).view(ctx.shape), None, None
+
+
+class _RowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        in_pattern: RowPattern | None,
+        out_pattern: RowPattern | None,
+        leading_shape: tuple[int, ...],
+    ) -> Tensor:
+        parts = layer_products(in_pattern, out_pattern, leading_shape, weight)
+        y = parts.product(x, weight, bias)
+        ctx.parts, ctx.bias = parts, bias is not None
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parts: Groups = ctx.parts
+        x, weight = ctx.saved_tensors
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = parts.input_grad(grad, weight).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            dw = parts.weight_grad(grad, x)
+        if ctx.bias and ctx.needs_input_grad[2]:
+            db = parts.bias_grad(grad)
+        return dx, dw, db, None, None, None
+
+
+def pack(x: Tensor, pattern: RowPattern) -> Tensor:
+    """Values that the pattern keeps of a dense ``[*leading, n]``: flat, group after group."""
+    return _Pack.apply(x, pattern)
+
+
+def unpack(values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
+    """Dense ``[*leading, n]`` with zeros where the pattern drops; inverse of :func:`pack`."""
+    return _Unpack.apply(values, pattern, leading_shape)
+
+
+def row_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_pattern: RowPattern | None,
+    out_pattern: RowPattern | None,
+    leading_shape: tuple[int, ...],
+    scale: float = 1.0,
+    activation: str = "identity",
+) -> Tensor:
+    """Products over kept units only.
+
+    Args:
+        x: Dense ``[*leading, n_in]``, or packed values if ``in_pattern`` is given.
+        weight: ``[n_out, n_in]``, dense; its gradient is dense as well.
+        bias: ``[n_out]`` or None.
+        in_pattern: What is kept of the inputs.
+        out_pattern: What is kept of the outputs.
+        leading_shape: Shape of the batch.
+        scale: Factor of the product and the bias.
+        activation: One of :data:`.reference.ACTIVATIONS`, applied last.
+
+    Returns:
+        Rows ``[R, n_out]``, or packed values if ``out_pattern`` is given; contiguous, possibly flat.
+    """
+    y = _RowLinear.apply(x, weight, bias, in_pattern, out_pattern, leading_shape)
+    return reference.finish(y, scale, activation)
+
+
+class _SelectColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, pattern: RowPattern) -> Tensor:
+        ctx.shape, ctx.pattern = weight.shape, pattern
+        return take(weight, Units.every(len(weight)), pattern.units(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        dense = buffer(tuple(ctx.shape), grad, exact=True)
+        put(dense, Units.every(len(dense)), ctx.pattern.units(0), grad, clear=True)
+        return dense, None
+
+
+def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:
+    """Kept columns of a weight, ``[n_out, n_kept]``; the gradient is dense."""
+    return _SelectColumns.apply(weight, pattern)

@@ -1,0 +1,1 @@
+"""Products of weight tiles that a pattern keeps: definition, autograd and backends."""

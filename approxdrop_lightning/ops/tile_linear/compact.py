@@ -1,0 +1,91 @@
+"""Products with the kept tiles of a weight only: few products of parts of matrices, on any device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from approxdrop_lightning.ops.native.blocks import buffer, zero
+from approxdrop_lightning.ops.native.product import Block, multiply
+from approxdrop_lightning.patterns.tile import TilePattern
+from approxdrop_lightning.patterns.units import Units
+
+
+def _product(x: Tensor, weight: Tensor, pattern: TilePattern) -> Tensor:
+    """``x @ (weight * mask).T``: each part of the pattern makes outputs of its own."""
+    rows = Units.every(len(x))
+    y = x.new_empty(len(x), pattern.n_out)
+    multiply(
+        [
+            (Block(x, rows, inputs), Block(weight, outputs, inputs).t, Block(y, rows, outputs), False)
+            for outputs, inputs in pattern.parts()
+        ]
+    )
+    return y
+
+
+def _weight_grad(dy: Tensor, x: Tensor, pattern: TilePattern) -> Tensor:
+    """``(dy.T @ x) * mask``, dense."""
+    rows = Units.every(len(x))
+    grad = buffer((pattern.n_out, pattern.n_in), dy, exact=True)
+    if not pattern.keeps_all:
+        for outputs, inputs in pattern.dropped.parts():
+            zero(grad, outputs, inputs)
+    multiply(
+        [
+            (Block(dy, rows, outputs).t, Block(x, rows, inputs), Block(grad, outputs, inputs), False)
+            for outputs, inputs in pattern.parts()
+        ],
+        past_caches=True,
+    )
+    return grad
+
+
+class _TileLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern, scale: float
+    ) -> Tensor:
+        y = _product(x, weight, pattern)
+        if bias is not None:
+            torch.add(bias, y, alpha=scale, out=y)
+        elif scale != 1.0:
+            y *= scale
+        ctx.pattern, ctx.scale = pattern, scale
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        pattern: TilePattern = ctx.pattern
+        db = dy.sum(0) if ctx.needs_input_grad[2] else None
+        dy = dy.contiguous() if ctx.scale == 1.0 else dy * ctx.scale
+        dx = _product(dy, weight.t(), pattern.t) if ctx.needs_input_grad[0] else None
+        dw = _weight_grad(dy, x, pattern) if ctx.needs_input_grad[1] else None
+        return dx, dw, db, None, None
+
+
+def tile_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern, scale: float) -> Tensor:
+    """Products with kept tiles only.
+
+    Args:
+        x: ``[R, n_in]``.
+        weight: ``[n_out, n_in]``, dense; its gradient is dense as well.
+        bias: ``[n_out]`` or None.
+        pattern: What is kept of the weight.
+        scale: Factor of the kept weights.
+
+    Returns:
+        ``[R, n_out]``, contiguous.
+    """
+    return _TileLinear.apply(_readable(x), _readable(weight), bias, pattern, scale)
+
+
+def _readable(matrix: Tensor) -> Tensor:
+    """The matrix itself if one of its dimensions has unit stride, else a copy."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()

@@ -1,0 +1,131 @@
+"""Triton products with the kept tiles of a weight as operators of PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from approxdrop_lightning.ops.custom_op import custom_op
+from approxdrop_lightning.ops.tile_linear.triton_tiles import aligned, product_launch, weight_grad_launch
+from approxdrop_lightning.ops.triton.common import Tiling, check_operands, run_fastest
+from approxdrop_lightning.ops.triton.launch import Launch
+from approxdrop_lightning.patterns.tile import TilePattern
+
+
+@custom_op("approxdrop::tile_linear")
+def _tile_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float
+) -> Tensor:
+    return _product("forward", x, weight, bias, offset, dp, keep, tile_size, scale)
+
+
+@custom_op("approxdrop::tile_linear_input_grad")
+def _input_grad(
+    dy: Tensor, weight: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float
+) -> Tensor:
+    return _product("input_grad", dy, weight.t(), None, offset, dp, keep, tile_size, scale)
+
+
+@custom_op("approxdrop::tile_linear_weight_grad")
+def _weight_grad(dy: Tensor, x: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float) -> Tensor:
+    dw = x.new_zeros(dy.shape[1], x.shape[1])
+    dy, x = _rows(dy), _rows(x)
+
+    def launch(tiling: Tiling) -> Launch:
+        return weight_grad_launch(tiling, dy, x, dw, offset, dp, keep, tile_size, scale)
+
+    run_fastest(f"tile_weight_grad_{tile_size}", x, (len(x), *dw.shape), launch, aligned(dw, tile_size))
+    return dw
+
+
+def _product(
+    name: str, x: Tensor, w: Tensor, bias: Tensor | None, offset: Tensor, dp: int, keep: int, tile_size: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    y = x.new_empty(len(x), len(w))
+    x = _rows(x)
+
+    def launch(tiling: Tiling) -> Launch:
+        return product_launch(tiling, x, w, bias, y, offset, dp, keep, tile_size, scale)
+
+    run_fastest(f"tile_{name}_{tile_size}", x, (len(x), *w.shape), launch, aligned(w, tile_size))
+    return y
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The matrix itself if its rows can be read in order, else a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@_tile_linear.register_fake
+def _(x, weight, bias, offset, dp, keep, tile_size, scale):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_input_grad.register_fake
+def _(dy, weight, offset, dp, keep, tile_size, scale):
+    return dy.new_empty(dy.shape[0], weight.shape[1])
+
+
+@_weight_grad.register_fake
+def _(dy, x, offset, dp, keep, tile_size, scale):
+    return x.new_empty(dy.shape[1], x.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, offset, *ctx.pattern = inputs
+    ctx.save_for_backward(x, weight, offset)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, offset = ctx.saved_tensors
+    dx = _input_grad(dy, weight, offset, *ctx.pattern) if ctx.needs_input_grad[0] else None
+    dw = _weight_grad(dy, x, offset, *ctx.pattern) if ctx.needs_input_grad[1] else None
+    db = dy.sum(0) if ctx.needs_input_grad[2] else None
+    return dx, dw, db, None, None, None, None, None
+
+
+_tile_linear.register_autograd(_backward, setup_context=_setup_context)
+_tile_linear.register_autocast()
+
+
+@register_flop_formula(torch.ops.approxdrop.tile_linear)
+def _product_flops(x_shape, w_shape, bias_shape, offset_shape, dp, keep, *args, out_shape=None, **kwargs) -> int:
+    """On average over the offset: two for each row and kept weight."""
+    return 2 * x_shape[0] * math.prod(w_shape) * keep // dp
+
+
+@register_flop_formula(torch.ops.approxdrop.tile_linear_input_grad)
+def _input_grad_flops(dy_shape, w_shape, offset_shape, dp, keep, *args, out_shape=None, **kwargs) -> int:
+    return 2 * dy_shape[0] * math.prod(w_shape) * keep // dp
+
+
+@register_flop_formula(torch.ops.approxdrop.tile_linear_weight_grad)
+def _weight_grad_flops(dy_shape, x_shape, offset_shape, dp, keep, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(dy_shape) * x_shape[1] * keep // dp
+
+
+def tile_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern, scale: float) -> Tensor:
+    """``x @ (scale * weight * mask)^T + bias``: products with kept tiles only, as in :mod:`.tiles`.
+
+    Args:
+        x: ``[R, n_in]``, float32, float16 or bfloat16.
+        weight: ``[n_out, n_in]``, dense; its gradient is dense as well.
+        bias: ``[n_out]`` or None.
+        pattern: What is kept of the weight. Tiles of a multiple of 16 can be read in wide loads.
+        scale: Factor of the kept weights.
+
+    Returns:
+        ``[R, n_out]``, contiguous.
+
+    Raises:
+        ValueError: The type or the device is not one that the kernels are for.
+    """
+    check_operands("tile_linear", x, weight)
+    bias = None if bias is None else bias.contiguous()
+    offset = torch.full((), pattern.offset, dtype=torch.int32, device=x.device)  # a fill, which nobody waits for
+    return _tile_linear(x, weight, bias, offset, pattern.dp, pattern.keep, pattern.tile_size, float(scale))

@@ -1,0 +1,193 @@
+"""Products with the kept tiles of a weight only, as Triton kernels: forward and both gradients.
+
+Rows of tiles that are equal modulo ``dp`` keep the same columns of tiles. So a pattern is ``dp`` dense products, one
+for each class of rows of tiles, and a program makes a block of one class: its rows are every ``dp``-th tile, and it
+sums over the kept columns, one after the other, in a closed form. No table, no mask of tiles, no branch for a tile;
+steps of the sum may be longer or shorter than a tile. The diagonal rule is the same for the transposed weight, so the
+gradient of the input is the same kernel with the strides of the weight exchanged.
+
+``offset`` is read from memory: who replays a captured CUDA graph changes the pattern by writing another number there.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from approxdrop_lightning.ops.triton.common import ARCHS, DTYPES, Specimen, Tiling, specimen, tilings
+from approxdrop_lightning.ops.triton.launch import Launch, aligned_run, precision
+
+
+@triton.jit
+def _kept_tiles(offset, row, tiles, dp, keep):
+    """Kept tiles of a row of tiles: number ``t`` in ``[first, last)`` is ``start + t // keep * dp + t % keep``."""
+    start = (tl.load(offset).to(tl.int32) - row + dp) % dp
+    start = tl.where(start + keep > dp, start - dp, start)  # kept residues that wrap around begin before tile 0
+    span = tiles - start
+    last = span // dp * keep + tl.minimum(span % dp, keep)
+    return start, tl.maximum(-start, 0), last
+
+
+@triton.jit
+def _unit(place, first, period, length, TILE: tl.constexpr):
+    """Unit at a place of tiles that come in runs of ``length`` every ``period``, the first of which is ``first``."""
+    # As many units as divide the tile, and blocks of places, lie together: loads are as wide.
+    RUN: tl.constexpr = TILE & -TILE if TILE % 16 else 16
+    tile = place // TILE
+    unit = (first + tile // length * period + tile % length) * TILE + place % TILE
+    return tl.max_contiguous(tl.multiple_of(unit, RUN), RUN)
+
+
+@triton.jit(do_not_specialize=("M", "dp", "keep"))
+def product(
+    x, w, bias, y, offset, M, N, K, dp, keep, x_stride, w_stride_n, w_stride_k, y_stride, scale,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``y = scale * x @ (w * mask)^T + bias`` of ``x [M, K]`` and ``w [N, K]``, for one block of one class."""
+    # Rows vary fastest: programs that run together read one block of the weight from the cache.
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    m = tl.program_id(0) % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(1)
+    n = _unit(tl.program_id(0) // blocks_m * BLOCK_N + tl.arange(0, BLOCK_N), row, dp, 1, TILE)
+    m_live, n_live = m < M, n < N
+    start, first, last = _kept_tiles(offset, row, tl.cdiv(K, TILE), dp, keep)
+    x_rows = x + m.to(tl.int64)[:, None] * x_stride
+    w_columns = w + n.to(tl.int64)[None, :] * w_stride_n
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for place in range(first * TILE, last * TILE, BLOCK_K):
+        k = _unit(place + tl.arange(0, BLOCK_K), start, dp, keep, TILE)
+        k_live = k < K  # beyond the last kept tile as well
+        x_block = tl.load(x_rows + k[None, :], mask=m_live[:, None] & k_live[None, :], other=0.0)
+        w_at = w_columns + k.to(tl.int64)[:, None] * w_stride_k
+        w_block = tl.load(w_at, mask=k_live[:, None] & n_live[None, :], other=0.0)
+        accumulator = tl.dot(x_block, w_block, accumulator, input_precision=PRECISION)
+
+    accumulator *= scale
+    if bias is not None:
+        accumulator += tl.load(bias + n, mask=n_live, other=0.0).to(tl.float32)[None, :]
+    y_at = y + m.to(tl.int64)[:, None] * y_stride + n[None, :]
+    tl.store(y_at, accumulator.to(y.dtype.element_ty), mask=m_live[:, None] & n_live[None, :])
+
+
+@triton.jit(do_not_specialize=("M", "dp", "keep"))
+def weight_grad(
+    dy, x, dw, offset, M, N, K, dp, keep, dy_stride, x_stride, dw_stride, scale,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Kept tiles of ``dw = scale * dy^T @ x``, for one block of one class; nothing else is written."""
+    row = tl.program_id(1)
+    start, first, _ = _kept_tiles(offset, row, tl.cdiv(K, TILE), dp, keep)
+    blocks_n = tl.cdiv(tl.cdiv(tl.cdiv(N, TILE), dp) * TILE, BLOCK_N)
+    n = _unit(tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N), row, dp, 1, TILE)
+    place = first * TILE + tl.program_id(0) // blocks_n * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = _unit(place, start, dp, keep, TILE)
+    n_live, k_live = n < N, k < K
+
+    accumulator = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for m_start in range(0, M, BLOCK_M):
+        m = m_start + tl.arange(0, BLOCK_M)
+        m_live = m < M
+        dy_at = dy + m.to(tl.int64)[None, :] * dy_stride + n[:, None]
+        x_at = x + m.to(tl.int64)[:, None] * x_stride + k[None, :]
+        dy_block = tl.load(dy_at, mask=n_live[:, None] & m_live[None, :], other=0.0)
+        x_block = tl.load(x_at, mask=m_live[:, None] & k_live[None, :], other=0.0)
+        accumulator = tl.dot(dy_block, x_block, accumulator, input_precision=PRECISION)
+
+    dw_at = dw + n.to(tl.int64)[:, None] * dw_stride + k[None, :]
+    tl.store(dw_at, (accumulator * scale).to(dw.dtype.element_ty), mask=n_live[:, None] & k_live[None, :])
+
+
+def product_launch(
+    tiling: Tiling, x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor, offset: Tensor, dp: int, keep: int,
+    tile_size: int, scale: float,
+) -> Launch:  # fmt: skip
+    """``y = scale * x @ (w * mask)^T + bias``; ``w`` may be a transposed view, whose pattern is the same."""
+    (rows, n_in), n_out = x.shape, w.shape[0]
+    blocks = tiling.blocks(rows, n_out, n_in)
+    tiles = triton.cdiv(n_out, tile_size)
+    programs = triton.cdiv(rows, blocks[0]) * triton.cdiv(triton.cdiv(tiles, dp) * tile_size, blocks[1])
+    return Launch(
+        product,
+        (programs, min(dp, tiles)),
+        {
+            "x": x, "w": w, "bias": bias, "y": y, "offset": offset, "M": rows, "N": n_out, "K": n_in,
+            "dp": dp, "keep": keep, "x_stride": x.stride(0), "w_stride_n": w.stride(0), "w_stride_k": w.stride(1),
+            "y_stride": y.stride(0), "scale": scale,
+        },
+        {
+            "TILE": tile_size, "PRECISION": precision(x.dtype),
+            "BLOCK_M": blocks[0], "BLOCK_N": blocks[1], "BLOCK_K": blocks[2],
+        },
+        tiling.num_warps,
+        tiling.num_stages,
+    )  # fmt: skip
+
+
+def weight_grad_launch(
+    tiling: Tiling,
+    dy: Tensor,
+    x: Tensor,
+    dw: Tensor,
+    offset: Tensor,
+    dp: int,
+    keep: int,
+    tile_size: int,
+    scale: float,
+) -> Launch:
+    """Kept tiles of ``dw = scale * dy^T @ x``."""
+    rows, (n_out, n_in) = len(x), dw.shape
+    blocks = tiling.blocks(n_out, n_in, rows)
+    tiles_out, tiles_in = triton.cdiv(n_out, tile_size), triton.cdiv(n_in, tile_size)
+    most_kept = tiles_in // dp * keep + min(tiles_in % dp, keep)  # of a row of tiles, whatever the offset
+    programs = triton.cdiv(triton.cdiv(tiles_out, dp) * tile_size, blocks[0])
+    programs *= triton.cdiv(most_kept * tile_size, blocks[1])
+    return Launch(
+        weight_grad,
+        (programs, min(dp, tiles_out)),
+        {
+            "dy": dy, "x": x, "dw": dw, "offset": offset, "M": rows, "N": n_out, "K": n_in, "dp": dp, "keep": keep,
+            "dy_stride": dy.stride(0), "x_stride": x.stride(0), "dw_stride": dw.stride(0), "scale": scale,
+        },
+        {
+            "TILE": tile_size, "PRECISION": precision(x.dtype),
+            "BLOCK_N": blocks[0], "BLOCK_K": blocks[1], "BLOCK_M": blocks[2],
+        },
+        tiling.num_warps,
+        tiling.num_stages,
+    )  # fmt: skip
+
+
+def aligned(w: Tensor, tile_size: int) -> bool:
+    """Whether all rows of tiles of a product's operands begin at multiples of 16 bytes."""
+    return aligned_run(w.element_size(), *w.shape, tile_size) > 1
+
+
+def specimens() -> list[Specimen]:
+    """What is compiled ahead of time: tiles of 32 in all ways to cut the product, others in the first."""
+    found = []
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            for tile_size, n_in in ((32, 1024), (16, 1024), (128, 1024), (32, 650)):
+                choices = tilings(arch, dtype, aligned=n_in != 650)
+                for tiling in choices if (tile_size, n_in) == (32, 1024) else choices[:1]:
+                    blocks = "x".join(map(str, tiling[:3])) + ("_ragged" if n_in == 650 else "")
+                    found += [
+                        specimen(f"tile_{kind}_{tile_size}_{blocks}", launch, (arch,))
+                        for kind, launch in _example_launches(tiling, dtype, tile_size, n_in).items()
+                    ]
+    return found
+
+
+def _example_launches(tiling: Tiling, dtype: torch.dtype, tile_size: int, n_in: int) -> dict[str, Launch]:
+    x, w, y = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((256, n_in), (2048, n_in), (256, 2048)))
+    pattern = (torch.empty((), dtype=torch.int32, device="meta"), 2, 1, tile_size, 2.0)
+    return {
+        "forward": product_launch(tiling, x, w, y[0], y, *pattern),
+        "input_grad": product_launch(tiling, y, w.t(), None, x, *pattern),
+        "weight_grad": weight_grad_launch(tiling, y, x, w, *pattern),
+    }

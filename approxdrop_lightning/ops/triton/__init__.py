@@ -1,0 +1,1 @@
+"""What all Triton kernels share: tilings, launches, ahead-of-time compilation."""

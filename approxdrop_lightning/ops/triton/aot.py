@@ -1,0 +1,200 @@
+"""Compile all Triton kernels without a GPU and report on the code: ``python -m approxdrop_lightning.ops.triton.aot``.
+
+For each kernel, architecture and type: registers, spilled bytes, shared memory, how many of an SM's warps can be
+resident, the tensor-core instruction and the asynchronous copies found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from approxdrop_lightning.ops.triton.common import Specimen
+
+#: Modules that have ``specimens()``.
+MODULES = ("group_launches", "triton_lstm", "triton_rows", "triton_tiles")
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": the same for 8.0, 9.0 and 10.0 but
+# for the shared memory of an SM. 1 KB of it is taken by the system for each block; registers are given out to warps
+# in units of 256.
+_REGISTERS, _REGISTER_UNIT, _WARPS, _BLOCKS, _RESERVED = 65536, 256, 64, 32, 1024
+_SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+
+_TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
+_COPIES = {
+    "cp.async.bulk.tensor": re.compile(r"cp\.async\.bulk\.tensor"),
+    "cp.async": re.compile(r"cp\.async\.c[ag]\."),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel was compiled to.
+
+    Attributes:
+        kernel: Name of the specimen.
+        arch: Compute capability.
+        dtype: Type of the first argument that is a matrix.
+        registers: Of a thread.
+        spills: Bytes of a thread's stack: the kernels have no arrays, so what is there was spilled.
+        shared: Bytes of shared memory of a block.
+        occupancy: Bound on the resident share of an SM's warps, by registers, shared memory and blocks.
+        tensor_core: Instruction found, or ``"-"``.
+        copies: Asynchronous copies found, or ``"-"``.
+    """
+
+    kernel: str
+    arch: int
+    dtype: str
+    registers: int
+    spills: int
+    shared: int
+    occupancy: float
+    tensor_core: str
+    copies: str
+
+
+def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> float:
+    """Share of an SM's warps that can be resident at once.
+
+    Args:
+        arch: Compute capability.
+        registers: Of a thread.
+        shared: Bytes of shared memory of a block.
+        num_warps: Warps of a block.
+    """
+    of_a_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+    blocks = min(
+        _REGISTERS // (of_a_warp * num_warps), _SHARED[arch] // (shared + _RESERVED), _WARPS // num_warps, _BLOCKS
+    )
+    return blocks * num_warps / _WARPS
+
+
+def compile_specimen(specimen: Specimen, arch: int) -> Report:
+    """Compile one specimen with ``ptxas``, as a launch on such a GPU would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    position = specimen.kernel.arg_names.index
+    source = ASTSource(
+        specimen.kernel,
+        specimen.signature,
+        specimen.constants,
+        {(position(name),): [["tt.divisibility", 16]] for name in specimen.aligned},
+    )
+    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage = _resource_usage(compiled.asm["cubin"])
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    return Report(
+        specimen.name,
+        arch,
+        next(kind[1:] for kind in specimen.signature.values() if kind.startswith("*")),
+        usage["REG"],
+        usage["STACK"] + usage["LOCAL"],
+        shared,
+        occupancy(arch, usage["REG"], shared, compiled.metadata.num_warps),
+        " ".join(sorted(set(_TENSOR_CORE.findall(ptx)))) or "-",
+        " ".join(name for name, pattern in _COPIES.items() if pattern.search(ptx)) or "-",
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def specimens(parts: Sequence[str] = ("",)) -> list[Specimen]:
+    """Specimens of all modules whose names contain one of ``parts``."""
+    found = []
+    for name in MODULES:
+        found += import_module(f"approxdrop_lightning.ops.{name}").specimens()
+    return [specimen for specimen in found if any(part in specimen.name for part in parts)]
+
+
+def compile_all(parts: Sequence[str] = ("",), archs: Sequence[int] = (80, 90, 100), jobs: int = 1) -> list[Report]:
+    """Reports of all specimens whose names contain one of ``parts``.
+
+    Args:
+        parts: Parts of names; an empty one is in all of them.
+        archs: Compute capabilities.
+        jobs: Processes, since the compiler holds Python's lock.
+
+    Raises:
+        ValueError: No specimen is asked for.
+        RuntimeError: The interpreter is on, which has nothing to compile.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise RuntimeError("kernels are compiled ahead of time without TRITON_INTERPRET=1")
+    parts, archs = tuple(parts), tuple(archs)
+    count = len(_tasks(parts, archs))
+    if not count:
+        names = sorted({specimen.name for specimen in specimens()})
+        raise ValueError(
+            f"no kernel for {list(archs)} has one of {list(parts)} in its name; there are {', '.join(names)}"
+        )
+    compile_one = partial(_compile_task, parts, archs)
+    if jobs == 1:
+        return [compile_one(number) for number in range(count)]
+    with ProcessPoolExecutor(jobs) as pool:
+        return list(pool.map(compile_one, range(count)))
+
+
+@cache
+def _tasks(parts: tuple[str, ...], archs: tuple[int, ...]) -> list[tuple[Specimen, int]]:
+    return [(specimen, arch) for specimen in specimens(parts) for arch in specimen.archs if arch in archs]
+
+
+def _compile_task(parts: tuple[str, ...], archs: tuple[int, ...], number: int) -> Report:
+    """By number, since kernels cannot be sent to another process."""
+    return compile_specimen(*_tasks(parts, archs)[number])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, or the reports as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m approxdrop_lightning.ops.triton.aot", description=__doc__)
+    parser.add_argument("--kernel", nargs="+", default=[""], help="only kernels with one of these in their names")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=(80, 90, 100))
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    try:
+        reports = compile_all(options.kernel, options.arch, options.jobs)
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    if options.json:
+        print(json.dumps([asdict(report) for report in reports]))
+        return
+    table = Table(box=None)
+    for field in fields(Report):
+        table.add_column(field.name.replace("_", " "), no_wrap=True)
+    for report in reports:
+        cells = asdict(report) | {"arch": f"sm{report.arch}", "occupancy": f"{report.occupancy:.0%}"}
+        table.add_row(*map(str, cells.values()))
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()

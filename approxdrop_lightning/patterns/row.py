@@ -1,0 +1,362 @@
+"""Patterns: frozen values that say which units of a layer are kept, and by which rows of a batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from approxdrop_lightning.memory import to_device
+from approxdrop_lightning.patterns.units import Units
+
+#: Units that compiled code reads together: products are cheapest where groups keep whole strips of so many.
+STRIP = 16
+
+#: Where patterns are made, whatever the default device.
+HOST = torch.device("cpu")
+
+
+def check_integers(pattern: object, **ranges: int | tuple[int, float]) -> None:
+    """Check attributes of a pattern: integers in the ranges given, ``low`` or ``(low, high)``, both included.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name, allowed in ranges.items():
+        low, high = allowed if isinstance(allowed, tuple) else (allowed, math.inf)
+        value = getattr(pattern, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            kind = type(pattern).__name__
+            raise ValueError(f"{kind}: {name} must be an integer in [{low}, {high}], got {value!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class RowPattern:
+    """Row-based dropout pattern of ``n`` units (Song et al., DATE 2019, section 3.1, and beyond).
+
+    The units are divided into ``dp`` cells, ``keep`` of which are kept. Unit ``j`` lies in the cell
+    ``c(j) = order[j // block_size] mod dp`` (natural order: ``c(j) = j // block_size mod dp``). Group ``g``
+    keeps the cells ``(offset + g * shift + i) mod dp`` for ``i < keep``. A shared pattern has the one group 0. In an
+    interleaved one the row of a batch with leading indices ``(t, b, ...)`` belongs to group
+    ``(t + b + ...) mod n_groups``, and groups differ as much as they can: up to half of the cells kept, what they
+    keep is disjoint (``dp // keep`` groups, ``shift = keep``; with ``keep = 1`` one for each cell); beyond, what
+    they drop is disjoint (2 groups, ``shift = dp - keep``). So no more groups are made than the rate asks for: their
+    products have the more rows.
+
+    The rows of a large batch may take several orders of the units in turn as well, which makes as many times more
+    groups, those of one order after those of the other: the more different masks there are in a batch, the less noisy
+    is its gradient.
+
+    Because ``offset`` is uniform over ``dp`` values, every unit is kept with probability exactly
+    ``keep / dp``, also where ``dp`` does not divide ``n``.
+
+    Attributes:
+        n: Number of units, >= 1.
+        dp: Period, number of cells, >= 1. Cells are empty where ``dp`` exceeds the number of blocks.
+        offset: First kept cell of group 0, in [0, dp).
+        keep: Number of kept cells, in [1, dp].
+        interleave: Whether rows of the batch take the cells in turn.
+        order: Permutation of the ``ceil(n / block_size)`` blocks (int64 tensor or sequence), or several of them as
+            the rows of a matrix, for an interleaved pattern, or None for the natural order.
+        block_size: Units per block, >= 1. The last block may be smaller.
+
+    Raises:
+        ValueError: An argument is outside of its range.
+    """
+
+    n: int
+    dp: int
+    offset: int
+    keep: int = 1
+    interleave: bool = False
+    order: Tensor | None = None
+    block_size: int = 1
+
+    def __post_init__(self) -> None:
+        check_integers(self, n=1, dp=1, block_size=1)
+        check_integers(self, offset=(0, self.dp - 1), keep=(1, self.dp))
+        if self.order is not None:
+            order = torch.as_tensor(self.order, dtype=torch.int64, device="cpu")
+            rows = order.view(-1, self.n_blocks) if order.shape[-1:] == (self.n_blocks,) else order.new_empty(0)
+            natural = torch.arange(self.n_blocks, device="cpu").expand_as(rows) if len(rows) else None
+            if order.dim() > 2 or natural is None or not torch.equal(rows.sort().values, natural):
+                raise ValueError(f"RowPattern: order must be a permutation of {self.n_blocks} blocks, got {order}")
+            if len(rows) > 1 and not self.interleave:
+                raise ValueError(f"RowPattern: {len(rows)} orders need interleave=True")
+            object.__setattr__(self, "order", rows[0] if len(rows) == 1 else rows)
+
+    @classmethod
+    def unchecked(cls, **attributes: Any) -> RowPattern:
+        """For those who know that all the attributes are right: checks take longer than the draw of a pattern."""
+        pattern = object.__new__(cls)
+        vars(pattern).update(attributes)
+        return pattern
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowPattern) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @cached_property
+    def _key(self) -> tuple[object, ...]:
+        order = None if self.order is None else (*self.order.shape, *self.order.flatten().tolist())
+        return (self.n, self.dp, self.offset, self.keep, self.interleave, order, self.block_size)
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks of units, the last of which may be smaller."""
+        return -(-self.n // self.block_size)
+
+    @cached_property
+    def n_groups(self) -> int:
+        """Number of groups of rows; 1 if the pattern is shared."""
+        if not self.interleave or self.keeps_all:
+            return 1
+        return self.n_orders * (2 if self.overlaps else self.dp // self.keep)
+
+    @cached_property
+    def n_orders(self) -> int:
+        """Number of orders of the units that rows take in turn."""
+        return 1 if self.keeps_all or self.order is None or self.order.dim() == 1 else len(self.order)
+
+    @cached_property
+    def parts(self) -> tuple[RowPattern, ...]:
+        """The pattern of each order: that of its groups."""
+        if self.order is None or self.n_orders == 1:
+            return (self,)
+        fields = ("n", "dp", "offset", "keep", "interleave", "block_size")
+        common = {name: getattr(self, name) for name in fields}
+        return tuple(RowPattern.unchecked(order=order, **common) for order in self.order.unbind())
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether groups have kept units in common."""
+        return self.interleave and 2 * self.keep > self.dp and not self.keeps_all
+
+    @property
+    def _shift(self) -> int:
+        return _shift(self.dp, self.keep)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is dropped."""
+        return self.keep == self.dp
+
+    def units(self, group: int) -> Units:
+        """Kept units of a group, cell after cell; those of a shared pattern are ascending as a whole."""
+        return self._units[group]
+
+    @cached_property
+    def _units(self) -> tuple[Units, ...]:
+        if self.n_orders > 1:
+            return tuple(units for part in self.parts for units in part._units)
+        first = [g * self._shift for g in range(self.n_groups)]
+        groups = tuple(self._by_cell.between(f, f + self.keep) for f in first)
+        if self.interleave or self.keep == 1:
+            return groups
+        starts, order = groups[0].starts.sort()
+        return (Units(starts, groups[0].lengths[order], groups[0].count),)
+
+    def dropped(self, group: int) -> Units:
+        """Units that a group does not keep. For a pattern of one order, as are the next two."""
+        first = group * self._shift
+        return self._by_cell.between(0, first) + self._by_cell.between(first + self.keep, self.dp)
+
+    @property
+    def common(self) -> Units:
+        """Units that both groups keep, where groups overlap: the last ones of group 0, the first ones of group 1."""
+        return self._by_cell.between(self._shift, self.keep)
+
+    @property
+    def never_kept(self) -> Units:
+        """Units that no group keeps."""
+        return self._by_cell.between((self.n_groups - 1) * self._shift + self.keep, self.dp)
+
+    @cached_property
+    def _by_cell(self) -> _ByCell:
+        if self.order is None:
+            return natural_cells(self.n, self.dp, self.offset, self.block_size)
+        return _sort_by_cell(self.n, self._orders[0], self.offset, self.dp, self.block_size)
+
+    @property
+    def _orders(self) -> Tensor:
+        order = torch.arange(self.n_blocks, device="cpu") if self.order is None else self.order
+        return order.view(-1, self.n_blocks)[: self.n_orders]
+
+    def cells(self) -> tuple[Tensor, ...]:
+        """Kept indices of each group: ``n_groups`` int64 tensors.
+
+        Ascending within a cell; a group that keeps several cells has them one after the other, the first kept one
+        first. Group 0 of a shared pattern is ascending as a whole.
+        """
+        return tuple(units.index for units in self._units)
+
+    @property
+    def kept(self) -> Tensor:
+        """Kept indices of group 0 (of every row, if the pattern is shared): int64."""
+        return self._units[0].index
+
+    @property
+    def n_kept(self) -> int:
+        """Number of units that group 0 keeps."""
+        return self._units[0].count
+
+    @property
+    def share(self) -> float:
+        """Share of the units kept, all groups together."""
+        if self.keeps_all:
+            return 1.0
+        n_blocks, orders = self.n_blocks, self.n_orders
+        blocks, times = _times_kept(n_blocks, self.dp, self.offset, self.keep, self.n_groups // orders)
+        kept = orders * blocks * self.block_size
+        if missing := n_blocks * self.block_size - self.n:  # where the last block lies, units are fewer
+            last = [n_blocks - 1]
+            if self.order is not None:  # by NumPy, which reads single entries in a fraction of the time
+                last = self.order.numpy().reshape(orders, n_blocks)[:, -1].tolist()
+            kept -= missing * sum(times[place] for place in last)
+        return kept / (self.n_groups * self.n)
+
+    def row_groups(self, leading_shape: tuple[int, ...]) -> tuple[Units, ...]:
+        """Rows of each group: units of the flattened leading dimensions, ascending."""
+        return _row_groups(tuple(leading_shape), self.n_groups)
+
+    def row_order(self, leading_shape: tuple[int, ...]) -> Tensor:
+        """Rows of all groups, one group after the other: int64."""
+        return _row_order(tuple(leading_shape), self.n_groups)
+
+    def flat_index(self, leading_shape: tuple[int, ...]) -> Tensor:
+        """Where the packed values lie in a contiguous ``[*leading_shape, n]``: int64, group after group."""
+        if self._flat_index_of and self._flat_index_of[0] == leading_shape:
+            return self._flat_index_of[1]
+        rows = self.row_groups(leading_shape)
+        index = torch.cat([(r.index[:, None] * self.n + c).view(-1) for r, c in zip(rows, self.cells(), strict=True)])
+        self._flat_index_of[:] = [leading_shape, index]
+        return index
+
+    @cached_property
+    def _flat_index_of(self) -> list[Any]:
+        return []
+
+    def mask(
+        self,
+        *leading_shape: int,
+        dtype: torch.dtype = torch.bool,
+        value: float = 1,
+        device: torch.device = HOST,
+    ) -> Tensor:
+        """Which entries of a batch are kept: ``[*leading_shape, n]``, ``value`` where they are, zero elsewhere."""
+        n_blocks, orders = self.n_blocks, self.n_orders
+        groups = self.n_groups // orders
+        kept = _kept_places(n_blocks, self.dp, self.offset, self.keep, groups, dtype, value)
+        if self.order is not None:
+            kept = kept.index_select(1, self.order.view(-1)[: orders * n_blocks])
+            if orders > 1:
+                kept = kept.view(groups, orders, n_blocks).transpose(0, 1).reshape(-1, n_blocks)
+        kept = to_device(kept, device)
+        if self.block_size > 1:
+            kept = kept[:, :, None].expand(-1, -1, self.block_size).reshape(self.n_groups, -1)[:, : self.n]
+        group = _group_of_row(tuple(leading_shape), self.n_groups, device)
+        return kept.index_select(0, group.view(-1)).view(*leading_shape, self.n)
+
+
+@dataclass(frozen=True, eq=False)
+class _ByCell:
+    """Blocks sorted by cell, counted from the first kept one: any cells in a row are a range."""
+
+    starts: Tensor
+    lengths: Tensor
+    blocks: list[int]  # up to each cell
+    units: list[int]
+
+    def between(self, first: int, last: int) -> Units:
+        here = slice(self.blocks[first], self.blocks[last])
+        return Units(self.starts[here], self.lengths[here], self.units[last] - self.units[first])
+
+
+def _sort_by_cell(n: int, order: Tensor, offset: int, dp: int, block_size: int) -> _ByCell:
+    # By NumPy: between large products PyTorch's calls take several times as long.
+    places = order.numpy()
+    blocks = ((places - offset) % dp).argsort(kind="stable")
+    counts, sizes = _cell_sizes(n, dp, offset, block_size, int(places[-1]))
+    lengths = _lengths(len(blocks), block_size)
+    if missing := len(blocks) * block_size - n:
+        lengths = lengths.clone()
+        lengths[int((blocks == len(blocks) - 1).argmax())] = block_size - missing
+    starts = torch.from_numpy(blocks * block_size)
+    return _ByCell(starts, lengths, [0, *accumulate(counts)], [0, *accumulate(sizes)])
+
+
+@lru_cache(maxsize=1024)
+def _lengths(n_blocks: int, block_size: int) -> Tensor:
+    """Of blocks of equal size."""
+    return torch.full((n_blocks,), block_size, device="cpu")
+
+
+def _shift(dp: int, keep: int) -> int:
+    """Cells from the first one that a group keeps to that of the next group."""
+    return dp - keep if 2 * keep > dp else keep
+
+
+@lru_cache(maxsize=1024)
+def _times_kept(n_blocks: int, dp: int, offset: int, keep: int, n_groups: int) -> tuple[int, list[int]]:
+    """Blocks that the groups of one order keep, all together, and how many groups keep the one at each place."""
+    times = _kept_places(n_blocks, dp, offset, keep, n_groups, torch.bool, 1).sum(0).tolist()
+    return sum(times), times
+
+
+@lru_cache(maxsize=4096)
+def _cell_sizes(n: int, dp: int, offset: int, block_size: int, last: int) -> tuple[list[int], list[int]]:
+    """Blocks and units of each cell, from the first kept one.
+
+    Orders are permutations: but for their ``last`` entry, that of the block which may be smaller, all have the same.
+    """
+    n_blocks = -(-n // block_size)
+    least, more = divmod(n_blocks, dp)
+    counts = [least + ((c + offset) % dp < more) for c in range(dp)]
+    sizes = [count * block_size for count in counts]
+    sizes[(last - offset) % dp] -= n_blocks * block_size - n
+    return counts, sizes
+
+
+@lru_cache(maxsize=1024)
+def natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
+    """Units in their natural order by cell: unit ``j`` lies in ``(j // block_size - offset) mod dp``."""
+    return _sort_by_cell(n, torch.arange(-(-n // block_size), device="cpu"), offset, dp, block_size)
+
+
+@lru_cache(maxsize=1024)
+def _kept_places(
+    n_blocks: int, dp: int, offset: int, keep: int, n_groups: int, dtype: torch.dtype, value: float
+) -> Tensor:
+    """``[n_groups, n_blocks]``: ``value`` for the places in an order whose blocks a group of it keeps, else zero."""
+    first = offset + _shift(dp, keep) * torch.arange(n_groups, device="cpu")[:, None]
+    kept = (torch.arange(n_blocks, device="cpu") - first).remainder(dp) < keep
+    return kept if dtype == torch.bool else kept.to(dtype) * value
+
+
+@lru_cache(maxsize=256)
+def _group_of_row(leading_shape: tuple[int, ...], n_groups: int, device: torch.device = HOST) -> Tensor:
+    group = torch.zeros(leading_shape, dtype=torch.int64, device=device)
+    for dim, size in enumerate(leading_shape):
+        group += torch.arange(size, device=device).view(-1, *[1] * (len(leading_shape) - dim - 1))
+    return group.remainder(n_groups)
+
+
+@lru_cache(maxsize=256)
+def _row_groups(leading_shape: tuple[int, ...], n_groups: int) -> tuple[Units, ...]:
+    if n_groups == 1:
+        return (Units.every(math.prod(leading_shape)),)
+    group = _group_of_row(leading_shape, n_groups).view(-1)
+    rows = [(group == g).nonzero().squeeze(1) for g in range(n_groups)]
+    return tuple(Units(r, torch.ones_like(r), len(r)) for r in rows)
+
+
+@lru_cache(maxsize=256)
+def _row_order(leading_shape: tuple[int, ...], n_groups: int) -> Tensor:
+    return torch.cat([rows.index for rows in _row_groups(leading_shape, n_groups)])

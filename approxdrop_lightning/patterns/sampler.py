@@ -1,0 +1,169 @@
+"""From a distribution and a private generator to patterns."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from approxdrop_lightning.distribution import PatternDistribution
+from approxdrop_lightning.patterns.row import STRIP, RowPattern
+from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
+
+
+def fitting_block_size(n: int, dp: int, block_size: int) -> int:
+    """Size of the blocks of ``n`` units that suits a period.
+
+    ``block_size``, halved until a cell has four blocks or more: with fewer its share would vary too much. Halves of a
+    power of two stay aligned to the vectors of the machine.
+    """
+    while block_size > 1 and n < 4 * dp * block_size:
+        block_size //= 2
+    return block_size
+
+
+def least_rows(block_size: int) -> int:
+    """Rows that a group has at least, if there are several orders of the units: lest its products be thin.
+
+    Twice as many where blocks are not whole strips of what compiled code reads at once (``ops/strips.py``): there
+    each order reads the weight anew.
+    """
+    return 24 if block_size % STRIP == 0 else 48
+
+
+def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
+    """Side of the tiles of a weight that suits a period.
+
+    ``tile_size``, halved until there are ``4 * dp`` tiles on both sides or one weight is a tile: then every row and
+    every column of weights keeps some, and what they keep differs by a quarter at most. Halves, because what is
+    aligned stays aligned.
+    """
+    while tile_size > 1 and min(n_out, n_in) < 4 * dp * tile_size:
+        tile_size //= 2
+    return tile_size
+
+
+class PatternSampler:
+    """Draws patterns. Owns the only random state of the package; the global one is never touched.
+
+    A step begins with :meth:`draw`, which picks ``(dp, keep)``; every :meth:`pattern` of that step, and its
+    :meth:`tiles`, have them in common (so that the groups of interleaved patterns line up from layer to layer) and
+    an offset and an order of their own.
+
+    Args:
+        distribution: Probabilities over ``(dp, keep)``.
+        interleave: Whether rows of the batch take the cells of a pattern in turn.
+        shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
+        block_size: Most units that are permuted together, >= 1; see :func:`fitting_block_size`. Without ``shuffle``
+            it is not used.
+        seed: Seed of the private generator.
+        rank: Of this process. Processes of one seed draw the same ``(dp, keep)`` at each step, so that none waits
+            for another, but patterns of their own.
+        orders: Most orders of the units that the rows of a batch take in turn, >= 1; see :meth:`pattern`. Without
+            ``interleave`` and ``shuffle`` it is not used.
+        tile_size: Largest side of a tile, >= 1; see :func:`fitting_tile_size`.
+    """
+
+    def __init__(
+        self,
+        distribution: PatternDistribution,
+        interleave: bool = False,
+        shuffle: bool = False,
+        block_size: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        tile_size: int = 32,
+        orders: int = 1,
+    ) -> None:
+        self.distribution = distribution
+        self.interleave = interleave
+        self.shuffle = shuffle
+        self.block_size = block_size
+        self.tile_size = tile_size
+        self.orders = orders
+        self.rank = rank
+        self._steps = torch.Generator("cpu").manual_seed(seed)
+        # Seeded anew at each step, from the first one: processes cannot drift apart, and a step's patterns do not
+        # depend on how many the steps before it had.
+        self._patterns = torch.Generator("cpu")
+        # Zero-probability pairs are left out so that rounding in the sum can never pick one.
+        pairs = [(s, k) for s, k in zip(distribution.support, distribution.probabilities, strict=True) if k > 0]
+        self._support = [s for s, _ in pairs]
+        self._cumulative = list(accumulate(k for _, k in pairs))
+        self.dp, self.keep = self._support[0]
+        self.draw()
+
+    def draw(self) -> tuple[int, int]:
+        """Begin a step: draw its ``(dp, keep)``."""
+        u = torch.rand((), generator=self._steps, dtype=torch.float64, device="cpu").item() * self._cumulative[-1]
+        index = min(bisect_right(self._cumulative, u), len(self._support) - 1)
+        self.dp, self.keep = self._support[index]
+        seed = int(torch.randint(2**31, (), generator=self._steps, device="cpu"))
+        self._patterns.manual_seed((seed + 1_000_003 * self.rank) % 2**32)
+        return self.dp, self.keep
+
+    def pattern(self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = ()) -> RowPattern:
+        """Draw a pattern of ``n`` units with the step's ``(dp, keep)``; with ``shared`` one for all rows.
+
+        For the rows of sequences, which have two leading dimensions or more, it has as many orders of the units as
+        leave each group :func:`least_rows` of them, but one at least and ``orders`` at most. Language models need
+        them, images do not (docs/results.md).
+        """
+        rows = math.prod(leading_shape) if len(leading_shape) > 1 else 0
+        interleave = self.interleave and not shared
+        if self.keep == self.dp:
+            return RowPattern(n, 1, 0)
+        offset = int(torch.randint(self.dp, (), generator=self._patterns, device="cpu"))
+        common = {"n": n, "dp": self.dp, "offset": offset, "keep": self.keep, "interleave": interleave}
+        if not self.shuffle:
+            return RowPattern.unchecked(order=None, block_size=1, **common)
+        block_size = fitting_block_size(n, self.dp, self.block_size)
+        n_blocks = -(-n // block_size)
+        order = torch.randperm(n_blocks, generator=self._patterns, device="cpu")
+        pattern = RowPattern.unchecked(order=order, block_size=block_size, **common)
+        orders = min(self.orders, rows // (pattern.n_groups * least_rows(block_size))) if interleave else 1
+        if orders < 2:
+            return pattern
+        further = [torch.randperm(n_blocks, generator=self._patterns, device="cpu") for _ in range(orders - 1)]
+        return RowPattern.unchecked(order=torch.stack([order, *further]), block_size=block_size, **common)
+
+    def tiles(self, n_out: int, n_in: int) -> TilePattern:
+        """Draw a pattern of a weight ``[n_out, n_in]`` with the step's ``(dp, keep)``."""
+        if self.keep == self.dp:
+            return TilePattern(n_out, n_in, 1, 0)
+        offset = int(torch.randint(self.dp, (), generator=self._patterns, device="cpu"))
+        tile_size = fitting_tile_size(n_out, n_in, self.dp, self.tile_size)
+        return TilePattern(n_out, n_in, self.dp, offset, self.keep, tile_size)
+
+    def bernoulli(self, n_out: int, n_in: int) -> BernoulliPattern:
+        """Draw independent entries of a matrix ``[n_out, n_in]`` at the distribution's rate."""
+        seed = int(torch.randint(2**31, (), generator=self._patterns, device="cpu"))
+        return BernoulliPattern(n_out, n_in, self.distribution.rate, seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State from which the very same sequence continues; loads under ``weights_only=True``."""
+        return {
+            "steps": self._steps.get_state(),
+            "patterns": self._patterns.get_state(),
+            "dp": self.dp,
+            "keep": self.keep,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the sequence that :meth:`state_dict` left.
+
+        Raises:
+            ValueError: The state's ``(dp, keep)`` cannot come from this sampler's distribution.
+        """
+        pair = (state["dp"], state["keep"])
+        if pair not in self._support:
+            raise ValueError(
+                f"the saved pattern state (dp, keep) = {pair} cannot come from this distribution, "
+                f"whose support is {self._support}: rate, max_dp or keep were changed"
+            )
+        self._steps.set_state(state["steps"].cpu())
+        self._patterns.set_state(state["patterns"].cpu())
+        self.dp, self.keep = pair

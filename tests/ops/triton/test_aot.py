@@ -1,0 +1,119 @@
+"""Kernels compiled ahead of time, without a GPU; in other processes, where the interpreter is off."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT, compiler_environment
+
+pytest.importorskip("triton")
+
+import triton
+
+from approxdrop_lightning.ops.triton import aot
+
+pytestmark = pytest.mark.triton
+
+
+def run(*arguments, environment=None):
+    return subprocess.run(
+        [sys.executable, "-m", "approxdrop_lightning.ops.triton.aot", *arguments],
+        env=environment or compiler_environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler():
+    """The wheel has the assembler; a build of Triton without it can do nothing here."""
+    for tool in (triton.knobs.nvidia.ptxas, triton.knobs.nvidia.cuobjdump):
+        if not Path(tool.path).exists():
+            pytest.skip(f"{tool.path} is missing")
+
+
+#: One kernel of each module, in the way of cutting that is taken untried; the others are for the command line.
+PRODUCTS = (
+    "tile_forward_32_128x128",
+    "tile_input_grad_16_128x128",
+    "tile_weight_grad_128_128x128",
+    "group_forward_overlapping_128x128",
+)
+KERNELS = (*PRODUCTS, "lstm_backward_kept")
+
+
+@pytest.fixture(scope="module")
+def reports():
+    done = run("--kernel", *KERNELS, "--json")
+    assert done.returncode == 0, done.stderr
+    return [aot.Report(**report) for report in json.loads(done.stdout)]
+
+
+def test_every_kernel_and_architecture_is_there(reports):
+    assert {(name, r.arch) for r in reports for name in KERNELS if name in r.kernel} == {
+        (name, arch) for name in KERNELS for arch in (80, 90, 100)
+    }
+
+
+def test_nothing_is_spilled(reports):
+    assert [r for r in reports if r.spills] == []
+
+
+def test_products_of_16_bit_types_run_on_tensor_cores(reports):
+    instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    products = [r for r in reports if r.kernel.startswith(PRODUCTS)]
+    assert {r.dtype for r in products} == {"fp16", "bf16"}
+    assert [r for r in products if instruction[r.arch] not in r.tensor_core] == []
+
+
+def test_operands_are_copied_asynchronously(reports):
+    assert [r for r in reports if r.kernel.startswith(PRODUCTS) and r.copies == "-"] == []
+
+
+def test_descriptors_become_bulk_copies():
+    done = run("--kernel", "row_forward_descriptor_128x128x64", "--arch", "90", "--json")
+    reports = json.loads(done.stdout)
+    assert len(reports) == 2  # float16 and bfloat16
+    assert [r for r in reports if "cp.async.bulk.tensor" not in r["copies"] or r["spills"]] == []
+
+
+def test_blocks_fit_an_sm(reports):
+    assert [r for r in reports if r.occupancy <= 0] == []
+
+
+def test_the_table_has_a_row_for_each_report():
+    done = run("--kernel", "lstm_forward_kept", "--arch", "80", "90", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    head, *rows = done.stdout.splitlines()
+    assert " ".join(head.split()) == "kernel arch dtype registers spills shared occupancy tensor core copies"
+    assert [row.split()[:3] for row in rows] == [
+        ["lstm_forward_kept", arch, dtype] for dtype in ("bf16", "fp32") for arch in ("sm80", "sm90")
+    ]
+
+
+def test_mistakes_are_named():
+    done = run("--kernel", "no such kernel")
+    assert done.returncode == 2
+    assert "no kernel for [80, 90, 100] has one of ['no such kernel'] in its name; there are " in done.stderr
+    done = run(environment=compiler_environment() | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 2
+    assert "without TRITON_INTERPRET=1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "num_warps", "expected"),
+    [
+        (80, 32, 0, 4, 1.0),  # 65536 registers for 64 warps of 32 threads
+        (80, 255, 0, 4, 8 / 64),  # 256 registers: 8 warps
+        (80, 32, 100 * 1024, 4, 4 / 64),  # 164 KB: one block
+        (90, 32, 100 * 1024, 4, 8 / 64),  # 228 KB: two
+        (90, 32, 0, 1, 32 / 64),  # no more than 32 blocks
+        (90, 255, 0, 16, 0.0),  # does not fit
+    ],
+)
+def test_occupancy_is_what_registers_memory_and_blocks_allow(arch, registers, shared, num_warps, expected):
+    assert aot.occupancy(arch, registers, shared, num_warps) == expected

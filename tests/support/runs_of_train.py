@@ -1,0 +1,36 @@
+"""Small runs of ``train.py``: overrides, configurations, command lines."""
+
+import sys
+
+from hydra import compose, initialize_config_dir
+
+from support import ROOT
+
+# Small, but wide enough (64 units) that the callback does not leave the layers as they are.
+SMALL = {
+    "mlp": ["model.hidden=[96,64]", "datamodule.val_size=500"],
+    "lstm": [
+        *("model=lstm", "model.hidden_size=64", "model.init_range=0.1"),
+        *("datamodule.batch_size=10", "datamodule.unroll=12"),
+        *("datamodule.vocabulary=300", "datamodule.fraction=0.1"),
+    ],
+}
+
+
+QUICK = [
+    *("debug=fast", "trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"),
+    *("callbacks.throughput.warmup_steps=5", "callbacks.throughput.window_size=5"),
+]
+
+
+def config(run_dir, *overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", [f"run_dir={run_dir}", "trainer.accelerator=cpu", *overrides])
+
+
+def command(*overrides):
+    return [sys.executable, str(ROOT / "train.py"), "trainer.accelerator=cpu", *overrides]
+
+
+def weights(objects):
+    return {key: value.cpu() for key, value in objects["model"].state_dict().items()}
