@@ -129,7 +129,7 @@ def build(tmp_path_factory, kind, name):
 def test_the_wheel_holds_the_package_and_nothing_of_the_application(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in ("approxdrop_lightning/callback.py", "approxdrop_lightning/py.typed",
-                   "approxdrop_lightning/ops/kernels.c",
+                   "approxdrop_lightning/ops/native/kernels.c",
                    "approxdrop_lightning/conf/callbacks/approx_dropout.yaml",
                    "hydra_plugins/approxdrop_lightning/__init__.py"):  # fmt: skip
         assert wanted in names

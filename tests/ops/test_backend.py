@@ -36,7 +36,7 @@ def test_auto_takes_triton_for_tiles_of_16_bits_on_cuda(dtype):
     pytest.importorskip("triton")
     with FakeTensorMode():
         x = torch.empty(8, 1024, dtype=dtype, device="cuda")
-    expected = "triton_backend" if dtype.itemsize == 2 else "compact"
+    expected = "triton_backend" if dtype.itemsize == 2 else "row_linear.compact"
     assert registry.ops_for("auto", tiles_of=x).__name__ == f"approxdrop_lightning.ops.{expected}"
     assert registry.ops_for("auto", tiles_of=torch.empty(8, dtype=dtype)) is compact
 

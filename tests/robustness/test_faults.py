@@ -65,7 +65,10 @@ def half(tmp_path_factory):
 @pytest.mark.parametrize("step", [pytest.param(5, marks=pytest.mark.slow), 30])
 def test_sigterm_leaves_the_state_of_its_step_and_a_resumed_run_is_exact(tmp_path, whole, step):
     with pytest.raises(SIGTERMException):
-        run(tmp_path / "run", f"+callbacks.signal={{_target_:record_steps.Signal,step:{step},number:15}}")
+        run(
+            tmp_path / "run",
+            f"+callbacks.signal={{_target_:support.faults.record_steps.Signal,step:{step},number:15}}",
+        )
     interrupted = tmp_path / "run" / "checkpoints" / "interrupted.ckpt"
     assert runs.checkpoint(interrupted)["global_step"] == step
     assert not list(tmp_path.rglob("*.tmp"))
@@ -77,7 +80,7 @@ def test_ctrl_c_within_the_second_epoch_is_resumed_from_the_end_of_the_first(tmp
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit):
-            run(tmp_path / "run", "+callbacks.signal={_target_:record_steps.Signal,step:30,number:2}")
+            run(tmp_path / "run", "+callbacks.signal={_target_:support.faults.record_steps.Signal,step:30,number:2}")
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning has it ignored from then on
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -107,7 +110,7 @@ def test_exit_status_is_lightnings(tmp_path, number):
     stock = subprocess.run(
         [sys.executable, "-c", STOCK.format(number=int(number))], cwd=tmp_path, check=False, **heeds
     )
-    stop = f"+callbacks.signal={{_target_:record_steps.Signal,step:30,number:{int(number)}}}"
+    stop = f"+callbacks.signal={{_target_:support.faults.record_steps.Signal,step:30,number:{int(number)}}}"
     status, output = runs.finish(runs.start("mlp", tmp_path / "run", None, *SHORT, stop, **heeds))
     assert status == stock.returncode, output
     print(f"{number.name}: exit status {status}")
@@ -189,7 +192,7 @@ def test_a_checkpoint_of_conventional_dropout_goes_on_with_the_callback(tmp_path
 
 @pytest.mark.parametrize("value", ["inf", pytest.param("nan", marks=pytest.mark.slow)])
 def test_a_loss_that_is_no_number_ends_the_run_before_it_spoils_the_weights(tmp_path, whole, value):
-    poison = f"+callbacks.poison={{_target_:record_steps.Poison,step:25,value:{value}}}"
+    poison = f"+callbacks.poison={{_target_:support.faults.record_steps.Poison,step:25,value:{value}}}"
     with pytest.raises(FloatingPointError, match="the training loss is nan at step 25"):
         run(tmp_path / "run", poison)
     for path in tmp_path.rglob("*.ckpt"):

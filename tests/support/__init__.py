@@ -6,7 +6,6 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 PROGRAMS = TESTS / "support" / "programs"
-FAULTS = TESTS / "support" / "faults"
 
 
 def compiler_environment():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from approxdrop_lightning.ops.triton.common import Specimen
 
 #: Modules that have ``specimens()``.
-MODULES = ("group_launches", "triton_lstm", "triton_rows", "triton_tiles")
+MODULES = ("row_linear.group_launches", "lstm.triton_lstm", "row_linear.triton_rows", "tile_linear.triton_tiles")
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": the same for 8.0, 9.0 and 10.0 but
 # for the shared memory of an SM. 1 KB of it is taken by the system for each block; registers are given out to warps

@@ -11,7 +11,7 @@ import time
 
 import torch
 from hydra import compose, initialize_config_dir
-from support import FAULTS, ROOT
+from support import ROOT, TESTS
 
 #: Models whose checkpoints are large enough (some megabytes) that writing one takes a moment; three epochs of about
 #: 40 steps, a checkpoint after every fourth.
@@ -39,12 +39,14 @@ COMMON = [
 
 
 def environment(**more):
-    paths = os.pathsep.join([str(ROOT), str(FAULTS)])
+    paths = os.pathsep.join([str(ROOT), str(TESTS)])
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | more
 
 
 def arguments(model, folder, trace=None, *overrides):
-    traced = [] if trace is None else [f"+callbacks.trace={{_target_:record_steps.Trace,path:{trace}}}"]
+    traced = (
+        [] if trace is None else [f"+callbacks.trace={{_target_:support.faults.record_steps.Trace,path:{trace}}}"]
+    )
     return [*SMALL[model], *COMMON, f"hydra.run.dir={folder}", *traced, *overrides]
 
 
