@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops import reference
-from approxdrop_lightning.ops.backend import ops_for
+from approxdrop_lightning.ops.backend import choose_backend
 from approxdrop_lightning.ops.lstm import compact as lstm
 from approxdrop_lightning.ops.lstm import flat_weights
-from approxdrop_lightning.ops.row_linear import compact
-from approxdrop_lightning.ops.tile_linear import compact as tiles
+from approxdrop_lightning.ops.row_linear import compact, row_backend
+from approxdrop_lightning.ops.row_linear.reference import ACTIVATIONS
+from approxdrop_lightning.ops.tile_linear import reference as masked
+from approxdrop_lightning.ops.tile_linear import tile_backend
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 
@@ -43,7 +44,7 @@ def pack(x: Tensor, pattern: RowPattern, backend: str = "auto") -> Tensor:
     """
     if x.dim() == 0 or x.shape[-1] != pattern.n:
         raise ValueError(f"pack: the pattern is of {pattern.n} units, got x of shape {tuple(x.shape)}")
-    values = ops_for(backend).pack(x, pattern)
+    values = row_backend(backend).pack(x, pattern)
     return values if pattern.interleave else values.view(*x.shape[:-1], pattern.n_kept)
 
 
@@ -65,7 +66,7 @@ def unpack(
         ValueError: The number of values is not that of the pattern and shape.
     """
     leading = _leading_shape("unpack", values, pattern, leading_shape)
-    return ops_for(backend).unpack(values, pattern, leading)
+    return row_backend(backend).unpack(values, pattern, leading)
 
 
 def row_linear(
@@ -107,9 +108,9 @@ def row_linear(
         ValueError: Shapes, types or devices do not fit, the groups of two interleaved patterns differ, or the backend
             or the activation is unknown or cannot be had here.
     """
-    if activation not in reference.ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise ValueError(
-            f"row_linear: activation must be one of {', '.join(map(repr, reference.ACTIVATIONS))}, got {activation!r}"
+            f"row_linear: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
         )
     if weight.dim() != 2:
         raise ValueError(f"row_linear: weight must be [n_out, n_in], got shape {tuple(weight.shape)}")
@@ -131,8 +132,7 @@ def row_linear(
     else:
         leading = _leading_shape("row_linear", x, in_pattern, leading_shape)
     x, weight, bias = _operands("row_linear", x=x, weight=weight, bias=bias)
-    ops = ops_for(backend)
-    y = ops.row_linear(x, weight, bias, in_pattern, out_pattern, leading, scale, activation)
+    y = row_backend(backend).row_linear(x, weight, bias, in_pattern, out_pattern, leading, scale, activation)
     if out_pattern is None:
         return y.view(*leading, n_out)
     return y.view(-1) if out_pattern.interleave else y.view(*leading, out_pattern.n_kept)
@@ -176,12 +176,12 @@ def tile_linear(
         raise ValueError(f"tile_linear: x must be [..., {n_in}], got shape {tuple(x.shape)}")
     leading = x.shape[:-1]
     x, weight, bias = _operands("tile_linear", x=x.reshape(-1, n_in), weight=weight, bias=bias)
-    ops = ops_for(backend, tiles_of=x)
     if isinstance(pattern, BernoulliPattern):
-        ops = reference
-    elif ops is compact:
-        ops = tiles
-    return ops.tile_linear(x, weight, bias, pattern, scale).view(*leading, n_out)
+        choose_backend(backend, tiles_of=x)  # checked, though there is nothing to choose
+        y = masked.tile_linear(x, weight, bias, pattern, scale)
+    else:
+        y = tile_backend(backend, x).tile_linear(x, weight, bias, pattern, scale)
+    return y.view(*leading, n_out)
 
 
 def masked_weight(weight: Tensor, pattern: TilePattern | BernoulliPattern, scale: float = 1.0) -> Tensor:
@@ -199,7 +199,7 @@ def masked_weight(weight: Tensor, pattern: TilePattern | BernoulliPattern, scale
         ValueError: The pattern is not of this shape.
     """
     _check_weight("masked_weight", weight, pattern)
-    return reference.masked_weight(weight, pattern, scale)
+    return masked.masked_weight(weight, pattern, scale)
 
 
 def _check_weight(caller: str, weight: Tensor, pattern: TilePattern | BernoulliPattern) -> None:

@@ -1,12 +1,9 @@
-"""Memory of the process, which it keeps, and of a device, to which small tensors are copied."""
+"""A malloc setting of the C library that saves training on a CPU page faults."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-
-import torch
-from torch import Tensor
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # <malloc.h> of glibc
 _NEVER = 2**31 - 1
@@ -29,8 +26,3 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return bool(mallopt(_TRIM_THRESHOLD, _NEVER)) and bool(mallopt(_MMAP_MAX, 0))
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host's on a device; nobody waits for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

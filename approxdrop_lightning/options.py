@@ -45,7 +45,7 @@ class Options:
             units, several orders); 0: none of them.
         min_multiplies: Linear layers of which a dropout saves fewer multiplies in one call (rows times inputs times
             outputs times rate) are computed densely, and the dropout is a mask: skipping would save less time than
-            its bookkeeping costs. 0: none. None: what was measured (:func:`.registry.least_saved`): 20 million on a
+            its bookkeeping costs. 0: none. None: what was measured (:func:`.policy.least_saved`): 20 million on a
             CPU, thousands of times as many on a GPU, where it holds for LSTMs as well. Not for tiles.
         min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense, by the vendor's kernel
             (at .5, 64 ran at 0.94 of conventional dropout's speed, 128 at 1.01 and 1.14).

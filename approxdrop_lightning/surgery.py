@@ -18,10 +18,11 @@ from approxdrop_lightning.layers import (
     TileLSTM,
     TileSite,
 )
+from approxdrop_lightning.multiplies import Count
 from approxdrop_lightning.options import Options
 from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.report import Report, Row
-from approxdrop_lightning.work import Count, Ledger
+from approxdrop_lightning.work import Ledger
 
 #: Attribute of a converted model that holds what was done to it. No module, so not a part of the model.
 _RECORD = "_approxdrop"

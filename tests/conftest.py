@@ -29,7 +29,7 @@ def poisoned(monkeypatch):
     fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-    monkeypatch.setattr("approxdrop_lightning.ops.native.blocks._KEEP_FROM_BYTES", 1 << 62)  # buffers are new, too
+    monkeypatch.setattr("approxdrop_lightning.ops.native.buffers._KEEP_FROM_BYTES", 1 << 62)  # buffers are new, too
 
 
 def pytest_sessionfinish(session):

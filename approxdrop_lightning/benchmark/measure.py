@@ -16,7 +16,7 @@ from statistics import quantiles
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from approxdrop_lightning.ops.native.blocks import free_buffers
+from approxdrop_lightning.ops.native.buffers import free_buffers
 
 Step = Callable[[], None]
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly, shape_of
 from approxdrop_lightning.layers.linear import PendingLinear
-from approxdrop_lightning.ops.backend import least_saved
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
+from approxdrop_lightning.policy import least_saved
 
 Pattern = RowPattern | TilePattern | BernoulliPattern
 

@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from approxdrop_lightning.ops import reference
+from approxdrop_lightning.ops.row_linear import reference
 from approxdrop_lightning.ops.row_linear.group_ops import gather, groups_linear, scatter
 from approxdrop_lightning.ops.row_linear.row_ops import rows_linear
 from approxdrop_lightning.ops.row_linear.tables import make_plan

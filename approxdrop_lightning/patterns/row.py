@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.memory import to_device
+from approxdrop_lightning.device import to_device
 from approxdrop_lightning.patterns.units import Units
 
 #: Units that compiled code reads together: products are cheapest where groups keep whole strips of so many.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.memory import to_device
+from approxdrop_lightning.device import to_device
 
 
 @dataclass(frozen=True, eq=False)

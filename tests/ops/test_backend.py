@@ -9,9 +9,9 @@ from support import ROOT, compiler_environment
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from approxdrop_lightning import RowPattern, TilePattern, functional
-from approxdrop_lightning.ops import backend as registry
-from approxdrop_lightning.ops import reference
-from approxdrop_lightning.ops.row_linear import compact
+from approxdrop_lightning.ops.backend import choose_backend
+from approxdrop_lightning.ops.row_linear import compact, reference, row_backend
+from approxdrop_lightning.ops.tile_linear import tile_backend
 
 
 def python(code, environment):
@@ -23,11 +23,11 @@ def python(code, environment):
 
 
 def test_names():
-    assert registry.ops_for("reference") is reference
-    assert registry.ops_for("compact") is compact
-    assert registry.ops_for("auto") is compact
+    assert row_backend("reference") is reference
+    assert row_backend("compact") is compact
+    assert row_backend("auto") is compact
     with pytest.raises(ValueError, match="backend must be one of .*'triton', got 'cuda'"):
-        registry.ops_for("cuda")
+        row_backend("cuda")
 
 
 @pytest.mark.triton
@@ -36,20 +36,9 @@ def test_auto_takes_triton_for_tiles_of_16_bits_on_cuda(dtype):
     pytest.importorskip("triton")
     with FakeTensorMode():
         x = torch.empty(8, 1024, dtype=dtype, device="cuda")
-    expected = "triton_backend" if dtype.itemsize == 2 else "row_linear.compact"
-    assert registry.ops_for("auto", tiles_of=x).__name__ == f"approxdrop_lightning.ops.{expected}"
-    assert registry.ops_for("auto", tiles_of=torch.empty(8, dtype=dtype)) is compact
-
-
-def test_the_least_product_depends_on_device_and_type(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    least = registry.least_saved(cuda, torch.float32)
-    assert registry.least_saved(cpu, torch.bfloat16) == registry.least_saved(cpu, torch.float32) < least
-    assert registry.least_saved(cuda, torch.bfloat16) == 10 * least
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")  # it cannot be without a GPU
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
-    assert registry.least_saved(cuda, torch.float32) == 10 * least
-    assert registry.least_saved(cpu, torch.float32) < least
+    expected = "triton_backend" if dtype.itemsize == 2 else "tile_linear.compact"
+    assert tile_backend("auto", x).__name__ == f"approxdrop_lightning.ops.{expected}"
+    assert choose_backend("auto", tiles_of=torch.empty(8, dtype=dtype)) == "compact"
 
 
 @pytest.mark.triton

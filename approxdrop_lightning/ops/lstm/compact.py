@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from approxdrop_lightning.ops.backend import has_triton
-from approxdrop_lightning.ops.native.blocks import buffer
+from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.ops.native.product import Block, multiply
 

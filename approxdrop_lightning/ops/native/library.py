@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "product.c", "recurrence.c", "strips.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("copies.c", "product.c", "recurrence.c", "one_pass.c")]
 _HEADERS = [Path(__file__).with_name(name) for name in ("kernels.h", "tile.h")]
 # Not -ffast-math: linking with it would change the rounding of tiny numbers for the whole process.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=gnu11")

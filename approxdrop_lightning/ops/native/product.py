@@ -9,7 +9,8 @@ from ctypes import CDLL
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops.native.blocks import buffer, is_large, put, sliced, take
+from approxdrop_lightning.ops.native.buffers import buffer
+from approxdrop_lightning.ops.native.copies import is_large, put, sliced, take
 from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.patterns.units import Units
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from approxdrop_lightning.ops import reference
-from approxdrop_lightning.ops.native.blocks import buffer, put, take
-from approxdrop_lightning.ops.row_linear import groups
+from approxdrop_lightning.ops.native.buffers import buffer
+from approxdrop_lightning.ops.native.copies import put, take
+from approxdrop_lightning.ops.row_linear import groups, reference
 from approxdrop_lightning.ops.row_linear.groups import Groups
-from approxdrop_lightning.ops.row_linear.strips import layer_products
+from approxdrop_lightning.ops.row_linear.one_pass import layer_products
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.units import Units
 

@@ -12,7 +12,8 @@ from array import array
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops.native.blocks import buffer, put, take, zero
+from approxdrop_lightning.ops.native.buffers import buffer
+from approxdrop_lightning.ops.native.copies import put, take, zero
 from approxdrop_lightning.ops.native.product import Block, Product, multiply, native_for
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.units import Units

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.memory import to_device
+from approxdrop_lightning.device import to_device
 from approxdrop_lightning.patterns.row import RowPattern
 
 #: Fields of a group: first row in the table of rows, rows, first row of its block of a packed weight; then of the

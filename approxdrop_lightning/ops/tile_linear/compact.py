@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from approxdrop_lightning.ops.native.blocks import buffer, zero
+from approxdrop_lightning.ops.native.buffers import buffer
+from approxdrop_lightning.ops.native.copies import zero
 from approxdrop_lightning.ops.native.product import Block, multiply
 from approxdrop_lightning.patterns.tile import TilePattern
 from approxdrop_lightning.patterns.units import Units

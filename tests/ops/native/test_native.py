@@ -12,10 +12,10 @@ import torch
 from support import ROOT
 
 from approxdrop_lightning.ops.lstm import compact as lstm
-from approxdrop_lightning.ops.native import blocks, product
+from approxdrop_lightning.ops.native import buffers, copies, product
 from approxdrop_lightning.ops.native import library as native
 from approxdrop_lightning.ops.native.product import Block
-from approxdrop_lightning.ops.row_linear.strips import layer_products
+from approxdrop_lightning.ops.row_linear.one_pass import layer_products
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.units import Units
 
@@ -198,7 +198,7 @@ def test_tiny_numbers_keep_their_values():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_take_and_put_are_indexing(dtype, compiled, threads, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(blocks, "library", lambda: None)
+        monkeypatch.setattr(copies, "library", lambda: None)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     matrix = torch.randn(300, 130).to(dtype)
@@ -209,15 +209,15 @@ def test_take_and_put_are_indexing(dtype, compiled, threads, monkeypatch):
         for r in (rows, Units.every(300)):
             for c in (columns, Units.every(130)):
                 expected = matrix[r.index][:, c.index]
-                assert torch.equal(blocks.take(matrix, r, c), expected)
+                assert torch.equal(copies.take(matrix, r, c), expected)
                 for clear in (True, False):
                     target, wanted = torch.ones_like(matrix), torch.ones_like(matrix)
                     if clear:
                         wanted[r.index] = 0
                     wanted[r.index[:, None], c.index] = expected
-                    blocks.put(target, r, c, expected, clear)
+                    copies.put(target, r, c, expected, clear)
                     assert torch.equal(target, wanted)
-        assert torch.equal(blocks.take(matrix.t(), Units.every(130), Units.every(300)), matrix.t())
+        assert torch.equal(copies.take(matrix.t(), Units.every(130), Units.every(300)), matrix.t())
     finally:
         torch.set_num_threads(before)
 
@@ -229,12 +229,12 @@ def test_what_is_written_past_the_caches_is_all_of_it_and_nothing_else(n, monkey
     rows, columns = (Units(*parts) for parts in (_pieces(700, generator), _pieces(n, generator)))
     a, b = torch.randn(rows.count, 40, generator=generator), torch.randn(40, columns.count, generator=generator)
     for large in (False, True):
-        monkeypatch.setattr(blocks, "_LARGE", 0 if large else 1 << 62)
+        monkeypatch.setattr(copies, "_LARGE", 0 if large else 1 << 62)
         matrix = torch.ones(1400, n)
         target = matrix[-700:]
         wanted = target.clone()
         wanted[rows.index[:, None], columns.index] = 0
-        blocks.zero(target, rows, columns)
+        copies.zero(target, rows, columns)
         assert torch.equal(target, wanted)
         out = Block(target, rows, columns)
         product.multiply([(Block.whole(a), Block.whole(b), out, False)], past_caches=True)
@@ -242,7 +242,7 @@ def test_what_is_written_past_the_caches_is_all_of_it_and_nothing_else(n, monkey
         torch.testing.assert_close(target, wanted, rtol=1e-5, atol=1e-4)
         assert matrix[:-700].eq(1).all()
     every = torch.ones(700, n)
-    blocks.zero(every, Units.every(700), Units.every(n))
+    copies.zero(every, Units.every(700), Units.every(n))
     assert not every.any()
 
 
@@ -255,11 +255,11 @@ def _pieces(n, generator):
 
 
 def test_a_buffer_of_a_size_that_does_not_vary_is_not_rounded_up():
-    blocks.free_buffers()
+    buffers.free_buffers()
     like = torch.empty(0)
-    assert blocks.buffer((1001, 1003), like).untyped_storage().nbytes() > 4 * 1001 * 1003
-    assert blocks.buffer((1001, 1003), like, exact=True).untyped_storage().nbytes() == 4 * 1001 * 1003
-    blocks.free_buffers()
+    assert buffers.buffer((1001, 1003), like).untyped_storage().nbytes() > 4 * 1001 * 1003
+    assert buffers.buffer((1001, 1003), like, exact=True).untyped_storage().nbytes() == 4 * 1001 * 1003
+    buffers.free_buffers()
 
 
 @pytest.mark.parametrize("options", [{}, {"interleave": False}, {"pattern": "tile"}])
@@ -271,44 +271,44 @@ def test_what_others_free_is_not_kept(options):
 
     model = nn.Sequential(nn.Linear(32, 64), nn.Dropout(0.5), nn.Linear(64, 8000))
     approximate(model, seed=0, min_multiplies=0, **options)
-    blocks.free_buffers()
+    buffers.free_buffers()
     resample(model)
     logits = model(torch.randn(100, 32))
-    assert 4 * logits.numel() > blocks._KEEP_FROM_BYTES
-    held = [entry for entries in blocks._pool.storages.values() for entry in entries]
+    assert 4 * logits.numel() > buffers._KEEP_FROM_BYTES
+    held = [entry for entries in buffers._pool.storages.values() for entry in entries]
     assert logits.untyped_storage().data_ptr() not in [storage.data_ptr() for storage, _ in held]
 
 
 def test_a_buffer_is_not_handed_out_while_somebody_holds_a_view_of_it():
     like = torch.empty(0)
-    first = blocks.buffer((800, 800), like)
+    first = buffers.buffer((800, 800), like)
     view, address = first[3:5], first.data_ptr()
-    assert blocks.buffer((800, 800), like).data_ptr() != address
+    assert buffers.buffer((800, 800), like).data_ptr() != address
     del first
-    assert blocks.buffer((800, 800), like).data_ptr() != address
+    assert buffers.buffer((800, 800), like).data_ptr() != address
     del view
-    again = blocks.buffer((800, 800), like)
+    again = buffers.buffer((800, 800), like)
     assert again.data_ptr() == address
-    assert blocks.buffer((800, 800), like).data_ptr() != address
-    blocks.free_buffers()
+    assert buffers.buffer((800, 800), like).data_ptr() != address
+    buffers.free_buffers()
     again.fill_(1.0)  # its memory is its own still
 
 
 def test_buffers_of_many_sizes_do_not_pile_up():
     """Kept shares differ from step to step, so sizes do."""
-    blocks.free_buffers()
+    buffers.free_buffers()
     like = torch.empty(0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(3000):
         height = int(torch.randint(400, 4000, (), generator=generator))
-        assert blocks.buffer((height, 700), like).shape == (height, 700)
-    held = sum(len(entries) * size for size, entries in blocks._pool.storages.items())
+        assert buffers.buffer((height, 700), like).shape == (height, 700)
+    held = sum(len(entries) * size for size, entries in buffers._pool.storages.items())
     assert held < 40 * 4 * 700 * 4000  # of 3,600 sizes: eight for each doubling, and one at a time
-    for _ in range(blocks._IDLE_REQUESTS + 1):
-        blocks.buffer((700, 1000), like)
-    blocks.buffer((20000, 1000), like)  # a new one: now those that nobody asks for are given back
-    assert sum(len(entries) for entries in blocks._pool.storages.values()) == 2
-    blocks.free_buffers()
+    for _ in range(buffers._IDLE_REQUESTS + 1):
+        buffers.buffer((700, 1000), like)
+    buffers.buffer((20000, 1000), like)  # a new one: now those that nobody asks for are given back
+    assert sum(len(entries) for entries in buffers._pool.storages.values()) == 2
+    buffers.free_buffers()
 
 
 def test_a_gradient_that_is_kept_is_not_written_again():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from approxdrop_lightning import TilePattern, functional
-from approxdrop_lightning.ops.native import blocks, product
+from approxdrop_lightning.ops.native import copies, product
 from approxdrop_lightning.ops.native import library as native
 
 SIZES = (1, 7, 31, 33, 130)  # one unit, less than a tile, one less and one more, several tiles and a rest
@@ -17,7 +17,7 @@ SIZES = (1, 7, 31, 33, 130)  # one unit, less than a tile, one less and one more
 def kernels(request, monkeypatch):
     """With the compiled copies and products (of float32) and without."""
     if request.param == "plain":
-        for module in (blocks, product):
+        for module in (copies, product):
             monkeypatch.setattr(module, "library", lambda: None)
     elif native.library() is None:
         pytest.skip("no C compiler on this machine")

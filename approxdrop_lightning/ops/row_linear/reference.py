@@ -1,4 +1,4 @@
-"""Masked dense products: the specification of every op, and the oracle of the tests."""
+"""Masked dense products: the definition of a linear layer between row patterns, and the oracle of its tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from approxdrop_lightning.patterns.row import RowPattern
-from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 
 #: Functions that may follow a product.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda y: y, "relu": F.relu, "gelu": F.gelu}
@@ -46,15 +45,3 @@ def row_linear(
     dense = x if in_pattern is None else unpack(x, in_pattern, leading_shape)
     y = finish(F.linear(dense, weight, bias), scale, activation)
     return y.reshape(y.shape[:-1].numel(), y.shape[-1]) if out_pattern is None else pack(y, out_pattern)
-
-
-def tile_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern | BernoulliPattern, scale: float
-) -> Tensor:
-    """``x @ (scale * weight * mask).T + bias``. Shapes as in :mod:`.tiles`."""
-    return F.linear(x, masked_weight(weight, pattern, scale), bias)
-
-
-def masked_weight(weight: Tensor, pattern: TilePattern | BernoulliPattern, scale: float) -> Tensor:
-    """``scale * weight * mask``."""
-    return weight * (pattern.mask(weight.device).to(weight.dtype) * scale)

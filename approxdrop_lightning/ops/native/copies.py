@@ -1,80 +1,23 @@
-"""Copies of blocks of a matrix: some rows and some columns, out of a large one or into it."""
+"""Copies of submatrices: some rows and some columns, out of a matrix or into it."""
 
 from __future__ import annotations
 
-import math
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.library import Runs, library
 from approxdrop_lightning.patterns.units import Units
 
-#: Smaller buffers come from PyTorch: asking for them costs less than looking for one.
-_KEEP_FROM_BYTES = 1 << 21
 #: Bytes of what is not going to be read from a cache, as the gradient that the optimizer reads at the end of a step.
 _LARGE = 1 << 20
-#: A buffer that was not asked for during so many requests is given back.
-_IDLE_REQUESTS = 1000
-
-
-class _Pool(threading.local):
-    """Storages by size, each with the number of the request that it served last."""
-
-    def __init__(self) -> None:
-        self.requests = 0
-        self.storages: dict[int, list[list[Any]]] = {}
-
-    def drop_idle(self) -> None:
-        oldest = self.requests - _IDLE_REQUESTS
-        for size, entries in list(self.storages.items()):
-            self.storages[size] = [entry for entry in entries if entry[1] >= oldest]
-
-
-_pool = _Pool()
-
-
-def buffer(shape: tuple[int, ...], like: Tensor, exact: bool = False) -> Tensor:
-    """Uninitialised memory, if possible some that has been used before.
-
-    On the CPU fresh memory costs a page fault per 4 KB, at each step; for a gradient that is more than what skipping
-    saves. So large buffers are kept, and handed out again when nobody refers to their memory any more. Other
-    devices have allocators that keep theirs.
-
-    Args:
-        shape: Of the tensor.
-        like: Gives device and type.
-        exact: Whether the size is the same at each step, as that of a gradient is; else it is rounded up.
-    """
-    size = like.element_size() * math.prod(shape)
-    if size < _KEEP_FROM_BYTES or not like.is_cpu:
-        return like.new_empty(shape)
-    if not exact:  # few sizes, not more than an eighth too large: what is kept differs a little from step to step
-        step = 1 << (size.bit_length() - 4)
-        size = -(-size // step) * step
-    _pool.requests += 1
-    entries = _pool.storages.setdefault(size, [])
-    for entry in entries:
-        if torch._C._storage_Use_Count(entry[0]._cdata) == 1:  # the pool's own
-            entry[1] = _pool.requests
-            return torch.empty(0, dtype=like.dtype, device="cpu").set_(entry[0], 0, shape, ())
-    _pool.drop_idle()
-    with torch.inference_mode(False):
-        storage = torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
-    _pool.storages[size].append([storage, _pool.requests])
-    return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, shape, ())
 
 
 def is_large(matrix: Tensor) -> bool:
     """Whether a matrix that is written now is not going to be in a cache when it is read."""
     return matrix.nbytes > _LARGE
-
-
-def free_buffers() -> None:
-    """Give the memory back that :func:`buffer` keeps and nobody uses."""
-    _pool.storages.clear()
 
 
 def take(matrix: Tensor, rows: Units, columns: Units, out: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from approxdrop_lightning import functional
 from approxdrop_lightning.ops.native import library as native
 from approxdrop_lightning.ops.row_linear.groups import Groups
-from approxdrop_lightning.ops.row_linear.strips import Strips, layer_products
+from approxdrop_lightning.ops.row_linear.one_pass import Strips, layer_products
 from approxdrop_lightning.patterns.row import RowPattern
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="no compiled kernels on this machine")

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.ops.native.blocks import buffer
+from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.product import native_for
 from approxdrop_lightning.ops.row_linear.groups import Groups
 from approxdrop_lightning.patterns.row import STRIP, RowPattern
