@@ -14,12 +14,15 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer, s
 from omegaconf import DictConfig, OmegaConf
 
 from approxdrop_lightning import keep_freed_memory
+from approxdrop_lightning.application import config
 from approxdrop_lightning.application.checkpoint import is_whole
 from approxdrop_lightning.application.results import RESULT_FILE, print_table, write_json
 
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
+
+config.register()
 
 
 def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:

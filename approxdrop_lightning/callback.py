@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from approxdrop_lightning.options import Options, check_same_sequence
+from approxdrop_lightning.options import CallbackOptions, check_same_sequence, described, takes
 from approxdrop_lightning.report import Report
 from approxdrop_lightning.surgery import Conversion, convert, restore
 
@@ -25,41 +26,7 @@ class ApproxDropout(Callback):
     place; for each batch patterns are drawn; when training ends, the stock layers are back. Validation, test and
     predict are those of the unconverted model, and so is the ``state_dict`` at any time.
 
-    Args:
-        rate: Dropout rate of all sites, in [0, 1); None: each keeps the ``p`` of its own layer.
-        pattern: ``"row"``: units are dropped (Song et al., DATE 2019, section 3.1). ``"tile"``: in their place, tiles
-            of the weights that read them (section 3.2). ``"dropconnect"``: the same weights one by one, masked and
-            dense (Wan et al., 2013): the baseline of ``"tile"``. Arguments about units are for ``"row"``.
-        interleave: Whether rows of the batch take the cells of a pattern in turn; else the batch shares it.
-        shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
-        block_size: Most units permuted together, >= 1; narrow layers take smaller blocks.
-        orders: Most orders of the units that the rows of a batch of sequences (``[T, B, n]``) take in turn, >= 1:
-            more of them make the gradient less noisy. Batches of few rows have fewer. Without ``interleave`` and
-            ``shuffle`` it is not used.
-        max_dp: Largest period, >= 1; at least ``1 / (1 - rate)``.
-        keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number.
-        concentration: 0: most random distribution (the paper's); large: the dropped share hardly varies.
-        search: ``"maxent"`` (closed form) or ``"sgd"`` (the paper's search).
-        scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
-        recurrent: Whether the recurrent inputs of LSTMs are dropped too, by one pattern per batch, layer and call, at
-            the rate of the LSTM.
-        tile_size: Largest side of a tile, >= 1; small weights have smaller ones. For ``pattern="tile"``.
-        min_features: Sites narrower than this are masked and computed densely, and with tiles so are weights with a
-            shorter side. So are sites of sequences of up to about 320 units below rate .5 (blocks narrower than 8
-            units, several orders); 0: none of them.
-        min_multiplies: Linear layers of which a dropout saves fewer multiplies in one call (rows times inputs times
-            outputs times rate) are computed densely, and the dropout is a mask: skipping would save less time than
-            its bookkeeping costs. 0: none. Measured on 2 CPU cores; not for tiles.
-        min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense, by the vendor's kernel
-            (at .5, 64 ran at 0.94 of conventional dropout's speed, 128 at 1.01 and 1.14).
-        backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"``.
-        resample: ``"batch"``: patterns are drawn for each batch; ``"step"``: for each optimizer step, so that the
-            batches accumulated for it share them.
-        sync_patterns: Whether the processes of a distributed run draw the same patterns. They always draw the same
-            ``(dp, keep)``, so that none waits for another.
-        untested_strategies: Whether to run under strategies other than a single device and DDP.
-        seed: Seed of the patterns; None takes that of ``seed_everything``, else PyTorch's initial seed. The
-            global generators are never used.
+    {options}
 
     Raises:
         MisconfigurationException: An argument is outside of its range or a rate is not feasible.
@@ -69,44 +36,13 @@ class ApproxDropout(Callback):
         >>> trainer = Trainer(callbacks=[ApproxDropout()], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(
-        self,
-        rate: float | None = None,
-        pattern: str = "row",
-        interleave: bool = True,
-        shuffle: bool = True,
-        block_size: int = Options.block_size,
-        orders: int = Options.orders,
-        max_dp: int = Options.max_dp,
-        keep: str = "any",
-        concentration: float = Options.concentration,
-        search: str = "maxent",
-        scale: str = "rate",
-        recurrent: bool = False,
-        tile_size: int = 32,
-        min_features: int = Options.min_features,
-        min_multiplies: int | None = Options.min_multiplies,
-        min_hidden: int = Options.min_hidden,
-        backend: str = "auto",
-        seed: int | None = None,
-        resample: str = "batch",
-        sync_patterns: bool = False,
-        untested_strategies: bool = False,
-    ) -> None:
+    @takes(CallbackOptions)
+    def __init__(self, rate: float | None = None, **options: Any) -> None:
         super().__init__()
         try:
-            self.options = Options(
-                rate, pattern, interleave, shuffle, block_size, orders, max_dp, keep, concentration, search, scale,
-                recurrent, tile_size, min_features, min_multiplies, min_hidden, backend,
-            )  # fmt: skip
+            self.options = CallbackOptions.from_keywords("ApproxDropout", {"rate": rate} | options)
         except ValueError as error:
             raise MisconfigurationException(f"ApproxDropout: {error}") from error
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise MisconfigurationException(f"ApproxDropout: seed must be an integer or None, got {seed!r}")
-        if resample not in ("batch", "step"):
-            raise MisconfigurationException(f"ApproxDropout: resample must be 'batch' or 'step', got {resample!r}")
-        self.seed, self.resample = seed, resample
-        self.sync_patterns, self.untested_strategies = sync_patterns, untested_strategies
         self.report: Report | None = None
         self._conversion: Conversion | None = None
         self._saved: dict[str, Any] | None = None
@@ -140,7 +76,7 @@ class ApproxDropout(Callback):
         if stage != "fit":
             return
         strategy = type(trainer.strategy).__name__
-        if strategy not in _TESTED_STRATEGIES and not self.untested_strategies:
+        if strategy not in _TESTED_STRATEGIES and not self.options.untested_strategies:
             raise MisconfigurationException(
                 f"ApproxDropout: {strategy} is not among the tested strategies {', '.join(_TESTED_STRATEGIES)}; "
                 "untested_strategies=True tries it all the same"
@@ -149,7 +85,7 @@ class ApproxDropout(Callback):
         pl_module.configure_model()
         try:
             seed = trainer.strategy.broadcast(self._seed())
-            rank = 0 if self.sync_patterns else trainer.global_rank
+            rank = 0 if self.options.sync_patterns else trainer.global_rank
             self._conversion = convert(pl_module, self.options, seed, rank)
         except ValueError as error:
             raise MisconfigurationException(f"ApproxDropout: {error}") from error
@@ -158,8 +94,8 @@ class ApproxDropout(Callback):
             self._continue(self._conversion, self._saved)
 
     def _seed(self) -> int:
-        if self.seed is not None:
-            return self.seed
+        if self.options.seed is not None:
+            return self.options.seed
         everything = os.environ.get("PL_GLOBAL_SEED")
         return int(everything) if everything else torch.initial_seed()
 
@@ -167,7 +103,7 @@ class ApproxDropout(Callback):
         """Draw this batch's patterns."""
         if batch_idx == 0:  # a run that is resumed within an epoch begins none
             self._before = (self._dropped, self._steps)
-        fresh = self.resample == "batch" or batch_idx % trainer.accumulate_grad_batches == 0
+        fresh = self.options.resample == "batch" or batch_idx % trainer.accumulate_grad_batches == 0
         assert self._conversion is not None  # setup has run
         self._conversion.resample(fresh)
 
@@ -231,3 +167,9 @@ class ApproxDropout(Callback):
                 "LightningModule.load_from_checkpoint takes its weights and begins a new sequence"
             ) from error
         self._before = tuple(state.get("before", (self._dropped, self._steps)))
+
+
+# One place describes the options; ``help()``, LightningCLI and the API reference read them here.
+ApproxDropout.__doc__ = (ApproxDropout.__doc__ or "").replace(
+    "{options}", textwrap.indent(described(CallbackOptions), "    ").strip()
+)

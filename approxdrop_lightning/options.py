@@ -1,94 +1,121 @@
-"""What a user may ask for, checked before anything is touched."""
+"""The options of the plugin: the only place of their names, defaults, descriptions and checks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import inspect
+import re
+import textwrap
+import warnings
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Self, TypeVar, get_type_hints
 
 from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution, check_rate
 from approxdrop_lightning.ops.backend import check_backend
 from approxdrop_lightning.patterns.sampler import PatternSampler
 
 PATTERNS = ("row", "tile", "dropconnect")
-#: What decides, beside the rates and the seed, which patterns are drawn.
+#: Options that no measurement supports: still honoured in this release, with a warning.
+_DEPRECATED = ("block_size", "scale")
+#: What decides, besides the rates and the seed, which patterns are drawn.
 _OF_THE_SEQUENCE = (
     "pattern", "interleave", "shuffle", "block_size", "orders", "max_dp", "keep", "concentration", "search",
     "recurrent", "tile_size",
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """Arguments of :class:`approxdrop_lightning.ApproxDropout` and :func:`approxdrop_lightning.approximate`.
+    """Options of :func:`approxdrop_lightning.approximate`, and most of :class:`approxdrop_lightning.ApproxDropout`.
+
+    The first four, and ``seed``, are those to know; the others are advanced.
 
     Attributes:
         rate: Dropout rate of all sites, in [0, 1); None: each keeps the ``p`` of its own layer.
-        pattern: ``"row"``: units are dropped (Song et al., DATE 2019, section 3.1). ``"tile"``: in their place, tiles
-            of the weights that read them (section 3.2). ``"dropconnect"``: the same weights one by one, masked and
-            dense (Wan et al., 2013): the baseline of ``"tile"``. Arguments about units are for ``"row"``.
-        interleave: Whether rows of the batch take the cells of a pattern in turn; else the batch shares it.
+        pattern: ``"row"``: units are dropped (Song et al., DATE 2019, section 3.1). ``"tile"``: instead, tiles of the
+            weights that read them (section 3.2). ``"dropconnect"``: the same weights one by one, masked and dense
+            (Wan et al., 2013): the baseline of ``"tile"``.
+        recurrent: Whether the recurrent inputs of LSTMs are dropped too, with one pattern per batch, layer and call,
+            at the rate of the LSTM. Needs ``pattern="row"``.
+        backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"`` (masked and dense: the definition).
+        interleave: Whether the rows of a batch take the cells of a pattern in turn; otherwise they share one mask.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
-        block_size: Most units permuted together, >= 1; narrow layers take smaller blocks.
         orders: Most orders of the units that the rows of a batch of sequences (``[T, B, n]``) take in turn, >= 1:
-            more of them make the gradient less noisy. Batches of few rows have fewer. Without ``interleave`` and
-            ``shuffle`` it is not used.
-        max_dp: Largest period, >= 1.
+            more of them make the gradient less noisy. Small batches have fewer. Needs ``interleave`` and ``shuffle``.
+        max_dp: Largest period, an integer >= 1 and at least ``1 / (1 - rate)``.
         keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number.
-        concentration: 0: most random distribution (the paper's); large: the dropped share hardly varies.
+        concentration: 0: the most random distribution (the paper's); large: the dropped share hardly varies.
         search: ``"maxent"`` (closed form) or ``"sgd"`` (the paper's search).
-        scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
-        recurrent: Whether the recurrent inputs of LSTMs are dropped too, by one pattern per batch, layer and call, at
-            the rate of the LSTM.
         tile_size: Largest side of a tile, >= 1; small weights have smaller ones. For ``pattern="tile"``.
-        min_features: Sites narrower than this are masked and computed densely, and with tiles so are weights with a
-            shorter side. So are sites of sequences of up to about 320 units below rate .5 (blocks narrower than 8
-            units, several orders); 0: none of them.
-        min_multiplies: Linear layers of which a dropout saves fewer multiplies in one call (rows times inputs times
-            outputs times rate) are computed densely, and the dropout is a mask: skipping would save less time than
-            its bookkeeping costs. 0: none. None: what was measured (:func:`.policy.least_saved`): 20 million on a
-            CPU, thousands of times as many on a GPU, where it holds for LSTMs as well. Not for tiles.
-        min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense, by the vendor's kernel
-            (at .5, 64 ran at 0.94 of conventional dropout's speed, 128 at 1.01 and 1.14).
-        backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"``.
+        min_features: Narrower sites are masked and computed densely, as are weights with a shorter side if tiles are
+            dropped, and sites of sequences of up to about 320 units below rate .5. 0: none of them.
+        min_multiplies: Linear layers for which a dropout saves fewer multiplies per call (rows times inputs times
+            outputs times rate) are computed densely, and the dropout is a mask: skipping would save less time than it
+            costs. 0: none; None: as measured on the device (:func:`.policy.least_saved`). Not for tiles.
+        min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense, by the vendor's kernel.
+        block_size: Deprecated. Most units permuted together, >= 1; narrow layers take smaller blocks.
+        scale: Deprecated. ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep``.
     """
 
     rate: float | None = None
     pattern: str = "row"
+    recurrent: bool = False
+    backend: str = "auto"
     interleave: bool = True
     shuffle: bool = True
-    block_size: int = 16
     orders: int = 8
     max_dp: int = MAX_DP
     keep: str = KEEP
     concentration: float = CONCENTRATION
     search: str = "maxent"
-    scale: str = "rate"
-    recurrent: bool = False
     tile_size: int = 32
     min_features: int = 64
     min_multiplies: int | None = None
     min_hidden: int = 64
-    backend: str = "auto"
+    block_size: int = 16
+    scale: str = "rate"
+
+    @classmethod
+    def from_keywords(cls, owner: str, keywords: dict[str, Any]) -> Self:
+        """Make options of a user's keyword arguments.
+
+        Args:
+            owner: Who was given them, for messages.
+            keywords: Names and values.
+
+        Raises:
+            TypeError: There is no option of a name.
+            ValueError: A value is outside of its range, or a rate is not feasible.
+
+        Warns:
+            FutureWarning: An option is deprecated.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in keywords:
+            if name not in known:
+                allowed = ", ".join(option for option in known if option not in _DEPRECATED)
+                raise TypeError(f"{owner} has no option {name!r}; there are {allowed}")
+            if name in _DEPRECATED and keywords[name] != getattr(cls, name):
+                warnings.warn(
+                    f"{owner}: {name} is deprecated and goes in the next release: no measurement favours another "
+                    f"value than {getattr(cls, name)!r}",
+                    FutureWarning,
+                    stacklevel=3,
+                )
+        return cls(**keywords)
 
     def __post_init__(self) -> None:
-        if self.pattern not in PATTERNS:
-            raise ValueError(f"pattern must be one of {', '.join(map(repr, PATTERNS))}, got {self.pattern!r}")
-        if self.scale not in ("rate", "dp"):
-            raise ValueError(f"scale must be 'rate' or 'dp', got {self.scale!r}")
-        lowest = {
-            "block_size": 1,
-            "orders": 1,
-            "tile_size": 1,
-            "min_features": 0,
-            "min_hidden": 0,
-        } | ({} if self.min_multiplies is None else {"min_multiplies": 0})
-        for name, low in lowest.items():
+        check_choice("pattern", self.pattern, PATTERNS)
+        check_choice("scale", self.scale, ("rate", "dp"))
+        least = {"block_size": 1, "orders": 1, "tile_size": 1, "min_features": 0, "min_hidden": 0}
+        if self.min_multiplies is not None:
+            least["min_multiplies"] = 0
+        for name, low in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
         for name in ("interleave", "shuffle", "recurrent"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            check_flag(name, getattr(self, name))
         if self.recurrent and self.pattern != "row":
             raise ValueError(f"recurrent=True needs pattern='row', got {self.pattern!r}")
         check_backend(self.backend)
@@ -105,14 +132,54 @@ class Options:
         """A sampler of patterns of a rate."""
         return PatternSampler(
             self.distribution(rate),
-            self.interleave,
-            self.shuffle,
-            self.block_size,
-            seed,
-            rank,
-            self.tile_size,
-            self.orders,
+            interleave=self.interleave,
+            shuffle=self.shuffle,
+            block_size=self.block_size,
+            seed=seed,
+            rank=rank,
+            tile_size=self.tile_size,
+            orders=self.orders,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallbackOptions(Options):
+    """Options of :class:`approxdrop_lightning.ApproxDropout`: those of :class:`Options`, and those about training.
+
+    Attributes:
+        seed: Seed of the patterns; None takes that of ``seed_everything``, else PyTorch's initial seed. The global
+            generators are never used.
+        resample: ``"batch"``: patterns are drawn for each batch; ``"step"``: for each optimizer step, so that the
+            batches accumulated for it share them.
+        sync_patterns: Whether the processes of a distributed run draw the same patterns. They always draw the same
+            ``(dp, keep)``, so that none waits for another.
+        untested_strategies: Whether to run under strategies other than a single device and DDP.
+    """
+
+    seed: int | None = None
+    resample: str = "batch"
+    sync_patterns: bool = False
+    untested_strategies: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ValueError(f"seed must be an integer or None, got {self.seed!r}")
+        check_choice("resample", self.resample, ("batch", "step"))
+        for name in ("sync_patterns", "untested_strategies"):
+            check_flag(name, getattr(self, name))
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_same_sequence(saved: dict[str, Any], options: Options) -> None:
@@ -125,3 +192,44 @@ def check_same_sequence(saved: dict[str, Any], options: Options) -> None:
         value = getattr(options, name)
         if saved.get(name, value) != value:
             raise ValueError(f"{name} was {saved[name]!r}, now it is {value!r}")
+
+
+def defaults(options: type[Options]) -> dict[str, Any]:
+    """Options that are not deprecated, each with its default."""
+    return {f.name: f.default for f in fields(options) if f.name not in _DEPRECATED and f.default is not MISSING}
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def takes(options: type[Options]) -> Callable[[_Function], _Function]:
+    """Give ``f(self, rate=None, **options)`` the options' signature, for ``help()``, editors and command lines."""
+
+    def decorate(function: _Function) -> _Function:
+        types = get_type_hints(options)
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        listed = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD if name == "rate" else inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=types[name],
+            )
+            for name, default in defaults(options).items()
+        ]
+        function.__signature__ = inspect.Signature([own, *listed])  # type: ignore[attr-defined]
+        function.__annotations__ = {name: types[name] for name in defaults(options)} | {"return": None}
+        return function
+
+    return decorate
+
+
+def described(options: type[Options]) -> str:
+    """An ``Args:`` section of the options that are not deprecated, for the docstring of a class that takes them."""
+    lines = []
+    for cls in reversed(options.__mro__):
+        text = inspect.cleandoc(vars(cls).get("__doc__") or "")
+        section = text.partition("Attributes:\n")[2]
+        entries = re.split(r"\n(?=    \w+: )", section.partition("\n\n")[0])
+        lines += [e for e in entries if e.strip() and e.split(":")[0].strip() not in _DEPRECATED]
+    return "Args:\n" + textwrap.indent(textwrap.dedent("\n".join(lines)), "    ")

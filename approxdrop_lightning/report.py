@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from approxdrop_lightning.layers.site import Site
+from approxdrop_lightning.text_table import text_table
 from approxdrop_lightning.work import Ledger
 
 _COLUMNS = ("dropout", "rate", "producer", "consumers", "saves", "skipped")
@@ -112,8 +113,7 @@ class Report:
         return [row.site for row in self.rows if row.site is not None]
 
     def __str__(self) -> str:
-        # Lines as wide as they are: a log file has no width.
-        cells = [_COLUMNS] + [
+        rows = [
             (
                 r.name,
                 "?" if r.rate is None else f"{r.rate:g}" + ("" if r.own_rate is None else f" (own: {r.own_rate:g})"),
@@ -124,10 +124,8 @@ class Report:
             )
             for r in self.rows
         ]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
         total = f"saved in expectation: {self.saved:.0%} of the model's multiplies"
-        return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:], total])
+        return f"{text_table(_COLUMNS, rows)}\n{total}"
 
 
 def _executed(before: Site | None, after: Site | None) -> float:

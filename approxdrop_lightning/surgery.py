@@ -250,7 +250,7 @@ def approximate(model: nn.Module, *, seed: int | None = None, **options: Any) ->
     Args:
         model: Any module.
         seed: Seed of the patterns; None takes PyTorch's initial seed, without using its generator.
-        **options: As of :class:`approxdrop_lightning.ApproxDropout`.
+        **options: As of :class:`.Options`.
 
     Returns:
         The report: one row per dropout found.
@@ -258,7 +258,8 @@ def approximate(model: nn.Module, *, seed: int | None = None, **options: Any) ->
     Raises:
         ValueError: An option is outside of its range, a rate is not feasible, or the model is converted already.
     """
-    return convert(model, Options(**options), torch.initial_seed() if seed is None else seed).report
+    chosen = Options.from_keywords("approximate", options)
+    return convert(model, chosen, torch.initial_seed() if seed is None else seed).report
 
 
 def resample(model: nn.Module) -> None:

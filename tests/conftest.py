@@ -13,6 +13,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# As train.py does: the configs that tests compose start from it.
+from approxdrop_lightning.application.config import register
+
+register()
+
+
 @pytest.fixture(autouse=True)
 def _device(request):
     """Tests of kernels run on the GPU, where there is one."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from approxdrop_lightning.benchmark import contenders, measure, ops
 from approxdrop_lightning.benchmark.contenders import BASELINES, PATTERNS, Workload
 from approxdrop_lightning.memory import keep_freed_memory
 from approxdrop_lightning.ops.backend import BACKENDS
+from approxdrop_lightning.text_table import text_table
 
 COLUMNS = (
     "workload", "rate", "contender", "median_ms", "first_quartile_ms", "third_quartile_ms", "to_conventional",
@@ -142,11 +140,9 @@ def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> li
 
 
 def _show(rows: list[dict[str, Any]], surroundings: dict[str, str]) -> None:
-    table = Table(*(c.replace("_", " ") for c in COLUMNS), caption=", ".join(surroundings.values()))
-    for i, row in enumerate(rows):
-        last = i + 1 == len(rows) or (row["workload"], row["rate"]) != (rows[i + 1]["workload"], rows[i + 1]["rate"])
-        table.add_row(*(_text(row.get(c)) for c in COLUMNS), end_section=last)
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    numbers = [c for c in COLUMNS if any(isinstance(row.get(c), float) for row in rows)]
+    print(text_table(COLUMNS, [[_text(row.get(c)) for c in COLUMNS] for row in rows], numbers))
+    print(", ".join(surroundings.values()))
 
 
 def _text(value: float | str | None) -> str:

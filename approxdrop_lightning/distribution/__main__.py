@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import itertools
 
-from rich.table import Table
-
-from approxdrop_lightning.application.results import show
 from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution
+from approxdrop_lightning.text_table import text_table
 
 _BAR = 40  # characters of a probability of 1
 
@@ -26,8 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     if len(found) == 1:
-        show(_patterns(found[0]))
-    show(_summary(settings, found))
+        print(_patterns(found[0]), end="\n\n")
+    print(_summary(settings, found))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,36 +42,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _patterns(found: PatternDistribution) -> Table:
-    table = Table(title="patterns of a probability of 0.001 or more", title_justify="left")
-    for name in ("dp", "keep", "dropped", "probability"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+def _patterns(found: PatternDistribution) -> str:
     pairs = sorted(zip(found.support, found.probabilities, strict=True), key=lambda pair: -pair[0][1] / pair[0][0])
+    lines = []
     for (dp, keep), probability in pairs:
         if probability >= 0.001:
             bar = "#" * max(1, round(_BAR * probability))
-            table.add_row(str(dp), str(keep), f"{1 - keep / dp:.3f}", f"{probability:.3f}", bar)
-    return table
+            lines.append((str(dp), str(keep), f"{1 - keep / dp:.3f}", f"{probability:.3f}", bar))
+    header = ("dp", "keep", "dropped", "probability", "")
+    return f"patterns of a probability of 0.001 or more\n{text_table(header, lines, header[:-1])}"
 
 
-def _summary(settings: list[tuple[float, str, int, float]], found: list[PatternDistribution]) -> Table:
-    table = Table(
-        title="per step: spread of the dropped share, entropy in nats, share of steps without dropout, "
-        "multiplies left with dropout on one side of a layer and on both",
-        title_justify="left",
-    )
-    for name in ("rate", "keep", "max_dp", "concentration", "sd of rate", "entropy", "no dropout", "multiplies",
-                 "twice"):  # fmt: skip
-        table.add_column(name, justify="right")
+def _summary(settings: list[tuple[float, str, int, float]], found: list[PatternDistribution]) -> str:
+    header = ("rate", "keep", "max_dp", "concentration", "sd of rate", "entropy", "no dropout", "multiplies", "twice")
+    lines = []
     for (rate, keep, max_dp, concentration), one in zip(settings, found, strict=True):
         kept = [m / dp for dp, m in one.support]
         one_side, both = (sum(k * u**n for k, u in zip(one.probabilities, kept, strict=True)) for n in (1, 2))
-        table.add_row(
+        lines.append((
             f"{rate:g}", keep, str(max_dp), f"{concentration:g}", f"{one.rate_std:.3f}",
             f"{one.entropy:.2f}", f"{one.dense_share:.1%}", f"{one_side:.1%}", f"{both:.1%}",
-        )  # fmt: skip
-    return table
+        ))  # fmt: skip
+    title = (
+        "per step: spread of the dropped share, entropy in nats, share of steps without dropout, multiplies left\n"
+        "with dropout on one side of a layer and on both"
+    )
+    return f"{title}\n{text_table(header, lines, header)}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ import sys
 
 from hydra import compose, initialize_config_dir
 
+from approxdrop_lightning.application.config import register
 from support import ROOT
+
+register()
 
 # Small, but wide enough (64 units) that the callback does not leave the layers as they are.
 SMALL = {

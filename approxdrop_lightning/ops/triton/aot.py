@@ -20,8 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+from approxdrop_lightning.text_table import text_table
 
 if TYPE_CHECKING:
     from approxdrop_lightning.ops.triton.common import Specimen
@@ -187,13 +186,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         print(json.dumps([asdict(report) for report in reports]))
         return
-    table = Table(box=None)
-    for field in fields(Report):
-        table.add_column(field.name.replace("_", " "), no_wrap=True)
+    header = [field.name.replace("_", " ") for field in fields(Report)]
+    rows = []
     for report in reports:
         cells = asdict(report) | {"arch": f"sm{report.arch}", "occupancy": f"{report.occupancy:.0%}"}
-        table.add_row(*map(str, cells.values()))
-    Console(width=160).print(table)
+        rows.append(list(map(str, cells.values())))
+    print(text_table(header, rows))
 
 
 if __name__ == "__main__":

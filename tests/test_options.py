@@ -1,0 +1,72 @@
+"""One place of names, defaults and texts: signature, docstring and Hydra config follow it."""
+
+import inspect
+import re
+from dataclasses import fields
+
+import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from support.runs_of_train import config
+
+from approxdrop_lightning import ApproxDropout, approximate
+from approxdrop_lightning.options import CallbackOptions, Options, defaults
+
+NAMES = list(defaults(CallbackOptions))
+
+
+def test_the_signature_is_that_of_the_options():
+    parameters = inspect.signature(ApproxDropout).parameters
+    assert {name: p.default for name, p in parameters.items()} == defaults(CallbackOptions)
+    assert parameters["max_dp"].annotation is int
+
+
+@pytest.mark.parametrize("options", [Options, CallbackOptions])
+def test_every_option_is_described(options):
+    text = inspect.getdoc(ApproxDropout if options is CallbackOptions else options)
+    for name in defaults(options):
+        assert re.search(rf"^    {name}: \S", text, re.MULTILINE), name
+    assert "block_size" not in inspect.getdoc(ApproxDropout)
+
+
+@pytest.mark.parametrize("dropout", ["row", "tile", "paper", "dropconnect"])
+def test_hydra_offers_every_option_with_its_default(tmp_path, dropout):
+    given = config(tmp_path, f"dropout={dropout}").dropout
+    assert set(given) == {*NAMES, "name", "_target_"}
+    own = {"rate", "pattern", "seed"} | (
+        {"interleave", "shuffle", "keep", "concentration"} if dropout == "paper" else set()
+    )
+    assert {n: given[n] for n in NAMES if n not in own} == {
+        n: d for n, d in defaults(CallbackOptions).items() if n not in own
+    }
+
+
+@pytest.mark.parametrize("name", ["block_size", "scale"])
+def test_deprecated_options_warn_and_still_count(name):
+    value = {"block_size": 4, "scale": "dp"}[name]
+    with pytest.warns(FutureWarning, match=f"ApproxDropout: {name} is deprecated"):
+        callback = ApproxDropout(**{name: value})
+    assert getattr(callback.options, name) == value
+
+
+def test_unknown_options_are_named_with_those_there_are():
+    with pytest.raises(TypeError, match=r"ApproxDropout has no option 'colour'; there are rate, pattern, .*seed"):
+        ApproxDropout(colour="red")
+    with pytest.raises(TypeError, match="approximate has no option 'resample'"):
+        approximate(None, resample="step")
+
+
+def test_values_out_of_range_are_misconfigurations():
+    with pytest.raises(MisconfigurationException, match="ApproxDropout: resample must be .*, got 'x'"):
+        ApproxDropout(resample="x")
+    with pytest.raises(MisconfigurationException, match="sync_patterns must be True or False, got 1"):
+        ApproxDropout(sync_patterns=1)
+
+
+def test_all_but_the_rate_are_keywords():
+    assert ApproxDropout(0.3).options.rate == 0.3
+    with pytest.raises(TypeError):
+        ApproxDropout(0.3, "row")
+
+
+def test_fields_and_defaults_agree():
+    assert {f.name for f in fields(Options)} == {*defaults(Options), "block_size", "scale"}
