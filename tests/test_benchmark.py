@@ -69,9 +69,9 @@ def test_ops():
 @pytest.mark.parametrize(
     ("name", "place", "layer"),
     [
-        ("row", (groups.Groups, "weight_grad"), "0.weight"),
-        ("shared", (groups.Groups, "weight_grad"), "0.weight"),
-        ("paper", (groups.Groups, "weight_grad"), "0.weight"),
+        ("row", (groups.GroupedLinear, "weight_grad"), "0.weight"),
+        ("shared", (groups.GroupedLinear, "weight_grad"), "0.weight"),
+        ("paper", (groups.GroupedLinear, "weight_grad"), "0.weight"),
         ("tile", (tiles, "_weight_grad"), "3.weight"),
     ],
 )

@@ -14,9 +14,6 @@ from torch import Tensor
 from approxdrop_lightning.device import to_device
 from approxdrop_lightning.patterns.units import Units
 
-#: Units that compiled code reads together: products are cheapest where groups keep whole strips of so many.
-STRIP = 16
-
 #: Where patterns are made, whatever the default device.
 HOST = torch.device("cpu")
 
@@ -126,8 +123,8 @@ class RowPattern:
         return 1 if self.keeps_all or self.order is None or self.order.dim() == 1 else len(self.order)
 
     @cached_property
-    def parts(self) -> tuple[RowPattern, ...]:
-        """The pattern of each order: that of its groups."""
+    def by_order(self) -> tuple[RowPattern, ...]:
+        """One pattern for each order of the units, that of its groups."""
         if self.order is None or self.n_orders == 1:
             return (self,)
         fields = ("n", "dp", "offset", "keep", "interleave", "block_size")
@@ -155,7 +152,7 @@ class RowPattern:
     @cached_property
     def _units(self) -> tuple[Units, ...]:
         if self.n_orders > 1:
-            return tuple(units for part in self.parts for units in part._units)
+            return tuple(units for pattern in self.by_order for units in pattern._units)
         first = [g * self._shift for g in range(self.n_groups)]
         groups = tuple(self._by_cell.between(f, f + self.keep) for f in first)
         if self.interleave or self.keep == 1:

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 
 from approxdrop_lightning.distribution import PatternDistribution
-from approxdrop_lightning.patterns.row import STRIP, RowPattern
+from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
+
+#: Multiples of this block size let the compiled product read a weight once for all orders (``row_linear/one_pass``).
+#: Random sequences, and so checkpoints, depend on the value: it stays when vectors get wider.
+WIDE_BLOCK = 16
 
 
 def fitting_block_size(n: int, dp: int, block_size: int) -> int:
@@ -26,12 +30,11 @@ def fitting_block_size(n: int, dp: int, block_size: int) -> int:
 
 
 def least_rows(block_size: int) -> int:
-    """Rows that a group has at least, if there are several orders of the units: lest its products be thin.
+    """Fewest rows of a group where the batch takes several orders of the units in turn: fewer make products slow.
 
-    Twice as many where blocks are not whole strips of what compiled code reads at once (``ops/strips.py``): there
-    each order reads the weight anew.
+    Twice as many if the block size is no multiple of :data:`WIDE_BLOCK`.
     """
-    return 24 if block_size % STRIP == 0 else 48
+    return 24 if block_size % WIDE_BLOCK == 0 else 48
 
 
 def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:

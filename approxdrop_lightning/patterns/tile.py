@@ -23,7 +23,7 @@ class TilePattern:
     exactly ``keep / dp``, whatever the sizes.
 
     Rows of tiles that are equal modulo ``dp`` keep the same columns of tiles, so the kept weights are no more than
-    ``dp`` dense blocks: see :meth:`parts`.
+    ``dp`` dense submatrices: see :meth:`submatrices`.
 
     Attributes:
         n_out: Rows of the weight, >= 1.
@@ -64,18 +64,18 @@ class TilePattern:
         offset = (self.offset + self.keep) % self.dp
         return TilePattern(self.n_out, self.n_in, self.dp, offset, self.dp - self.keep, self.tile_size)
 
-    def parts(self) -> tuple[tuple[Units, Units], ...]:
-        """Kept weights as ``(rows, columns)`` of dense blocks.
+    def submatrices(self) -> tuple[tuple[Units, Units], ...]:
+        """The kept weights as ``(rows, columns)`` of dense submatrices.
 
-        Every row is in exactly one block; a block has no columns if all that its rows have is dropped. Those of the
-        transposed pattern have every column in exactly one block instead.
+        Every row is in exactly one submatrix, which has no columns if its rows are dropped entirely. Those of the
+        transposed pattern have every column in exactly one submatrix instead.
         """
-        return _parts(self)
+        return _submatrices(self)
 
     @property
     def n_kept(self) -> int:
         """Number of weights kept."""
-        return sum(rows.count * columns.count for rows, columns in self.parts())
+        return sum(rows.count * columns.count for rows, columns in self.submatrices())
 
     @property
     def share(self) -> float:
@@ -130,16 +130,16 @@ class BernoulliPattern:
 
 
 @lru_cache(maxsize=1024)
-def _parts(pattern: TilePattern) -> tuple[tuple[Units, Units], ...]:
+def _submatrices(pattern: TilePattern) -> tuple[tuple[Units, Units], ...]:
     if pattern.keeps_all:
         return ((Units.every(pattern.n_out), Units.every(pattern.n_in)),)
     dp, size = pattern.dp, pattern.tile_size
     by_row = natural_cells(pattern.n_out, dp, 0, size)
-    parts = []
+    found = []
     for i in range(dp):
         rows = by_row.between(i, i + 1)
         if rows.count:
             columns = natural_cells(pattern.n_in, dp, (pattern.offset - i) % dp, size).between(0, pattern.keep)
             starts, order = columns.starts.sort()
-            parts.append((rows, Units(starts, columns.lengths[order], columns.count)))
-    return tuple(parts)
+            found.append((rows, Units(starts, columns.lengths[order], columns.count)))
+    return tuple(found)

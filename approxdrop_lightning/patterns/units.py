@@ -1,7 +1,8 @@
-"""Some units of a layer, as runs of consecutive ones."""
+"""A selection of units, stored as ranges of consecutive ones."""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -12,14 +13,25 @@ from torch import Tensor
 from approxdrop_lightning.device import to_device
 
 
+class UnitsStruct(ctypes.Structure):
+    """``Units`` of ``kernels.h``: what compiled code is given."""
+
+    _fields_ = [
+        ("starts", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("ranges", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Some units of a layer, in an order, as runs of consecutive ones: what can be copied as a piece.
+    """An ordered selection of units, stored as ranges of consecutive ones, each of which is copied at once.
 
     Attributes:
-        starts: First unit of each run, int64.
-        lengths: Units of each run, int64.
-        count: Units in all.
+        starts: First unit of each range, int64.
+        lengths: Number of units in each range, int64.
+        count: Total number of units.
     """
 
     starts: Tensor
@@ -28,8 +40,8 @@ class Units:
 
     @cached_property
     def index(self) -> Tensor:
-        """The units one by one, int64."""
-        if len(self.starts) == self.count:  # runs of one
+        """Every unit's number, int64."""
+        if len(self.starts) == self.count:  # ranges of one
             return self.starts
         if self.count and bool((self.lengths == self.lengths[0]).all()):
             return (self.starts[:, None] + torch.arange(int(self.lengths[0]), device="cpu")).view(-1)
@@ -38,7 +50,7 @@ class Units:
 
     @cached_property
     def slice(self) -> slice | None:
-        """The units as a slice, if they are equally far from each other."""
+        """The units as a slice; None unless they are evenly spaced and ascending."""
         if len(self.starts) == 1:
             return slice(int(self.starts), int(self.starts) + self.count)
         if len(self.starts) != self.count or not self.count:
@@ -49,7 +61,7 @@ class Units:
         return slice(first, first + step * self.count, step)
 
     def on(self, device: torch.device) -> Tensor:
-        """:attr:`index` on a device, copied there once."""
+        """:attr:`index` on a device; copied on first use."""
         if device not in self._copies:
             self._copies[device] = to_device(self.index, device)
         return self._copies[device]
@@ -59,28 +71,28 @@ class Units:
         return {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy must not take along what is cached: addresses are those of the tensors here.
+        # Cached attributes stay behind: the addresses in `struct` are those of this object's tensors.
         return Units, (self.starts, self.lengths, self.count)
 
     @cached_property
-    def runs(self) -> tuple[int, int, int]:
-        """Addresses of starts and lengths, and the number of runs: what compiled code is given."""
-        return self.starts.data_ptr(), self.lengths.data_ptr(), self.starts.numel()
+    def struct(self) -> UnitsStruct:
+        """The units as compiled code reads them; valid as long as this object lives."""
+        return UnitsStruct(self.starts.data_ptr(), self.lengths.data_ptr(), self.starts.numel(), self.count)
 
     @staticmethod
     def every(n: int) -> Units:
-        """All of ``n`` units, in one run."""
+        """All of ``n`` units, as one range."""
         return _every(n)
 
     def __add__(self, other: Units) -> Units:
-        """These units, then others."""
+        """These units followed by others."""
         if not self.count or not other.count:
             return self if self.count else other
         starts, lengths = torch.cat([self.starts, other.starts]), torch.cat([self.lengths, other.lengths])
         return Units(starts, lengths, self.count + other.count)
 
     def is_all(self, n: int) -> bool:
-        """Whether these are all of ``n`` units in their order, told without looking at them."""
+        """Whether these are all of ``n`` units in natural order; does not read the tensors."""
         return self.count == n and len(self.starts) == 1
 
 

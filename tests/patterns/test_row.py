@@ -53,8 +53,8 @@ def groups_by_definition(pattern):
 @given(patterns())
 @settings(max_examples=300, deadline=None)
 def test_cells_mask_and_counts_follow_the_definition(pattern):
-    for part in pattern.parts:
-        check_one_order(part)
+    for of_one_order in pattern.by_order:
+        check_one_order(of_one_order)
     groups = groups_by_definition(pattern) * pattern.n_orders
     assert len(pattern.cells()) == pattern.n_groups == groups
     mask = pattern.mask(3, 4)
@@ -107,12 +107,14 @@ def test_every_unit_is_dropped_with_exactly_the_rate_for_any_n(n, dp, block_size
 def test_a_copy_has_its_own_memory(copied):
     """Compiled code is given addresses; those of the original may be gone when the copy is used."""
     pattern = RowPattern(40, 3, 1, interleave=True, order=torch.randperm(10), block_size=4)
-    original = [pattern.units(g).runs for g in range(3)]
+    original = [pattern.units(g).struct for g in range(3)]
     other = copied(pattern)
-    for g, runs in enumerate(original):
+    for g, struct in enumerate(original):
         units = other.units(g)
-        assert units.runs == (units.starts.data_ptr(), units.lengths.data_ptr(), runs[2])
-        assert units.runs[:2] != runs[:2]
+        copied_to = (units.struct.starts, units.struct.lengths)
+        assert copied_to == (units.starts.data_ptr(), units.lengths.data_ptr())
+        assert units.struct.ranges == struct.ranges
+        assert copied_to != (struct.starts, struct.lengths)
     assert other == pattern
 
 

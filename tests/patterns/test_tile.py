@@ -38,15 +38,15 @@ def test_mask_parts_and_counts_follow_the_definition(pattern):
     assert torch.equal(pattern.t.mask(), expected.t())
     assert pattern.keeps_all or torch.equal(pattern.dropped.mask(), ~expected)
     found = torch.zeros_like(expected)
-    for rows, columns in pattern.parts():
+    for rows, columns in pattern.submatrices():
         for units in (rows, columns):
             assert units.index.tolist() == sorted(units.index.tolist())
             assert units.count == len(units.index)
         found[rows.index[:, None], columns.index] = True
     assert torch.equal(found, expected)
-    rows = torch.cat([rows.index for rows, _ in pattern.parts()])
+    rows = torch.cat([rows.index for rows, _ in pattern.submatrices()])
     assert rows.sort().values.tolist() == list(range(pattern.n_out))  # each in one part
-    assert len(pattern.parts()) <= pattern.dp
+    assert len(pattern.submatrices()) <= pattern.dp
     assert pattern.n_kept == int(expected.sum())
     assert pattern.share == pytest.approx(expected.double().mean().item())
     assert not pattern.keeps_all or expected.all()

@@ -141,7 +141,7 @@ def test_a_tile_pattern_is_its_definition_or_refused(number):
         assert torch.equal(pattern.mask(), mask)
         assert pattern.n_kept == int(mask.sum())
         built = torch.zeros(n_out, n_in, dtype=torch.bool)
-        for rows, columns in pattern.parts():
+        for rows, columns in pattern.submatrices():
             built[rows.index[:, None], columns.index] = True
         assert torch.equal(built, mask)
 

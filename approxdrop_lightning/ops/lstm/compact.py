@@ -14,19 +14,19 @@ from torch.autograd.function import once_differentiable
 from approxdrop_lightning.ops.backend import has_triton
 from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.library import library
-from approxdrop_lightning.ops.native.product import Block, multiply
+from approxdrop_lightning.ops.native.product import Submatrix, multiply
 
-#: Widest strip of the compiled code, in units.
-_STRIP = 32
+#: Columns of the widest panel that compiled code packs (``COLUMNS`` of ``tile.h``).
+_PANEL = 32
 
 
 def _native(gates: Tensor, weight: Tensor) -> Any:
     return library() if gates.is_cpu and gates.dtype == torch.float32 and gates.numel() and weight.numel() else None
 
 
-def _strips(parts: int, n: int, depth: int, like: Tensor) -> Tensor:
-    """Memory for a weight packed in strips: ``n`` columns of ``depth`` in each part, the last strip not full."""
-    return buffer((parts * (n + _STRIP) * depth + _STRIP,), like)
+def _packed_weight(gates: int, n: int, depth: int, like: Tensor) -> Tensor:
+    """Memory for a weight packed in panels: ``n`` columns of ``depth`` for each gate, the last panel padded."""
+    return buffer((gates * (n + _PANEL) * depth + _PANEL,), like)
 
 
 def _forward_step(gates: Tensor, c: Tensor, acts: Tensor, c_next: Tensor, h_next: Tensor) -> None:
@@ -67,10 +67,10 @@ class _LSTMSequence(torch.autograd.Function):
         native = _native(gates, weight)
         if native is not None:
             depth = weight.shape[1]
-            strips = _strips(4, hidden, depth, gates)
+            packed = _packed_weight(4, hidden, depth, gates)
             native.lstm_forward(
                 *(t.data_ptr() for t in (gates, h, c, acts, weight)),
-                None if kept is None else kept.data_ptr(), strips.data_ptr(),
+                None if kept is None else kept.data_ptr(), packed.data_ptr(),
                 steps, batch, hidden, depth, torch.get_num_threads(),
             )  # fmt: skip
         else:
@@ -91,10 +91,10 @@ class _LSTMSequence(torch.autograd.Function):
         dh, dc = (d.clone(memory_format=torch.contiguous_format) for d in (dh_last, dc_last))
         native = _native(acts, weight)
         if native is not None:
-            strips = _strips(1, depth, 4 * hidden, acts)
+            packed = _packed_weight(1, depth, 4 * hidden, acts)
             native.lstm_backward(
                 *(t.data_ptr() for t in (acts, c, dh_all, dh, dc, dgates, weight)),
-                None if kept is None else kept.data_ptr(), strips.data_ptr(),
+                None if kept is None else kept.data_ptr(), packed.data_ptr(),
                 steps, batch, hidden, depth, torch.get_num_threads(),
             )  # fmt: skip
         else:
@@ -108,7 +108,7 @@ class _LSTMSequence(torch.autograd.Function):
             inputs = h[:-1] if kept is None else h[:-1].index_select(2, kept)
             flat, rows = dgates.view(steps * batch, 4 * hidden), inputs.reshape(steps * batch, depth)
             dweight = buffer(tuple(weight.shape), weight, exact=True)
-            multiply([(Block.whole(flat).t, Block.whole(rows), Block.whole(dweight), False)])
+            multiply([(Submatrix.whole(flat).t, Submatrix.whole(rows), Submatrix.whole(dweight), False)])
         return dgates, dh, dc, dweight, None
 
 

@@ -1,5 +1,5 @@
-// Copies that PyTorch has no single call for. Compiled by native.py with the user's compiler.
-// Sizes are in bytes where named so, matrices are row-major.
+// Copies and sums by index that would take PyTorch several calls. Matrices are row-major; sizes whose names say so are in
+// bytes.
 #include <stdint.h>
 #include <string.h>
 #ifdef _OPENMP
@@ -11,7 +11,7 @@
 #define MAX_THREADS 64
 #define PARALLEL_FROM 16384  // elements below which a second thread costs more than it saves
 
-static inline void copy_run(char *restrict to, const char *restrict from, int64_t bytes) {
+static inline void copy_range(char *restrict to, const char *restrict from, int64_t bytes) {
     switch (bytes) {  // a constant size becomes a few vector moves instead of a call
         case 4: memcpy(to, from, 4); break;
         case 64: memcpy(to, from, 64); break;
@@ -19,25 +19,25 @@ static inline void copy_run(char *restrict to, const char *restrict from, int64_
     }
 }
 
-// Runs of a list, in equal parts for the threads: each starts where the runs before it end.
-static void part(Units units, int64_t *first, int64_t *last, int64_t *before) {
+// A thread's share of the ranges, [first, last), and how many units come before them.
+static void split(Units units, int64_t *first, int64_t *last, int64_t *before) {
     int64_t thread = 0, threads = 1;
 #ifdef _OPENMP
     thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #endif
-    *first = units.runs * thread / threads, *last = units.runs * (thread + 1) / threads, *before = 0;
+    *first = units.ranges * thread / threads, *last = units.ranges * (thread + 1) / threads, *before = 0;
     for (int64_t r = 0; r < *first; r++) *before += units.lengths[r];
 }
 
-// One long run of rows is cut, or it would be one thread's.
+// Cut a single long range of rows, which one thread alone would get.
 static void cut(Units *rows, int64_t *starts, int64_t *lengths, int threads) {
-    if (rows->runs != 1) return;
+    if (rows->ranges != 1) return;
     int64_t start = rows->starts[0], length = rows->lengths[0];
     for (int64_t t = 0; t < threads; t++) {
         starts[t] = start + length * t / threads;
         lengths[t] = start + length * (t + 1) / threads - starts[t];
     }
-    rows->starts = starts, rows->lengths = lengths, rows->runs = threads;
+    rows->starts = starts, rows->lengths = lengths, rows->ranges = threads;
 }
 
 // to = from[rows, columns]; rows of `to` follow each other.
@@ -49,14 +49,14 @@ void take(char *restrict to, int64_t to_bytes, const char *restrict from, int64_
 #pragma omp parallel num_threads(threads) if (size > PARALLEL_FROM)
     {
         int64_t first, last, before;
-        part(rows, &first, &last, &before);
+        split(rows, &first, &last, &before);
         char *line = to + before * to_bytes;
         for (int64_t r = first; r < last; r++)
             for (int64_t i = rows.starts[r]; i < rows.starts[r] + rows.lengths[r]; i++, line += to_bytes) {
                 char *out = line;
-                for (int64_t c = 0; c < columns.runs; c++) {
+                for (int64_t c = 0; c < columns.ranges; c++) {
                     int64_t bytes = columns.lengths[c] * item;
-                    copy_run(out, from + i * from_bytes + columns.starts[c] * item, bytes);
+                    copy_range(out, from + i * from_bytes + columns.starts[c] * item, bytes);
                     out += bytes;
                 }
             }
@@ -72,15 +72,15 @@ void put(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t
 #pragma omp parallel num_threads(threads) if (size > PARALLEL_FROM)
     {
         int64_t first, last, before;
-        part(rows, &first, &last, &before);
+        split(rows, &first, &last, &before);
         const char *line = from + before * from_bytes;
         for (int64_t r = first; r < last; r++)
             for (int64_t i = rows.starts[r]; i < rows.starts[r] + rows.lengths[r]; i++, line += from_bytes) {
                 const char *in = line;
                 if (clear) memset(to + i * to_bytes, 0, to_bytes);
-                for (int64_t c = 0; c < columns.runs; c++) {
+                for (int64_t c = 0; c < columns.ranges; c++) {
                     int64_t bytes = columns.lengths[c] * item;
-                    copy_run(to + i * to_bytes + columns.starts[c] * item, in, bytes);
+                    copy_range(to + i * to_bytes + columns.starts[c] * item, in, bytes);
                     in += bytes;
                 }
             }
@@ -109,29 +109,33 @@ void zero(char *restrict to, int64_t to_bytes, Units rows, Units columns, int64_
 #pragma omp parallel num_threads(threads) if (size > PARALLEL_FROM)
     {
 #pragma omp for
-        for (int64_t r = 0; r < rows.runs; r++)
+        for (int64_t r = 0; r < rows.ranges; r++)
             for (int64_t i = rows.starts[r]; i < rows.starts[r] + rows.lengths[r]; i++)
-                for (int64_t c = 0; c < columns.runs; c++)
+                for (int64_t c = 0; c < columns.ranges; c++)
                     clear(to + i * to_bytes + columns.starts[c] * item, columns.lengths[c] * item, past_caches);
         fence();
     }
 }
 
-// Values of some rows, which follow each other, and where in the sums their columns belong. As groups.py fills it in.
+EXPORT_SIZE(Units);
+
+// A group of rows whose values follow each other, and where in the sums its columns belong. `RowGroup` of groups.py.
 typedef struct {
-    int64_t rows, count;
+    int64_t rows;
     Units columns;
-} Group;
+} RowGroup;
+
+EXPORT_SIZE(RowGroup);
 
 // to[columns] += sum over the rows, for each of `n` groups, whose float32 values follow each other.
-void column_sums(const float *restrict values, const Group *groups, int64_t n, float *restrict to, int threads) {
-    for (const Group *group = groups; group < groups + n; values += group->rows * group->count, group++) {
-#pragma omp parallel num_threads(threads) if (group->rows * group->count > 4 * PARALLEL_FROM)
+void column_sums(const float *restrict values, const RowGroup *groups, int64_t n, float *restrict to, int threads) {
+    for (const RowGroup *group = groups; group < groups + n; values += group->rows * group->columns.count, group++) {
+#pragma omp parallel num_threads(threads) if (group->rows * group->columns.count > 4 * PARALLEL_FROM)
         {
             int64_t first, last, before;
-            part(group->columns, &first, &last, &before);
+            split(group->columns, &first, &last, &before);
             for (int64_t row = 0; row < group->rows; row++) {
-                const float *from = values + row * group->count + before;
+                const float *from = values + row * group->columns.count + before;
                 for (int64_t r = first; r < last; from += group->columns.lengths[r++])
                     for (int64_t j = 0; j < group->columns.lengths[r]; j++) to[group->columns.starts[r] + j] += from[j];
             }

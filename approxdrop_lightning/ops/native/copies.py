@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from approxdrop_lightning.ops.native.buffers import buffer
-from approxdrop_lightning.ops.native.library import Runs, library
+from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.patterns.units import Units
 
 #: Bytes of what is not going to be read from a cache, as the gradient that the optimizer reads at the end of a step.
@@ -94,7 +94,7 @@ def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
         return
     native = library()
     if native is not None and matrix.is_cpu:
-        item, places = matrix.element_size(), (Runs(*rows.runs), Runs(*columns.runs))
+        item, places = matrix.element_size(), (rows.struct, columns.struct)
         size = rows.count * columns.count
         threads = torch.get_num_threads()
         native.zero(matrix.data_ptr(), matrix.stride(0) * item, *places, item, size, threads, is_large(matrix))
@@ -113,6 +113,6 @@ def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units
     """Arguments that the compiled copies have in common."""
     item, width = to.element_size(), to.shape[1]
     return (
-        to.data_ptr(), width * item, source.data_ptr(), stride * item, Runs(*rows.runs), Runs(*columns.runs),
+        to.data_ptr(), width * item, source.data_ptr(), stride * item, rows.struct, columns.struct,
         item, rows.count * width, torch.get_num_threads(),
     )  # fmt: skip

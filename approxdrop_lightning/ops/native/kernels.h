@@ -1,4 +1,4 @@
-// What the compiled kernels have in common.
+// What the compiled kernels share.
 #ifndef APPROXDROP_KERNELS_H
 #define APPROXDROP_KERNELS_H
 #include <stdint.h>
@@ -24,10 +24,13 @@ static inline void fence(void) {
 #endif
 }
 
-// Some rows or columns of a matrix, as runs of consecutive ones.
+// Some rows or columns of a matrix, as ranges of consecutive ones. `UnitsStruct` of patterns/units.py.
 typedef struct {
     const int64_t *starts, *lengths;
-    int64_t runs;
+    int64_t ranges, count;
 } Units;
+
+// Lets a test compare the size of a struct with that of its counterpart in Python.
+#define EXPORT_SIZE(type) const int64_t sizeof_##type = sizeof(type)
 
 #endif

@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from approxdrop_lightning.patterns.units import UnitsStruct
+
 _SOURCES = [Path(__file__).with_name(name) for name in ("copies.c", "product.c", "recurrence.c", "one_pass.c")]
 _HEADERS = [Path(__file__).with_name(name) for name in ("kernels.h", "tile.h")]
 # Not -ffast-math: linking with it would change the rounding of tiny numbers for the whole process.
@@ -25,27 +27,21 @@ _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-sha
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
-class Runs(ctypes.Structure):
-    """``Units`` of ``kernels.h``."""
-
-    _fields_ = [("starts", _POINTER), ("lengths", _POINTER), ("runs", _SIZE)]
-
-
-_COPY = [_POINTER, _SIZE, _POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT]
+_COPY = [_POINTER, _SIZE, _POINTER, _SIZE, UnitsStruct, UnitsStruct, _SIZE, _SIZE, _INT]
 _SIGNATURES = {
     "take": _COPY,
     "put": [*_COPY, _INT],
-    "zero": [_POINTER, _SIZE, Runs, Runs, _SIZE, _SIZE, _INT, _INT],
+    "zero": [_POINTER, _SIZE, UnitsStruct, UnitsStruct, _SIZE, _SIZE, _INT, _INT],
     "column_sums": [_POINTER, _POINTER, _SIZE, _POINTER, _INT],
     "products": [_POINTER, _SIZE, _INT],
-    "strips_product": [_POINTER, _INT],
-    "strips_input_grad": [_POINTER, _INT],
-    "strips_weight_grad": [_POINTER, _INT],
+    "one_pass_product": [_POINTER, _INT],
+    "one_pass_input_grad": [_POINTER, _INT],
+    "one_pass_weight_grad": [_POINTER, _INT],
     "lstm_forward": [*[_POINTER] * 7, *[_SIZE] * 4, _INT],
     "lstm_backward": [*[_POINTER] * 9, *[_SIZE] * 4, _INT],
 }
 #: Functions that return whether memory was lacking.
-_ALLOCATING = tuple(name for name in _SIGNATURES if name.startswith(("products", "strips", "lstm")))
+_ALLOCATING = tuple(name for name in _SIGNATURES if name.startswith(("products", "one_pass", "lstm")))
 
 
 @cache

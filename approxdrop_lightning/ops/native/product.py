@@ -1,10 +1,9 @@
-"""The one primitive of the compact backend: products of parts of matrices, read and written where they lie."""
+"""Products of submatrices, read and written in place: the primitive that the compact backend is built on."""
 
 from __future__ import annotations
 
-from array import array
+import ctypes
 from collections.abc import Sequence
-from ctypes import CDLL
 
 import torch
 from torch import Tensor
@@ -12,22 +11,48 @@ from torch import Tensor
 from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.copies import is_large, put, sliced, take
 from approxdrop_lightning.ops.native.library import library
-from approxdrop_lightning.patterns.units import Units
+from approxdrop_lightning.patterns.units import Units, UnitsStruct
+
+_WRITE, _ADD, _PAST_CACHES = range(3)  # modes of a product, as in product.c
 
 
-class Block:
+class SubmatrixStruct(ctypes.Structure):
+    """``Submatrix`` of ``product.c``."""
+
+    _fields_ = [
+        ("base", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("column_stride", ctypes.c_int64),
+        ("rows", UnitsStruct),
+        ("columns", UnitsStruct),
+    ]
+
+
+class ProductStruct(ctypes.Structure):
+    """``Product`` of ``product.c``."""
+
+    _fields_ = [
+        ("a", SubmatrixStruct),
+        ("b", SubmatrixStruct),
+        ("out", SubmatrixStruct),
+        ("bias", ctypes.c_void_p),
+        ("mode", ctypes.c_int64),
+    ]
+
+
+class Submatrix:
     """``matrix[rows][:, columns]``, not copied.
 
-    The matrix may be a part of a larger tensor: a view of it is made only where PyTorch's own calls need one, for it
-    takes longer than all the rest.
+    The matrix may lie anywhere in a larger tensor. A view of it is made only where PyTorch's own functions need one:
+    that would take longer than everything else here.
 
     Args:
-        tensor: Where the matrix lies.
-        rows: Some of its rows, in an order.
-        columns: Some of its columns, in an order.
-        shape: Of the matrix; that of the tensor if not given.
-        strides: Of the matrix, likewise.
-        offset: Of the matrix's first entry from the tensor's, in entries.
+        tensor: Tensor that the matrix lies in.
+        rows: Selected rows of the matrix.
+        columns: Selected columns of the matrix.
+        shape: Shape of the matrix; by default that of the tensor.
+        strides: Strides of the matrix; by default those of the tensor.
+        offset: Index of the matrix's first entry, counted from that of the tensor.
     """
 
     __slots__ = ("columns", "offset", "rows", "shape", "strides", "tensor")
@@ -45,34 +70,40 @@ class Block:
         self.shape, self.strides = shape or tensor.shape, strides or tensor.stride()
 
     @staticmethod
-    def whole(tensor: Tensor, shape: tuple[int, int] | None = None, offset: int = 0) -> Block:
-        """All of a matrix; with a shape, a row-major one that lies somewhere in a contiguous tensor."""
+    def whole(tensor: Tensor, shape: tuple[int, int] | None = None, offset: int = 0) -> Submatrix:
+        """All of a matrix; with ``shape`` that of a row-major one at an offset in a contiguous tensor."""
         n, m = shape or tensor.shape
-        return Block(tensor, Units.every(n), Units.every(m), shape, shape and (m, 1), offset)
+        return Submatrix(tensor, Units.every(n), Units.every(m), shape, shape and (m, 1), offset)
 
     @property
-    def t(self) -> Block:
+    def t(self) -> Submatrix:
         """Transposed."""
-        return Block(self.tensor, self.columns, self.rows, self.shape[::-1], self.strides[::-1], self.offset)
+        return Submatrix(self.tensor, self.columns, self.rows, self.shape[::-1], self.strides[::-1], self.offset)
 
-    def cut(self, columns: slice) -> Block:
-        """Some of the columns of a block that has all of its matrix."""
+    def narrow(self, columns: slice) -> Submatrix:
+        """A range of the columns of a submatrix that has all columns of its matrix."""
         start, stop, _ = columns.indices(self.shape[1])
         shape = (self.shape[0], stop - start)
-        return Block(self.tensor, self.rows, Units.every(shape[1]), shape, self.strides, self.offset + start)
+        return Submatrix(self.tensor, self.rows, Units.every(shape[1]), shape, self.strides, self.offset + start)
 
     @property
     def matrix(self) -> Tensor:
-        """The matrix that it is a block of."""
+        """The matrix that rows and columns are selected from."""
         return self.tensor.as_strided(self.shape, self.strides, self.tensor.storage_offset() + self.offset)
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is all of the matrix, in its order."""
+        """Whether every row and column is selected, in natural order."""
         return self.rows.is_all(self.shape[0]) and self.columns.is_all(self.shape[1])
 
-    def copied(self) -> Tensor:
-        """``[rows, columns]``: a view of the matrix if a product can read it."""
+    @property
+    def struct(self) -> SubmatrixStruct:
+        """The submatrix as compiled code reads it, for float32."""
+        address = self.tensor.data_ptr() + 4 * self.offset
+        return SubmatrixStruct(address, *self.strides, self.rows.struct, self.columns.struct)
+
+    def contiguous(self) -> Tensor:
+        """``[rows, columns]``: a view where a matrix product can read one, else a copy."""
         if self.is_whole:
             return self.matrix
         if (
@@ -86,67 +117,58 @@ class Block:
         return take(self.matrix, self.rows, self.columns)
 
 
-#: ``out = a @ b``, or ``out += a @ b`` if the last entry says so.
-Product = tuple[Block, Block, Block, bool]
+#: ``out = a @ b``, or ``out += a @ b`` if the last entry is True.
+Product = tuple[Submatrix, Submatrix, Submatrix, bool]
 
 
 def multiply(products: Sequence[Product], bias: Tensor | None = None, past_caches: bool = False) -> None:
-    """``out = a @ b + bias`` in place, or ``out += a @ b + bias``, for each of some products.
+    """``out = a @ b + bias`` in place, or ``out += a @ b + bias``, for each of several products.
 
-    In float32 on the CPU one compiled function reads and writes all blocks where they lie; elsewhere they are copied.
+    In float32 on the CPU one compiled function reads and writes all submatrices in place; otherwise they are copied
+    and multiplied by PyTorch.
 
     Args:
-        products: ``(a, b, out, add)`` with blocks ``[M, K]``, ``[K, N]`` and ``[M, N]`` of row-major matrices. What
-            else is in the matrices of ``out`` stays. No product reads or writes what another one writes.
-        bias: One entry for each column of ``b``'s matrix; None for none.
-        past_caches: Whether what is written is not read soon, as a gradient: it goes past the caches if it is large.
+        products: ``(a, b, out, add)`` with submatrices ``[M, K]``, ``[K, N]`` and ``[M, N]``; the matrices of ``out``
+            are row-major, and their other entries stay as they are. No product may read or write what another one
+            writes.
+        bias: One entry for each column of ``b``'s matrix, or None.
+        past_caches: Whether the results are not read again soon, as a gradient: large ones then bypass the caches.
     """
     bias = None if bias is None else bias.contiguous()
-    tensors = [block.tensor for product in products for block in product[:3]]
+    tensors = [operand.tensor for product in products for operand in product[:3]]
     native = native_for(tensors if bias is None else [*tensors, bias])
-    address = 0 if bias is None else bias.data_ptr()
-    described = array("q")
+    address = None if bias is None else bias.data_ptr()
+    structs = []
     for a, b, out, add in products:
         if native is None or not a.columns.count:
             _by_copies(a, b, out, add, bias)
         elif out.rows.count and out.columns.count:
-            described.extend(
-                (
-                    a.rows.count, a.columns.count, b.columns.count,
-                    a.tensor.data_ptr() + 4 * a.offset, *a.strides, *a.rows.runs, *a.columns.runs,
-                    b.tensor.data_ptr() + 4 * b.offset, *b.strides, *b.rows.runs, *b.columns.runs,
-                    out.tensor.data_ptr() + 4 * out.offset, out.strides[0], *out.rows.runs, *out.columns.runs,
-                    address, 1 if add else 2 * (past_caches and is_large(out.tensor)),
-                )
-            )  # fmt: skip
-    if native is not None and described:
-        native.products(described.buffer_info()[0], len(described) // _FIELDS, torch.get_num_threads())
+            mode = _ADD if add else _PAST_CACHES if past_caches and is_large(out.tensor) else _WRITE
+            structs.append(ProductStruct(a.struct, b.struct, out.struct, address, mode))
+    if native is not None and structs:
+        native.products((ProductStruct * len(structs))(*structs), len(structs), torch.get_num_threads())
 
 
-#: Of ``Product`` in ``product.c``.
-_FIELDS = 31
-
-
-def native_for(tensors: list[Tensor]) -> CDLL | None:
-    """Compiled code for these tensors, or None where PyTorch's own calls have to do."""
-    # A dispatch mode (FlopCounterMode, for one) watches PyTorch's own calls: then these are what it shall see.
+def native_for(tensors: list[Tensor]) -> ctypes.CDLL | None:
+    """The compiled kernels if they can compute with these tensors, else None."""
+    # A dispatch mode (FlopCounterMode, for one) must see PyTorch's own calls.
     if torch._C._len_torch_dispatch_stack() or not all(t.is_cpu and t.dtype == torch.float32 for t in tensors):
         return None
     return library()
 
 
-def _by_copies(a: Block, b: Block, out: Block, add: bool, bias: Tensor | None) -> None:
+def _by_copies(a: Submatrix, b: Submatrix, out: Submatrix, add: bool, bias: Tensor | None) -> None:
     if not out.rows.count or not out.columns.count:
         return
     in_place = out.rows.slice is not None and out.columns.slice is not None
     if in_place:
         values = sliced(out.matrix, out.rows, out.columns)
     else:
-        values = out.copied() if add else buffer((out.rows.count, out.columns.count), out.tensor)
+        values = out.contiguous() if add else buffer((out.rows.count, out.columns.count), out.tensor)
     if add:
-        torch.addmm(values, a.copied(), b.copied(), out=values)
+        torch.addmm(values, a.contiguous(), b.contiguous(), out=values)
     else:
-        torch.mm(a.copied(), b.copied(), out=values)
+        torch.mm(a.contiguous(), b.contiguous(), out=values)
     if bias is not None:
         values += bias if b.columns.is_all(len(bias)) else bias.index_select(0, b.columns.on(bias.device))
     if not in_place:

@@ -1,5 +1,5 @@
-// The recurrence of an LSTM over all its steps, float32: the products with the recurrent weight, which is packed once, and
-// the pointwise work on each part of them while it is in cache. Gates lie in the order i, f, g, o.
+// The recurrence of an LSTM over all its steps, float32. The recurrent weight is packed once; the pointwise operations
+// follow each tile of the product while it is in cache. Gates lie in the order i, f, g, o.
 #include <stdint.h>
 #include <stdlib.h>
 #ifdef _OPENMP
@@ -8,7 +8,7 @@
 
 #include "tile.h"
 
-#define DEPTH 1024  // of a strip, so that it stays in the second cache
+#define DEPTH 1024  // of a panel, so that it stays in the L2 cache
 
 // exp by 2^n * polynomial, relative error below 2e-7. No branch and no call, so that the compiler vectorizes it.
 static inline float fast_exp(float x) {
@@ -42,12 +42,12 @@ static inline float tanh_(float x) {
     return square < 0.01f ? small : large;
 }
 
-// out[rows, COLUMNS] = a @ strip, for `a` packed in bands of `high` rows.
-static void strip_product(int64_t bands, int high, int64_t depth, const float *a, const float *strip, float *out) {
+// out[rows, COLUMNS] = a @ panel, for `a` packed in bands of `high` rows.
+static void panel_product(int64_t bands, int high, int64_t depth, const float *a, const float *panel, float *out) {
     for (int64_t k0 = 0; k0 < depth; k0 += DEPTH)
         for (int64_t band = 0; band < bands; band++) {
             vec sums[ROWS][2], *to = (vec *)(out + band * high * COLUMNS);
-            tile(high, least(depth - k0, DEPTH), a + (band * depth + k0) * high, strip + k0 * COLUMNS, sums);
+            tile(high, least(depth - k0, DEPTH), a + (band * depth + k0) * high, panel + k0 * COLUMNS, sums);
             for (int i = 0; i < 2 * high; i++) {
                 if (k0) to[i] += sums[i / 2][i % 2];
                 else to[i] = sums[i / 2][i % 2];
@@ -61,8 +61,8 @@ static int64_t *multiples(int64_t n, int64_t step, int64_t *to) {
     return to + n + COLUMNS;
 }
 
-// What both directions have in common: rows in bands, the depth of their products, index tables, the memory of each
-// thread. It is all one piece that begins with `inner`, NULL if it could not be had.
+// What both directions share: rows in bands, the depth of their products, arrays of offsets, the work space of each
+// thread. All is one allocation that begins at `inner`, NULL if there was no memory.
 typedef struct {
     int64_t batch, bands, depth, *inner, *rows, *weight_rows, each;
     int high;
@@ -100,32 +100,32 @@ static void pack_rows(const Shape *s, const float *from, const int64_t *inner, f
 
 // h and c of all steps, and acts: the gates after their nonlinearity. h and c begin with the initial state.
 // weight is [4 * hidden, depth], contiguous, and kept says which of the hidden units it reads; NULL: all.
-// strips has room for 4 * depth * hidden, with hidden rounded up to a multiple of COLUMNS, and 8 more.
+// packed has room for 4 * depth * hidden, with hidden rounded up to a multiple of COLUMNS, and 8 more.
 // Returns whether memory was lacking; then nothing was done.
 int lstm_forward(const float *restrict gates, float *restrict h, float *restrict c, float *restrict acts,
-                  const float *restrict weight, const int64_t *kept, float *restrict strips,
+                  const float *restrict weight, const int64_t *kept, float *restrict packed,
                   int64_t steps, int64_t batch, int64_t hidden, int64_t depth, int threads) {
     const Shape s = shape_of(batch, depth, hidden, hidden, depth, 4, threads);
     if (!s.inner) return 1;
-    const int64_t blocks = (hidden + COLUMNS - 1) / COLUMNS, size = s.bands * s.high * COLUMNS;
+    const int64_t panels = (hidden + COLUMNS - 1) / COLUMNS, size = s.bands * s.high * COLUMNS;
 #pragma omp parallel num_threads(threads)
     {
         float *a = own_scratch(&s), *sums = a + s.bands * s.high * depth + 16;
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < 4 * blocks; i++) {
+        for (int64_t i = 0; i < 4 * panels; i++) {
             const int64_t first = i / 4 * COLUMNS;
             pack(weight, s.inner, depth, s.weight_rows + i % 4 * hidden + first, (int)least(hidden - first, COLUMNS), COLUMNS, 1,
-                 strips + i * COLUMNS * depth);
+                 packed + i * COLUMNS * depth);
         }
         for (int64_t t = 0; t < steps; t++) {
             const float *c_now = c + t * batch * hidden;
             float *c_next = c + (t + 1) * batch * hidden, *h_next = h + (t + 1) * batch * hidden;
             pack_rows(&s, h + t * batch * hidden, kept ? kept : s.inner, a);
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t block = 0; block < blocks; block++) {
-                const int64_t first = block * COLUMNS, wide = least(hidden - first, COLUMNS);
+            for (int64_t panel = 0; panel < panels; panel++) {
+                const int64_t first = panel * COLUMNS, wide = least(hidden - first, COLUMNS);
                 for (int q = 0; q < 4; q++)
-                    strip_product(s.bands, s.high, depth, a, strips + (4 * block + q) * COLUMNS * depth, sums + q * size);
+                    panel_product(s.bands, s.high, depth, a, packed + (4 * panel + q) * COLUMNS * depth, sums + q * size);
                 for (int64_t b = 0; b < batch; b++) {
                     const int64_t at = b * hidden + first;
                     const float *in = gates + t * batch * 4 * hidden + 4 * b * hidden + first, *sum = sums + b * COLUMNS;
@@ -148,22 +148,22 @@ int lstm_forward(const float *restrict gates, float *restrict h, float *restrict
 }
 
 // Backwards through the steps: dgates from dh_out, the gradient of all outputs. dh and dc hold those of the last state, and
-// become those of the initial one. strips has room for 4 * hidden * depth, with depth rounded up, and 8 more.
+// become those of the initial one. packed has room for 4 * hidden * depth, with depth rounded up, and 8 more.
 // Returns as does lstm_forward.
 int lstm_backward(const float *restrict acts, const float *restrict c, const float *restrict dh_out,
                    float *restrict dh, float *restrict dc, float *restrict dgates,
-                   const float *restrict weight, const int64_t *kept, float *restrict strips, int64_t steps,
+                   const float *restrict weight, const int64_t *kept, float *restrict packed, int64_t steps,
                    int64_t batch, int64_t hidden, int64_t depth, int threads) {
     const Shape s = shape_of(batch, 4 * hidden, 4 * hidden, hidden, depth, 1, threads);
     if (!s.inner) return 1;
-    const int64_t blocks = (depth + COLUMNS - 1) / COLUMNS, size = s.bands * s.high * COLUMNS;
+    const int64_t panels = (depth + COLUMNS - 1) / COLUMNS;
 #pragma omp parallel num_threads(threads)
     {
         float *a = own_scratch(&s), *sums = a + s.bands * s.high * s.depth + 16;
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < blocks; i++)
+        for (int64_t i = 0; i < panels; i++)
             pack(weight, s.weight_rows, 4 * hidden, s.inner + i * COLUMNS, (int)least(depth - i * COLUMNS, COLUMNS), COLUMNS, 0,
-                 strips + i * COLUMNS * 4 * hidden);
+                 packed + i * COLUMNS * 4 * hidden);
         for (int64_t t = steps - 1; t >= 0; t--) {
             const float *act = acts + t * batch * 4 * hidden, *c_t = c + t * batch * hidden, *c_next = c_t + batch * hidden;
             const float *dh_t = dh_out + t * batch * hidden;
@@ -188,9 +188,9 @@ int lstm_backward(const float *restrict acts, const float *restrict c, const flo
             }
             pack_rows(&s, out, s.inner, a);
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t block = 0; block < blocks; block++) {
-                const int64_t first = block * COLUMNS, wide = least(depth - first, COLUMNS);
-                strip_product(s.bands, s.high, s.depth, a, strips + block * COLUMNS * s.depth, sums);
+            for (int64_t panel = 0; panel < panels; panel++) {
+                const int64_t first = panel * COLUMNS, wide = least(depth - first, COLUMNS);
+                panel_product(s.bands, s.high, s.depth, a, packed + panel * COLUMNS * s.depth, sums);
                 for (int64_t b = 0; b < batch; b++)
                     for (int64_t j = 0; j < wide; j++)
                         dh[b * hidden + (kept ? kept[first + j] : first + j)] = sums[b * COLUMNS + j];

@@ -1,4 +1,8 @@
-"""Gather and multiply: products over kept units only, in plain PyTorch calls, on any device."""
+"""The compact backend: gathers kept units and multiplies them, on any device.
+
+In float32 on the CPU compiled kernels read and write the operands in place (:mod:`approxdrop_lightning.ops.native`);
+elsewhere PyTorch gathers copies and multiplies them.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.copies import put, take
 from approxdrop_lightning.ops.row_linear import groups, reference
-from approxdrop_lightning.ops.row_linear.groups import Groups
-from approxdrop_lightning.ops.row_linear.one_pass import layer_products
+from approxdrop_lightning.ops.row_linear.groups import GroupedLinear
+from approxdrop_lightning.ops.row_linear.one_pass import linear_between
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.units import Units
 
@@ -52,24 +56,24 @@ class _RowLinear(torch.autograd.Function):
         out_pattern: RowPattern | None,
         leading_shape: tuple[int, ...],
     ) -> Tensor:
-        parts = layer_products(in_pattern, out_pattern, leading_shape, weight)
-        y = parts.product(x, weight, bias)
-        ctx.parts, ctx.bias = parts, bias is not None
+        layer = linear_between(in_pattern, out_pattern, leading_shape, weight)
+        y = layer.product(x, weight, bias)
+        ctx.layer, ctx.bias = layer, bias is not None
         ctx.save_for_backward(x, weight)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parts: Groups = ctx.parts
+        layer: GroupedLinear = ctx.layer
         x, weight = ctx.saved_tensors
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = parts.input_grad(grad, weight).view(x.shape)
+            dx = layer.input_grad(grad, weight).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dw = parts.weight_grad(grad, x)
+            dw = layer.weight_grad(grad, x)
         if ctx.bias and ctx.needs_input_grad[2]:
-            db = parts.bias_grad(grad)
+            db = layer.bias_grad(grad)
         return dx, dw, db, None, None, None
 
 

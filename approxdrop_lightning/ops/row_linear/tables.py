@@ -121,7 +121,7 @@ class _Side:
         equal_cells = n % (pattern.block_size * pattern.dp) == 0
         self.align = widest if equal_cells and n // pattern.dp % widest == 0 else self.run
         self.places, units, end = [], [], 0
-        for part in pattern.parts:
+        for part in pattern.by_order:
             for g in range(part.n_groups):
                 kept = part.units(g)
                 # Units that two groups keep are the last ones of the one and the first ones of the other.

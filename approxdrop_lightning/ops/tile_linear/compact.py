@@ -1,4 +1,4 @@
-"""Products with the kept tiles of a weight only: few products of parts of matrices, on any device."""
+"""The compact backend: a few dense products of the submatrices that the kept tiles form, on any device."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.autograd.function import once_differentiable
 
 from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.copies import zero
-from approxdrop_lightning.ops.native.product import Block, multiply
+from approxdrop_lightning.ops.native.product import Submatrix, multiply
 from approxdrop_lightning.patterns.tile import TilePattern
 from approxdrop_lightning.patterns.units import Units
 
 
 def _product(x: Tensor, weight: Tensor, pattern: TilePattern) -> Tensor:
-    """``x @ (weight * mask).T``: each part of the pattern makes outputs of its own."""
+    """``x @ (weight * mask).T``: each submatrix of the weight computes outputs of its own."""
     rows = Units.every(len(x))
     y = x.new_empty(len(x), pattern.n_out)
     multiply(
         [
-            (Block(x, rows, inputs), Block(weight, outputs, inputs).t, Block(y, rows, outputs), False)
-            for outputs, inputs in pattern.parts()
+            (Submatrix(x, rows, inputs), Submatrix(weight, outputs, inputs).t, Submatrix(y, rows, outputs), False)
+            for outputs, inputs in pattern.submatrices()
         ]
     )
     return y
@@ -33,12 +33,12 @@ def _weight_grad(dy: Tensor, x: Tensor, pattern: TilePattern) -> Tensor:
     rows = Units.every(len(x))
     grad = buffer((pattern.n_out, pattern.n_in), dy, exact=True)
     if not pattern.keeps_all:
-        for outputs, inputs in pattern.dropped.parts():
+        for outputs, inputs in pattern.dropped.submatrices():
             zero(grad, outputs, inputs)
     multiply(
         [
-            (Block(dy, rows, outputs).t, Block(x, rows, inputs), Block(grad, outputs, inputs), False)
-            for outputs, inputs in pattern.parts()
+            (Submatrix(dy, rows, outputs).t, Submatrix(x, rows, inputs), Submatrix(grad, outputs, inputs), False)
+            for outputs, inputs in pattern.submatrices()
         ],
         past_caches=True,
     )

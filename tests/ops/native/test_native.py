@@ -1,10 +1,10 @@
 """The compiled kernels: found or done without, right to the last places of single precision, harmless to others."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
-from array import array
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,10 +14,12 @@ from support import ROOT
 from approxdrop_lightning.ops.lstm import compact as lstm
 from approxdrop_lightning.ops.native import buffers, copies, product
 from approxdrop_lightning.ops.native import library as native
-from approxdrop_lightning.ops.native.product import Block
-from approxdrop_lightning.ops.row_linear.one_pass import layer_products
+from approxdrop_lightning.ops.native.product import ProductStruct, Submatrix
+from approxdrop_lightning.ops.row_linear import one_pass
+from approxdrop_lightning.ops.row_linear.groups import RowGroupStruct
+from approxdrop_lightning.ops.row_linear.one_pass import LayerStruct, linear_between
 from approxdrop_lightning.patterns.row import RowPattern
-from approxdrop_lightning.patterns.units import Units
+from approxdrop_lightning.patterns.units import Units, UnitsStruct
 
 # Where there is a compiler, sources that do not compile are a failure.
 needs_compiler = pytest.mark.skipif(
@@ -93,7 +95,7 @@ def test_an_lstm_step_at_the_ends_of_the_range(monkeypatch):
     ("steps", "batch", "hidden", "depth"), [(1, 1, 1, 1), (3, 20, 50, 17), (2, 7, 33, 33), (2, 3, 520, 260)]
 )
 def test_the_recurrence_is_that_of_pytorch(steps, batch, hidden, depth, threads, monkeypatch):
-    """Over bands and strips that are not full, several depths (4 * 520 > 1024), and gathered inputs."""
+    """Over bands and panels that are not full, several depths (4 * 520 > 1024), and gathered inputs."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     kept = None if depth == hidden else torch.randperm(hidden)[:depth]
@@ -120,17 +122,30 @@ def test_the_sources_compile():
 
 
 @needs_compiler
+@pytest.mark.parametrize("struct", [UnitsStruct, ProductStruct, RowGroupStruct, LayerStruct])
+def test_structures_are_as_large_as_those_of_the_sources(struct):
+    name = struct.__name__.removesuffix("Struct")
+    assert ctypes.c_int64.in_dll(native.library(), f"sizeof_{name}").value == ctypes.sizeof(struct)
+
+
+@needs_compiler
+def test_panels_are_as_wide_as_those_of_the_sources():
+    assert ctypes.c_int64.in_dll(native.library(), "one_pass_panel").value == one_pass.PANEL
+
+
+@needs_compiler
 def test_lack_of_memory_is_an_error_of_python():
     """More rows than the machine has addresses: nothing is read before the memory is there."""
     compiled = native.library()
-    described = array("q", [2**57, 1, 1, *[0] * (product._FIELDS - 3)])
+    huge = ProductStruct()
+    huge.a.rows.count, huge.a.columns.count, huge.b.columns.count = 2**57, 1, 1
     with pytest.raises(MemoryError, match="products"):
-        compiled.products(described.buffer_info()[0], 1, 1)
-    none = array("q", [0])
-    layer = array("q", [2**57, 1, 1, 0, 0, 0, 0, none.buffer_info()[0], *[0] * 6])
-    for name in ("strips_product", "strips_input_grad", "strips_weight_grad"):
+        compiled.products(ctypes.byref(huge), 1, 1)
+    none = ctypes.c_int64(0)
+    layer = LayerStruct(rows=2**57, inputs=1, outputs=1, first_panel=ctypes.addressof(none))
+    for name in ("one_pass_product", "one_pass_input_grad", "one_pass_weight_grad"):
         with pytest.raises(MemoryError, match=name):
-            getattr(compiled, name)(layer.buffer_info()[0], 1)
+            getattr(compiled, name)(ctypes.byref(layer), 1)
     with pytest.raises(MemoryError, match="lstm_forward"):
         compiled.lstm_forward(*[None] * 7, 1, 2**50, 8, 8, 1)
     with pytest.raises(MemoryError, match="lstm_backward"):
@@ -149,15 +164,15 @@ def test_lack_of_memory_for_a_threads_blocks_is_an_error_of_python(tmp_path, mon
     monkeypatch.setattr(product, "library", lambda: compiled)
     a, b, out = torch.randn(200, 50), torch.randn(50, 60), torch.empty(200, 60)
     with pytest.raises(MemoryError, match="products"):
-        product.multiply([(Block.whole(a), Block.whole(b), Block.whole(out), False)])
+        product.multiply([(Submatrix.whole(a), Submatrix.whole(b), Submatrix.whole(out), False)])
     pattern = RowPattern(64, 2, 0, interleave=True, block_size=16)
-    layer = layer_products(pattern, None, (200,), torch.randn(50, 64))
-    x, y = layer.inside.new(a), torch.randn(200, 50)
-    with pytest.raises(MemoryError, match="strips_product"):
+    layer = linear_between(pattern, None, (200,), torch.randn(50, 64))
+    x, y = layer.inputs.new(a), torch.randn(200, 50)
+    with pytest.raises(MemoryError, match="one_pass_product"):
         layer.product(x, torch.randn(50, 64), None)
-    with pytest.raises(MemoryError, match="strips_input_grad"):
+    with pytest.raises(MemoryError, match="one_pass_input_grad"):
         layer.input_grad(y, torch.randn(50, 64))
-    with pytest.raises(MemoryError, match="strips_weight_grad"):
+    with pytest.raises(MemoryError, match="one_pass_weight_grad"):
         layer.weight_grad(y, x)
 
 
@@ -172,7 +187,7 @@ def test_the_wider_tile_of_other_processors(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "library", lambda: wide)
     for m, k, n in ((1, 5, 3), (45, 67, 50), (301, 907, 120)):
         a, b, out = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
-        product.multiply([(Block.whole(a), Block.whole(b).t, Block.whole(out), False)])
+        product.multiply([(Submatrix.whole(a), Submatrix.whole(b).t, Submatrix.whole(out), False)])
         torch.testing.assert_close(out, a @ b.t(), rtol=1e-4, atol=1e-3)
     hidden, kept = 50, torch.randperm(50)[:17]
     inputs = [torch.randn(s, requires_grad=True) for s in ((3, 20, 200), (20, hidden), (20, hidden), (200, 17))]
@@ -226,7 +241,7 @@ def test_take_and_put_are_indexing(dtype, compiled, threads, monkeypatch):
 @pytest.mark.parametrize("n", [1037, 1040])  # rows that begin anywhere in a cache line, and at its beginning
 def test_what_is_written_past_the_caches_is_all_of_it_and_nothing_else(n, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    rows, columns = (Units(*parts) for parts in (_pieces(700, generator), _pieces(n, generator)))
+    rows, columns = (Units(*fields) for fields in (_ranges(700, generator), _ranges(n, generator)))
     a, b = torch.randn(rows.count, 40, generator=generator), torch.randn(40, columns.count, generator=generator)
     for large in (False, True):
         monkeypatch.setattr(copies, "_LARGE", 0 if large else 1 << 62)
@@ -236,8 +251,8 @@ def test_what_is_written_past_the_caches_is_all_of_it_and_nothing_else(n, monkey
         wanted[rows.index[:, None], columns.index] = 0
         copies.zero(target, rows, columns)
         assert torch.equal(target, wanted)
-        out = Block(target, rows, columns)
-        product.multiply([(Block.whole(a), Block.whole(b), out, False)], past_caches=True)
+        out = Submatrix(target, rows, columns)
+        product.multiply([(Submatrix.whole(a), Submatrix.whole(b), out, False)], past_caches=True)
         wanted[rows.index[:, None], columns.index] = a @ b
         torch.testing.assert_close(target, wanted, rtol=1e-5, atol=1e-4)
         assert matrix[:-700].eq(1).all()
@@ -246,7 +261,7 @@ def test_what_is_written_past_the_caches_is_all_of_it_and_nothing_else(n, monkey
     assert not every.any()
 
 
-def _pieces(n, generator):
+def _ranges(n, generator):
     """Starts, lengths and number of units: blocks of 16 in some order, an odd one among them."""
     starts = torch.randperm(n // 16, generator=generator)[: n // 20] * 16
     lengths = torch.full_like(starts, 16)

@@ -1,11 +1,11 @@
-"""`multiply` against plain indexing: every way in which a block can lie in its matrix."""
+"""`multiply` against plain indexing: every way in which a submatrix can lie in its matrix."""
 
 import itertools
 
 import pytest
 import torch
 
-from approxdrop_lightning.ops.native.product import Block, multiply
+from approxdrop_lightning.ops.native.product import Submatrix, multiply
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.units import Units
 
@@ -31,7 +31,7 @@ def units(kind: str, n: int, seed: int) -> Units:
         (301, 907, 1205),  # several blocks, depths and tasks for the threads
     ],
 )
-def test_product_of_parts(kinds, sizes, transposed, add, dtype):
+def test_product_of_submatrices(kinds, sizes, transposed, add, dtype):
     rows, inner, columns = (units(kind, n, i) for i, (kind, n) in enumerate(zip(kinds, sizes, strict=True)))
     m, k, n = sizes
     a = torch.randn(k, m, dtype=dtype).t() if transposed[0] else torch.randn(m, k, dtype=dtype)
@@ -42,5 +42,5 @@ def test_product_of_parts(kinds, sizes, transposed, add, dtype):
     product += bias.double()[columns.index]
     place = rows.index[:, None], columns.index
     wanted[place] = wanted[place] + product if add else product
-    multiply([(Block(a, rows, inner), Block(b, inner, columns), Block(out, rows, columns), add)], bias)
+    multiply([(Submatrix(a, rows, inner), Submatrix(b, inner, columns), Submatrix(out, rows, columns), add)], bias)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5 * k if dtype == torch.float32 else 1e-10)

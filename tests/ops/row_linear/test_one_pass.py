@@ -1,4 +1,4 @@
-"""Products over strips: those of masked dense products, for every way in which groups and strips can lie."""
+"""One pass over the weight for all groups: equal to masked dense products, however groups and panels lie."""
 
 import itertools
 
@@ -7,8 +7,8 @@ import torch
 
 from approxdrop_lightning import functional
 from approxdrop_lightning.ops.native import library as native
-from approxdrop_lightning.ops.row_linear.groups import Groups
-from approxdrop_lightning.ops.row_linear.one_pass import Strips, layer_products
+from approxdrop_lightning.ops.row_linear.groups import GroupedLinear
+from approxdrop_lightning.ops.row_linear.one_pass import OnePassLinear, linear_between
 from approxdrop_lightning.patterns.row import RowPattern
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="no compiled kernels on this machine")
@@ -23,14 +23,14 @@ def interleaved(n, dp, keep, orders, block_size=16, seed=0):
 @pytest.fixture
 def ran(monkeypatch):
     """Names of the compiled functions that were called."""
-    names, run = [], Strips.run
+    names, run = [], OnePassLinear.run
 
     def note(self, name, *args):
         done = run(self, name, *args)
         names.extend([name] * done)
         return done
 
-    monkeypatch.setattr(Strips, "run", note)
+    monkeypatch.setattr(OnePassLinear, "run", note)
     return names
 
 
@@ -66,21 +66,21 @@ def check(pattern, n_out, leading, transposed=False, threads=2, tolerance=1e-4):
     ("n", "n_out"),
     [
         (64, 48),
-        (100, 33),  # neither is a number of whole strips
-        (16, 1),  # one strip
+        (100, 33),  # neither is a number of whole panels
+        (16, 1),  # one panel
         (7, 5),  # less than one
         (650, 1000),  # several blocks of depth, tasks for the threads
     ],
 )
-def test_products_of_kept_strips(n, n_out, ran):
+def test_products_of_kept_panels(n, n_out, ran):
     for (dp, keep), orders in itertools.product([(2, 1), (3, 2), (10, 3), (10, 7)], [1, 4]):
         for leading in [(35, 20)] if n == 650 else [(3, 5), (40,), (1, 1)]:
             check(interleaved(n, dp, keep, orders), n_out, leading)
-    assert set(ran) == {"strips_product", "strips_input_grad", "strips_weight_grad"}
+    assert set(ran) == {"one_pass_product", "one_pass_input_grad", "one_pass_weight_grad"}
 
 
 @needs_library
-def test_blocks_of_several_strips_strided_weights_and_one_thread(ran):
+def test_blocks_of_several_panels_strided_weights_and_one_thread(ran):
     check(interleaved(150, 3, 1, 2, block_size=32), 40, (5, 9))
     check(RowPattern(150, 3, 1, 1, True, None, 48), 40, (45,))  # in their natural order
     check(interleaved(100, 2, 1, 3), 70, (5, 9), transposed=True)
@@ -88,18 +88,18 @@ def test_blocks_of_several_strips_strided_weights_and_one_thread(ran):
     assert len(ran) == 4 * 3
 
 
-def test_only_where_interleaved_inputs_are_whole_strips_and_all_outputs_are_wanted():
+def test_only_where_interleaved_inputs_are_whole_panels_and_all_outputs_are_wanted():
     fitting = interleaved(64, 2, 1, 2)
     shared = RowPattern(64, 2, 0, order=torch.randperm(4), block_size=16)
     for in_pattern, out_pattern, kind in (
-        (fitting, None, Strips),
-        (None, fitting, Groups),
-        (fitting, fitting, Groups),
-        (None, None, Groups),
-        (interleaved(64, 2, 1, 2, block_size=8), None, Groups),
-        (shared, None, Groups),
+        (fitting, None, OnePassLinear),
+        (None, fitting, GroupedLinear),
+        (fitting, fitting, GroupedLinear),
+        (None, None, GroupedLinear),
+        (interleaved(64, 2, 1, 2, block_size=8), None, GroupedLinear),
+        (shared, None, GroupedLinear),
     ):
-        assert type(layer_products(in_pattern, out_pattern, (6,), torch.empty(64, 64))) is kind
+        assert type(linear_between(in_pattern, out_pattern, (6,), torch.empty(64, 64))) is kind
 
 
 @needs_library
