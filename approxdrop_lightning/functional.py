@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from approxdrop_lightning.ops import lstm
 from approxdrop_lightning.ops.backend import choose_backend
-from approxdrop_lightning.ops.lstm import compact as lstm
 from approxdrop_lightning.ops.lstm import flat_weights
 from approxdrop_lightning.ops.row_linear import compact, row_backend
 from approxdrop_lightning.ops.row_linear.reference import ACTIVATIONS

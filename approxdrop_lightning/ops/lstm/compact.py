@@ -1,17 +1,18 @@
-"""LSTM recurrence over ready-made gate inputs, with a hand-written backward for the whole sequence.
+"""The compact backend: the whole recurrence is one autograd function with a hand-written backward.
 
-In float32 on the CPU all steps are one compiled function (``recurrence.c``); elsewhere they are PyTorch's calls.
+In float32 on the CPU all steps run in one compiled function (``recurrence.c``); elsewhere each step is a few calls of
+PyTorch.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from approxdrop_lightning.ops.backend import has_triton
 from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.ops.native.product import Submatrix, multiply
@@ -20,7 +21,8 @@ from approxdrop_lightning.ops.native.product import Submatrix, multiply
 _PANEL = 32
 
 
-def _native(gates: Tensor, weight: Tensor) -> Any:
+def _native(gates: Tensor, weight: Tensor) -> ctypes.CDLL | None:
+    """The compiled kernels if they can compute with these tensors, else None."""
     return library() if gates.is_cpu and gates.dtype == torch.float32 and gates.numel() and weight.numel() else None
 
 
@@ -30,7 +32,7 @@ def _packed_weight(gates: int, n: int, depth: int, like: Tensor) -> Tensor:
 
 
 def _forward_step(gates: Tensor, c: Tensor, acts: Tensor, c_next: Tensor, h_next: Tensor) -> None:
-    """``gates`` before their nonlinearity; the last three are written."""
+    """One step from the gates before their nonlinearity; writes ``acts``, ``c_next`` and ``h_next``."""
     hidden = c.shape[1]
     torch.sigmoid(gates, out=acts)
     i, f, g, o = acts.chunk(4, dim=-1)
@@ -41,7 +43,7 @@ def _forward_step(gates: Tensor, c: Tensor, acts: Tensor, c_next: Tensor, h_next
 
 
 def _backward_step(acts: Tensor, c: Tensor, c_next: Tensor, dh: Tensor, dc: Tensor, dgates: Tensor) -> None:
-    """``dgates`` is written, and ``dc`` becomes that of the step before."""
+    """One step backwards: writes ``dgates``, and replaces ``dc`` by the gradient of ``c``."""
     tanh_c = c_next.tanh()
     i, f, g, o = acts.chunk(4, dim=-1)
     di, df, dg, do = dgates.chunk(4, dim=-1)
@@ -112,17 +114,8 @@ class _LSTMSequence(torch.autograd.Function):
         return dgates, dh, dc, dweight, None
 
 
-def _has_kernels(gates: Tensor) -> bool:
-    """Whether Triton kernels run the sequence."""
-    return gates.is_cuda and gates.dtype != torch.float64 and has_triton()
-
-
 def sequence(
     gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(h, h_T, c_T)``; ``weight`` is ``[4 * H, kept]`` and ``kept`` the recurrent inputs it reads, or None."""
-    if _has_kernels(gates):
-        from approxdrop_lightning.ops.lstm import lstm_ops
-
-        return lstm_ops.sequence(gates, h0, c0, weight, kept)
+    """``(h, h_T, c_T)``. Shapes as in :func:`approxdrop_lightning.ops.lstm.sequence`."""
     return _LSTMSequence.apply(gates, h0, c0, weight, kept)

@@ -26,7 +26,7 @@ NAMES = ("h", "h_T", "c_T", "gates", "h0", "c0", "weight_hh")
 @pytest.fixture
 def kernels(monkeypatch):
     """Sequences of the types that kernels are for run them, as on CUDA."""
-    monkeypatch.setattr(lstm, "_has_kernels", lambda gates: gates.dtype != torch.float64)
+    monkeypatch.setattr("approxdrop_lightning.ops.lstm._has_kernels", lambda gates: gates.dtype != torch.float64)
 
 
 def operands(steps, batch, hidden, dtype=torch.float32):
