@@ -1,0 +1,53 @@
+"""Dropout sites: the patterns that they draw."""
+
+import pytest
+import torch
+from support.gallery import LanguageModel
+from torch import nn
+
+from approxdrop_lightning import approximate, resample
+from approxdrop_lightning.layers.compact_tensor import CompactTensor
+
+
+def test_a_site_whose_width_changes_between_batches_draws_another_pattern():
+    model = nn.Dropout(0.5)
+    approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
+    for width in (16, 24, 16):
+        resample(model)
+        x = torch.ones(6, width, requires_grad=True)
+        torch.testing.assert_close(model(x) * 1.0, model.last_patterns[0].mask(6) * 2.0)
+        assert len(model.last_patterns) == 1
+
+
+def test_the_global_generator_is_not_used():
+    model = LanguageModel()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    approximate(model)
+    resample(model)
+    model(torch.randint(30, (4, 3), generator=torch.Generator())).sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rows_of_sequences_take_several_orders_and_those_of_images_one():
+    model = nn.Sequential(nn.Linear(20, 64), nn.Dropout(0.7), nn.Linear(64, 8))
+    approximate(model, min_multiplies=0, seed=0)
+    for shape, expected in (((35, 20, 20), 3), ((700, 20), 1), ((3, 4, 20), 1)):
+        resample(model)
+        model(torch.randn(shape)).sum().backward()
+        (pattern,) = model[1].last_patterns
+        assert pattern.n_orders >= expected if expected > 1 else pattern.n_orders == 1
+
+
+@pytest.mark.parametrize(("rate", "hidden", "masked"), [(0.3, 256, True), (0.3, 320, False), (0.7, 256, False)])
+def test_narrow_layers_that_keep_most_by_several_orders_are_masked(rate, hidden, masked):
+    model = nn.ModuleList([nn.Dropout(rate), nn.LSTM(hidden, 8)])
+    report = approximate(model, seed=0, min_hidden=0, concentration=float("inf"))  # always (10, 7) or (10, 3)
+    resample(model)
+    x = torch.ones(35, 20, hidden)
+    dropped = model[0](x)
+    model[1](dropped)[0].sum().backward()
+    assert model[0].last_patterns[0].n_orders > 1
+    assert isinstance(dropped, CompactTensor) != masked
+    assert ("too few to gain at a rate below .5" in str(report)) == masked
+    assert (dropped == 0).float().mean() == pytest.approx(rate, abs=0.01)

@@ -1,0 +1,113 @@
+"""The report: what is skipped, what is not and why, and the share of multiplies saved."""
+
+import pytest
+import torch
+from support.flops import Flops
+from support.gallery import mlp
+from torch import nn
+
+from approxdrop_lightning import approximate, resample, restore
+
+
+def test_the_report_says_what_is_skipped_and_why_not():
+    model = nn.Sequential(
+        nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 128), nn.Dropout(0.0), nn.Linear(128, 32),
+        nn.Dropout(0.4), nn.LayerNorm(32), nn.Dropout(1.0), nn.AlphaDropout(0.3),
+    )  # fmt: skip
+    report = approximate(model, min_features=64, min_multiplies=16 * 64 * 128 // 2)
+    assert report["2"].skipped == "not known before the first training batch"
+    resample(model)
+    model(torch.randn(16, 64)).sum().backward()
+    row = report["2"]
+    assert (row.producer, row.consumers, row.skipped) == (
+        "0",
+        ("3",),
+        "producer's rows and consumers' columns",
+    )
+    assert "rate is 0" in report["4"].skipped
+    assert "32 features are too few" in report["6"].skipped
+    assert "drops everything" in report["8"].skipped
+    assert "AlphaDropout" in report["9"].skipped
+    assert all(name in str(report) for name in ("2", "producer's rows", "AlphaDropout"))
+
+
+def test_a_frozen_part_is_reported():
+    """As LightningModule.freeze leaves it: in evaluation mode, without gradients."""
+    model = mlp()
+    report = approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
+    model[1].eval().requires_grad_(False)
+    resample(model)
+    model(torch.randn(4, 20)).sum().backward()
+    assert report["1.3"].skipped == "nothing: not called in training mode so far (frozen or not used)"
+    assert report["0"].consumers == ()  # layer 1.0 evaluates, so it reads everything
+    assert "producer's rows and consumers' columns" in report["4"].skipped
+
+
+def test_a_rate_that_is_not_the_models_is_shown_beside_it():
+    model = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 64), nn.Dropout(0.0), nn.Linear(64, 2))
+    assert "0.7 (own: 0.5)" in str(report := approximate(model, rate=0.7))
+    assert (report["3"].rate, report["3"].own_rate) == (0.7, 0.0)
+    restore(model)
+    assert "own:" not in str(approximate(model, rate=None))
+
+
+class Mixed(nn.Module):
+    """Layers of every counted kind, on each way of being called."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2)
+        self.attention = nn.MultiheadAttention(64, 2, batch_first=True, kdim=32, vdim=16)
+        self.norm = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+        self.mlp = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 64))
+
+    def forward(self, x):  # [5, 4, 4, 4]
+        x = self.up(self.conv(x)).flatten(1).unflatten(1, (4, 64))
+        y, _ = self.attention(x, value=x[..., :16], key=x[..., 32:])
+        return self.mlp(self.norm(y))
+
+
+def test_the_saved_share_is_one_of_the_whole_model():
+    model = Mixed()
+    with Flops() as dense:
+        model(torch.randn(5, 4, 4, 4))
+    report = approximate(model, seed=0)
+    for _ in range(2):
+        resample(model)
+        with Flops() as executed:
+            model(torch.randn(5, 4, 4, 4)).sum()
+        assert report.multiplies == dense.total / 2
+        assert report.saved == pytest.approx(1 - executed.total / dense.total)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_layers_that_cannot_be_converted_count_too():
+    model = nn.ModuleList([nn.GRU(8, 16, 2, bidirectional=True), nn.Sequential(nn.Linear(32, 64), nn.Dropout(0.5))])
+    report = approximate(model)
+    resample(model)
+    y, _ = model[0](torch.randn(3, 5, 8))
+    model[1](y).sum().backward()
+    gates = 3 * 16 * 2 * 15  # of both directions, for 15 rows
+    assert report.elsewhere == gates * (8 + 16) + gates * (32 + 16)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.7])
+def test_the_report_counts_what_is_saved_in_expectation(rate):
+    """Two dropouts of one rate share their period: the mean of the square, counted here over many steps."""
+    model = nn.Sequential(
+        nn.Linear(60, 240), nn.ReLU(), nn.Dropout(rate), nn.Linear(240, 120), nn.Dropout(rate), nn.Linear(120, 60)
+    )
+    report = approximate(model, min_multiplies=0, seed=0)
+    dense = 60 * 240 + 240 * 120 + 120 * 60
+    executed = []
+    for _ in range(300):
+        resample(model)
+        with Flops() as counter:
+            model(torch.randn(12, 60))
+        executed.append(counter.total / (2 * 12 * dense))
+    spread = torch.tensor(executed).std().item() / 300**0.5
+    assert report.saved > 0.5
+    assert report.saved == pytest.approx(1 - sum(executed) / 300, abs=max(4 * spread, 1e-9))
+    assert report.saved_by(report["2"]) == pytest.approx(rate * (60 * 240 + 240 * 120) / dense)
+    assert report.saved_by(report["4"]) == pytest.approx(rate * (240 * 120 + 120 * 60) / dense)
