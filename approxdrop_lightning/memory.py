@@ -1,4 +1,4 @@
-"""A malloc setting of the C library that saves training on a CPU page faults."""
+"""A setting of glibc's malloc that saves page faults when training on a CPU."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep the memory that it frees, for its own next request.
+    """Keep freed memory in the process for later allocations.
 
-    By default glibc gives large blocks back to the system, and at the next step each of their pages costs a fault
-    again: about 1 ms per MB on virtual machines, more than dropout costs. It is a setting of the whole process and
-    helps conventional training as well; memory in use does not grow, but what is free stays with the process.
+    By default glibc returns large allocations to the system, and each of their pages faults again at the next step:
+    about 1 ms per MB on virtual machines, more than dropout costs. The setting is process-wide and helps conventional
+    training as well. Peak memory does not grow, but the process does not shrink either.
 
     Returns:
-        Whether there is such a setting here: on Linux with glibc.
+        Whether the setting exists here, that is, on Linux with glibc.
     """
     if sys.platform != "linux":
         return False

@@ -1,4 +1,4 @@
-"""Counts the multiplies of stock layers."""
+"""Counter of the multiplies of stock layers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _COUNTED = (nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.Linea
 
 
 def multiplies(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
-    """Multiplies of one forward call of a stock layer: of its products, not of elementwise work.
+    """Multiplies of one forward call of a stock layer, without elementwise operations.
 
     Args:
-        module: A convolution, attention, recurrent or linear layer; others count as nothing.
+        module: A convolution, attention, recurrent or linear layer; other layers count as 0.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         output: What it returned.
@@ -41,13 +41,13 @@ def multiplies(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 class Count:
-    """Counts the multiplies of stock layers during one training step.
+    """Counts the multiplies of stock layers during one training step, with forward hooks.
 
-    It stays on the modules for that step only: hooks change how some layers of PyTorch evaluate.
+    Remove them with :meth:`stop` after the step: hooks keep some PyTorch layers from their fast paths.
 
     Args:
-        modules: Layers to count; those that are of no counted kind are passed over.
-        note: Told the multiplies of each training call.
+        modules: Layers to count; those of other kinds are ignored.
+        note: Called with the multiplies of each training forward.
     """
 
     def __init__(self, modules: list[nn.Module], note: Callable[[int], None]) -> None:
@@ -63,7 +63,7 @@ class Count:
             self._note(multiplies(module, args, kwargs, output))
 
     def stop(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

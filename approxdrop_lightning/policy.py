@@ -1,4 +1,4 @@
-"""Whether skipping pays: thresholds below which a dropout is computed as a mask."""
+"""When skipping pays off: thresholds below which a dropout is applied as a mask."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def least_saved(device: torch.device, dtype: torch.dtype) -> int:
-    """Multiplies that a dropout must save in one product to gain more than its bookkeeping costs.
+    """Fewest multiplies that a dropout must save in one product to outweigh its overhead.
 
-    Measured by whole steps: on 2 CPU cores (README, Results) and on an H100 (docs/gpu_model.md).
+    Measured with whole training steps on 2 CPU cores (README, Results) and on an H100 (docs/gpu_model.md).
     """
     if device.type == "cpu":
         return 20_000_000

@@ -8,9 +8,9 @@ import torch
 
 
 class Ledger(dict[tuple[Any, Any], int]):
-    """Multiplies of the dense products of one layer in the last step: ``(site before, site after)`` to number.
+    """Dense multiplies of one layer in the last step, by ``(site before, site after)``.
 
-    A step that drops nothing shows no sites, so it is not noted.
+    Steps that drop nothing are not recorded, because they do not show the sites.
     """
 
     def __init__(self) -> None:
@@ -18,11 +18,11 @@ class Ledger(dict[tuple[Any, Any], int]):
         self._stale = self._closed = False
 
     def begin(self, open_: bool) -> None:
-        """Begin a step; what is known stays until something is noted."""
+        """Start a step; the last entries stay until a product is recorded."""
         self._stale, self._closed = True, not open_
 
     def note(self, before: Any, after: Any, multiplies: int) -> None:
-        """Add a product. Activations that a backward pass computes again are not counted twice."""
+        """Record a product, unless activation checkpointing recomputes it in a backward pass."""
         if self._closed or torch._C._current_graph_task_id() != -1:
             return
         if self._stale:

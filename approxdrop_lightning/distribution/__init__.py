@@ -1,8 +1,8 @@
-"""How often each pattern is drawn: from a dropout rate to probabilities over ``(dp, keep)``.
+"""Search for the pattern distribution of a dropout rate: probabilities over ``(dp, keep)``.
 
-A pattern that keeps ``keep`` of ``dp`` cells drops the share ``u = (dp - keep) / dp``. Wanted are
-probabilities ``k`` with ``sum_i k_i u_i = rate`` (each unit is then dropped with exactly the rate, Song
-et al., DATE 2019, section 3.4), as diverse as possible.
+A pattern that keeps ``keep`` of ``dp`` cells drops the share ``u = (dp - keep) / dp``. The search finds probabilities
+``k`` with ``sum_i k_i u_i = rate``, so that each unit is dropped with exactly that rate (Song et al., DATE 2019,
+section 3.4), and with as much entropy as possible.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-#: What the callback asks for unless it is told otherwise.
+#: Defaults of the callback.
 MAX_DP, KEEP, CONCENTRATION = 10, "any", 1000.0
 
 #: Above this concentration the distribution equals its limit to float64.
@@ -28,7 +28,7 @@ class PatternDistribution:
     Attributes:
         support: Pairs ``(dp, keep)``.
         probabilities: One float per pair, summing to 1.
-        rate: The dropout rate asked for, in [0, 1).
+        rate: The requested dropout rate, in [0, 1).
     """
 
     support: tuple[tuple[int, int], ...]
@@ -44,7 +44,7 @@ class PatternDistribution:
         keep: str = "one",
         concentration: float = 0.0,
     ) -> PatternDistribution:
-        r"""Find the distribution of maximum entropy that meets ``rate``.
+        r"""Find the distribution of maximum entropy whose expected dropped share is ``rate``.
 
         The optimum is :math:`k_i \propto \exp(\beta u_i - \gamma (u_i - p)^2)` with the dropped shares
         :math:`u_i`, the rate :math:`p`, the concentration :math:`\gamma`, and :math:`\beta` found by a
@@ -56,9 +56,9 @@ class PatternDistribution:
             method: ``"maxent"``, the closed form; ``"sgd"``, the paper's search (section 3.3): softmax
                 parameters descend on ``lambda1 (sum k u - p)^2 + lambda2 sum k log k``.
             keep: ``"one"``: patterns keep 1 of ``dp`` cells, as in the paper. ``"any"``: they may keep several, so
-                that any rate has patterns close to it, and rates below .5 have no steps that drop nothing.
-            concentration: gamma, >= 0. 0 is the paper's optimum, ``inf`` the steadiest distribution: all mass
-                on the two dropped shares that bracket the rate.
+                that every rate has patterns close to it, and low rates need no steps that drop nothing.
+            concentration: gamma, >= 0. 0 is the paper's optimum; ``inf`` puts all mass on the two dropped shares that
+                bracket the rate.
 
         Raises:
             ValueError: An argument is outside of its range, or no ``dp <= max_dp`` drops enough.
@@ -81,7 +81,7 @@ class PatternDistribution:
 
     @property
     def expected_rate(self) -> float:
-        """Dropped share in expectation; equals ``rate`` up to the search's tolerance."""
+        """Expected dropped share: ``rate`` up to the tolerance of the search."""
         return sum(k * (dp - kept) / dp for k, (dp, kept) in zip(self.probabilities, self.support, strict=True))
 
     @property
@@ -95,7 +95,7 @@ class PatternDistribution:
 
     @property
     def dense_share(self) -> float:
-        """Share of the steps in which nothing is dropped."""
+        """Expected share of steps that drop nothing."""
         return sum(k for k, (dp, kept) in zip(self.probabilities, self.support, strict=True) if dp == kept)
 
 
@@ -128,7 +128,7 @@ def _check(rate: float, max_dp: int, method: str, keep: str, concentration: floa
 def _support(max_dp: int, keep: str) -> tuple[tuple[int, int], ...]:
     if keep == "one":
         return tuple((dp, 1) for dp in range(1, max_dp + 1))
-    # Of equal shares the smallest period.
+    # Of pairs with equal shares, the one of the smallest period.
     return tuple(
         (dp, m)
         for dp in range(1, max_dp + 1)
@@ -177,7 +177,7 @@ def _maxent(shares: Sequence[float], rate: float, gamma: float) -> list[float]:
 
 
 def _sgd(shares: Sequence[float], rate: float, gamma: float, steps: int = 4_000) -> list[float]:
-    """The paper's search. Warns if it ends away from the closed form's optimum."""
+    """The paper's search. Warns if it does not reach the closed form's optimum."""
     u = torch.tensor(shares, dtype=torch.float64, device="cpu")
     logits = torch.zeros_like(u)
     target = torch.tensor(_maxent(shares, rate, gamma), dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""What a distribution looks like: ``python -m approxdrop_lightning.distribution 0.5``."""
+"""Prints pattern distributions: ``python -m approxdrop_lightning.distribution 0.5``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BAR = 40  # characters of a probability of 1
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print one distribution pattern by pattern, or several in a line each."""
+    """Print one distribution pattern by pattern, or several as one line each."""
     parser = _parser()
     asked = parser.parse_args(arguments)
     settings = list(itertools.product(asked.rate, asked.keep, asked.max_dp, asked.concentration))

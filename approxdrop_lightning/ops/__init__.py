@@ -1,1 +1,1 @@
-"""Backends of the public maths in :mod:`approxdrop_lightning.functional`."""
+"""The operations behind :mod:`approxdrop_lightning.functional`: a folder for each, with definition and backends."""

@@ -1,6 +1,6 @@
-"""Operators of PyTorch that are called past its dispatcher where nobody looks on.
+"""Custom operators that bypass the dispatcher in plain eager mode.
 
-A call through ``torch.library`` costs the host 0.1 to 0.2 ms, as long as a whole product takes a GPU.
+A call through ``torch.library`` costs the host 0.1 to 0.2 ms, as much as a whole product on a GPU.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.autograd.function import once_differentiable
 
 
 class CustomOp:
-    """A function that is an operator too, for those that must see one: compilers, counters, transforms.
+    """A function that is also a PyTorch operator, for compilers, FLOP counters and function transforms.
 
     Attributes:
-        function: Computes; it writes only to what it returns.
-        op: The operator.
+        function: The implementation; it must not modify its arguments.
+        op: The registered operator.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -28,7 +28,7 @@ class CustomOp:
         self._casts = False
 
     def __call__(self, *args: Any) -> Any:
-        """The result, through the dispatcher only if somebody looks on."""
+        """Call the function, through the dispatcher only where the operator must be visible."""
         if _is_watched(args):
             return self.op(*args)
         if self._casts:
@@ -40,11 +40,11 @@ class CustomOp:
         return self.function(*args) if self._differentiable is None else self._differentiable.apply(*args)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """As of ``torch.library``."""
+        """As in ``torch.library``."""
         return self.op.register_fake(function)
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """As of ``torch.library``, but that the gradient of a result that nobody used is None past the dispatcher."""
+        """As in ``torch.library``, except that in eager mode the gradient of an unused result is None."""
         self.op.register_autograd(backward, setup_context=setup_context)
         function = self.function
 
@@ -67,7 +67,7 @@ class CustomOp:
     def register_autocast(self) -> None:
         """Cast floating-point operands as ``torch.autocast`` casts those of a linear layer.
 
-        ``torch.library`` takes one type once and for all; the user of ``torch.autocast`` chooses between two.
+        ``torch.library`` registers one fixed type, but the user of ``torch.autocast`` may choose another.
         """
 
         def cast_for(device_type: str) -> Callable[..., Any]:
@@ -83,12 +83,12 @@ class CustomOp:
 
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOp]:
-    """Make an operator of that name of a function, as ``torch.library.custom_op`` does."""
+    """Register a function as an operator, as ``torch.library.custom_op`` does."""
     return lambda function: CustomOp(name, function)
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether somebody must see the operator: a compiler, a counter of multiplies, a transform, a kind of tensor."""
+    """Whether a compiler, a dispatch mode, a function transform or a tensor subclass must see the operator."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

@@ -1,1 +1,1 @@
-"""Which units of a layer, or tiles of a weight, a batch keeps, and the sampler that draws them."""
+"""Dropout patterns of units and of weights, and the sampler that draws them."""

@@ -1,4 +1,4 @@
-"""Patterns: frozen values that say which units of a layer are kept, and by which rows of a batch."""
+"""Row patterns: which units of a layer are kept, and by which rows of a batch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from approxdrop_lightning.device import to_device
 from approxdrop_lightning.patterns.units import Units
 
-#: Where patterns are made, whatever the default device.
+#: Patterns are built here, whatever the default device.
 HOST = torch.device("cpu")
 
 
 def check_integers(pattern: object, **ranges: int | tuple[int, float]) -> None:
-    """Check attributes of a pattern: integers in the ranges given, ``low`` or ``(low, high)``, both included.
+    """Check that attributes of a pattern are integers in inclusive ranges, given as ``low`` or ``(low, high)``.
 
     Raises:
-        ValueError: One is not.
+        ValueError: One of them is not.
     """
     for name, allowed in ranges.items():
         low, high = allowed if isinstance(allowed, tuple) else (allowed, math.inf)
@@ -36,21 +36,19 @@ def check_integers(pattern: object, **ranges: int | tuple[int, float]) -> None:
 class RowPattern:
     """Row-based dropout pattern of ``n`` units (Song et al., DATE 2019, section 3.1, and beyond).
 
-    The units are divided into ``dp`` cells, ``keep`` of which are kept. Unit ``j`` lies in the cell
-    ``c(j) = order[j // block_size] mod dp`` (natural order: ``c(j) = j // block_size mod dp``). Group ``g``
-    keeps the cells ``(offset + g * shift + i) mod dp`` for ``i < keep``. A shared pattern has the one group 0. In an
-    interleaved one the row of a batch with leading indices ``(t, b, ...)`` belongs to group
-    ``(t + b + ...) mod n_groups``, and groups differ as much as they can: up to half of the cells kept, what they
-    keep is disjoint (``dp // keep`` groups, ``shift = keep``; with ``keep = 1`` one for each cell); beyond, what
-    they drop is disjoint (2 groups, ``shift = dp - keep``). So no more groups are made than the rate asks for: their
-    products have the more rows.
+    The units are divided into ``dp`` cells, ``keep`` of which are kept. Unit ``j`` lies in the cell ``c(j) = order[j
+    // block_size] mod dp`` (natural order: ``c(j) = j // block_size mod dp``). Group ``g`` keeps the cells ``(offset
+    + g * shift + i) mod dp`` for ``i < keep``. A shared pattern has a single group, 0. In an interleaved pattern, the
+    row of a batch with leading indices ``(t, b, ...)`` belongs to group ``(t + b + ...) mod n_groups``, and groups
+    differ as much as possible: if at most half of the cells are kept, the kept sets are disjoint (``dp // keep``
+    groups, ``shift = keep``; one per cell if ``keep = 1``); otherwise the dropped sets are (2 groups, ``shift = dp -
+    keep``). There are no more groups than that, because the products of larger groups are faster.
 
-    The rows of a large batch may take several orders of the units in turn as well, which makes as many times more
-    groups, those of one order after those of the other: the more different masks there are in a batch, the less noisy
-    is its gradient.
+    The rows of a large batch may also take several orders of the units in turn, which multiplies the number of groups
+    (those of one order follow those of another): more distinct masks in a batch make its gradient less noisy.
 
     Because ``offset`` is uniform over ``dp`` values, every unit is kept with probability exactly
-    ``keep / dp``, also where ``dp`` does not divide ``n``.
+    ``keep / dp``, even if ``dp`` does not divide ``n``.
 
     Attributes:
         n: Number of units, >= 1.
@@ -58,8 +56,8 @@ class RowPattern:
         offset: First kept cell of group 0, in [0, dp).
         keep: Number of kept cells, in [1, dp].
         interleave: Whether rows of the batch take the cells in turn.
-        order: Permutation of the ``ceil(n / block_size)`` blocks (int64 tensor or sequence), or several of them as
-            the rows of a matrix, for an interleaved pattern, or None for the natural order.
+        order: Permutation of the ``ceil(n / block_size)`` blocks (int64 tensor or sequence); several permutations as
+            the rows of a matrix if the pattern is interleaved; None for the natural order.
         block_size: Units per block, >= 1. The last block may be smaller.
 
     Raises:
@@ -89,7 +87,7 @@ class RowPattern:
 
     @classmethod
     def unchecked(cls, **attributes: Any) -> RowPattern:
-        """For those who know that all the attributes are right: checks take longer than the draw of a pattern."""
+        """Skip the validation, which takes longer than drawing a pattern; the caller guarantees the attributes."""
         pattern = object.__new__(cls)
         vars(pattern).update(attributes)
         return pattern
@@ -112,7 +110,7 @@ class RowPattern:
 
     @cached_property
     def n_groups(self) -> int:
-        """Number of groups of rows; 1 if the pattern is shared."""
+        """Number of groups of rows, 1 for a shared pattern."""
         if not self.interleave or self.keeps_all:
             return 1
         return self.n_orders * (2 if self.overlaps else self.dp // self.keep)
@@ -146,7 +144,7 @@ class RowPattern:
         return self.keep == self.dp
 
     def units(self, group: int) -> Units:
-        """Kept units of a group, cell after cell; those of a shared pattern are ascending as a whole."""
+        """Kept units of a group, cell by cell; those of a shared pattern ascend throughout."""
         return self._units[group]
 
     @cached_property
@@ -161,13 +159,13 @@ class RowPattern:
         return (Units(starts, groups[0].lengths[order], groups[0].count),)
 
     def dropped(self, group: int) -> Units:
-        """Units that a group does not keep. For a pattern of one order, as are the next two."""
+        """Units that a group drops. The pattern must have one order, as for the next two."""
         first = group * self._shift
         return self._by_cell.between(0, first) + self._by_cell.between(first + self.keep, self.dp)
 
     @property
     def common(self) -> Units:
-        """Units that both groups keep, where groups overlap: the last ones of group 0, the first ones of group 1."""
+        """Units that both of two overlapping groups keep: the last ones of group 0, the first ones of group 1."""
         return self._by_cell.between(self._shift, self.keep)
 
     @property
@@ -189,14 +187,14 @@ class RowPattern:
     def cells(self) -> tuple[Tensor, ...]:
         """Kept indices of each group: ``n_groups`` int64 tensors.
 
-        Ascending within a cell; a group that keeps several cells has them one after the other, the first kept one
-        first. Group 0 of a shared pattern is ascending as a whole.
+        Ascending within a cell; the cells of a group follow each other, starting with the first kept one. Group 0 of
+        a shared pattern ascends throughout.
         """
         return tuple(units.index for units in self._units)
 
     @property
     def kept(self) -> Tensor:
-        """Kept indices of group 0 (of every row, if the pattern is shared): int64."""
+        """Kept indices of group 0, int64; those of every row if the pattern is shared."""
         return self._units[0].index
 
     @property
@@ -206,29 +204,29 @@ class RowPattern:
 
     @property
     def share(self) -> float:
-        """Share of the units kept, all groups together."""
+        """Share of the units kept, averaged over the groups."""
         if self.keeps_all:
             return 1.0
         n_blocks, orders = self.n_blocks, self.n_orders
         blocks, times = _times_kept(n_blocks, self.dp, self.offset, self.keep, self.n_groups // orders)
         kept = orders * blocks * self.block_size
-        if missing := n_blocks * self.block_size - self.n:  # where the last block lies, units are fewer
+        if missing := n_blocks * self.block_size - self.n:  # the last block is smaller
             last = [n_blocks - 1]
-            if self.order is not None:  # by NumPy, which reads single entries in a fraction of the time
+            if self.order is not None:  # NumPy reads single entries many times faster
                 last = self.order.numpy().reshape(orders, n_blocks)[:, -1].tolist()
             kept -= missing * sum(times[place] for place in last)
         return kept / (self.n_groups * self.n)
 
     def row_groups(self, leading_shape: tuple[int, ...]) -> tuple[Units, ...]:
-        """Rows of each group: units of the flattened leading dimensions, ascending."""
+        """Rows of each group, as ascending units of the flattened leading dimensions."""
         return _row_groups(tuple(leading_shape), self.n_groups)
 
     def row_order(self, leading_shape: tuple[int, ...]) -> Tensor:
-        """Rows of all groups, one group after the other: int64."""
+        """Rows of all groups, group after group, int64."""
         return _row_order(tuple(leading_shape), self.n_groups)
 
     def flat_index(self, leading_shape: tuple[int, ...]) -> Tensor:
-        """Where the packed values lie in a contiguous ``[*leading_shape, n]``: int64, group after group."""
+        """Flat indices of the packed values in a contiguous ``[*leading_shape, n]``, int64, group after group."""
         if self._flat_index_of and self._flat_index_of[0] == leading_shape:
             return self._flat_index_of[1]
         rows = self.row_groups(leading_shape)
@@ -247,7 +245,7 @@ class RowPattern:
         value: float = 1,
         device: torch.device = HOST,
     ) -> Tensor:
-        """Which entries of a batch are kept: ``[*leading_shape, n]``, ``value`` where they are, zero elsewhere."""
+        """``[*leading_shape, n]``: ``value`` where an entry of the batch is kept, zero elsewhere."""
         n_blocks, orders = self.n_blocks, self.n_orders
         groups = self.n_groups // orders
         kept = _kept_places(n_blocks, self.dp, self.offset, self.keep, groups, dtype, value)
@@ -264,12 +262,12 @@ class RowPattern:
 
 @dataclass(frozen=True, eq=False)
 class _ByCell:
-    """Blocks sorted by cell, counted from the first kept one: any cells in a row are a range."""
+    """Blocks sorted by cell, starting with the first kept one, so that consecutive cells are one slice."""
 
     starts: Tensor
     lengths: Tensor
-    blocks: list[int]  # up to each cell
-    units: list[int]
+    blocks: list[int]  # number of blocks before each cell
+    units: list[int]  # number of units before each cell
 
     def between(self, first: int, last: int) -> Units:
         here = slice(self.blocks[first], self.blocks[last])
@@ -277,7 +275,7 @@ class _ByCell:
 
 
 def _sort_by_cell(n: int, order: Tensor, offset: int, dp: int, block_size: int) -> _ByCell:
-    # By NumPy: between large products PyTorch's calls take several times as long.
+    # NumPy: PyTorch's calls on such small tensors take several times as long.
     places = order.numpy()
     blocks = ((places - offset) % dp).argsort(kind="stable")
     counts, sizes = _cell_sizes(n, dp, offset, block_size, int(places[-1]))
@@ -291,27 +289,27 @@ def _sort_by_cell(n: int, order: Tensor, offset: int, dp: int, block_size: int) 
 
 @lru_cache(maxsize=1024)
 def _lengths(n_blocks: int, block_size: int) -> Tensor:
-    """Of blocks of equal size."""
+    """Lengths of equal blocks."""
     return torch.full((n_blocks,), block_size, device="cpu")
 
 
 def _shift(dp: int, keep: int) -> int:
-    """Cells from the first one that a group keeps to that of the next group."""
+    """Distance in cells from the first kept cell of a group to that of the next."""
     return dp - keep if 2 * keep > dp else keep
 
 
 @lru_cache(maxsize=1024)
 def _times_kept(n_blocks: int, dp: int, offset: int, keep: int, n_groups: int) -> tuple[int, list[int]]:
-    """Blocks that the groups of one order keep, all together, and how many groups keep the one at each place."""
+    """How many blocks the groups of one order keep in total, and how many groups keep the block at each place."""
     times = _kept_places(n_blocks, dp, offset, keep, n_groups, torch.bool, 1).sum(0).tolist()
     return sum(times), times
 
 
 @lru_cache(maxsize=4096)
 def _cell_sizes(n: int, dp: int, offset: int, block_size: int, last: int) -> tuple[list[int], list[int]]:
-    """Blocks and units of each cell, from the first kept one.
+    """Number of blocks and of units in each cell, starting with the first kept one.
 
-    Orders are permutations: but for their ``last`` entry, that of the block which may be smaller, all have the same.
+    They depend on the order only through its ``last`` entry, the place of the block that may be smaller.
     """
     n_blocks = -(-n // block_size)
     least, more = divmod(n_blocks, dp)
@@ -323,7 +321,7 @@ def _cell_sizes(n: int, dp: int, offset: int, block_size: int, last: int) -> tup
 
 @lru_cache(maxsize=1024)
 def natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
-    """Units in their natural order by cell: unit ``j`` lies in ``(j // block_size - offset) mod dp``."""
+    """Units in natural order, by cell: unit ``j`` lies in cell ``(j // block_size - offset) mod dp``."""
     return _sort_by_cell(n, torch.arange(-(-n // block_size), device="cpu"), offset, dp, block_size)
 
 
@@ -331,7 +329,7 @@ def natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
 def _kept_places(
     n_blocks: int, dp: int, offset: int, keep: int, n_groups: int, dtype: torch.dtype, value: float
 ) -> Tensor:
-    """``[n_groups, n_blocks]``: ``value`` for the places in an order whose blocks a group of it keeps, else zero."""
+    """``[n_groups, n_blocks]``: ``value`` where a group keeps the block at a place of the order, else zero."""
     first = offset + _shift(dp, keep) * torch.arange(n_groups, device="cpu")[:, None]
     kept = (torch.arange(n_blocks, device="cpu") - first).remainder(dp) < keep
     return kept if dtype == torch.bool else kept.to(dtype) * value

@@ -1,4 +1,4 @@
-"""From a distribution and a private generator to patterns."""
+"""Draws patterns from a distribution with a private random generator."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ WIDE_BLOCK = 16
 
 
 def fitting_block_size(n: int, dp: int, block_size: int) -> int:
-    """Size of the blocks of ``n`` units that suits a period.
+    """Block size for ``n`` units and a period.
 
-    ``block_size``, halved until a cell has four blocks or more: with fewer its share would vary too much. Halves of a
-    power of two stay aligned to the vectors of the machine.
+    ``block_size``, halved until each cell has at least four blocks: with fewer, the share of the units in a cell
+    would vary too much. Halving keeps powers of two aligned with vectors.
     """
     while block_size > 1 and n < 4 * dp * block_size:
         block_size //= 2
@@ -38,11 +38,10 @@ def least_rows(block_size: int) -> int:
 
 
 def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
-    """Side of the tiles of a weight that suits a period.
+    """Side of the tiles of a weight for a period.
 
-    ``tile_size``, halved until there are ``4 * dp`` tiles on both sides or one weight is a tile: then every row and
-    every column of weights keeps some, and what they keep differs by a quarter at most. Halves, because what is
-    aligned stays aligned.
+    ``tile_size``, halved until both sides have ``4 * dp`` tiles or a tile is a single weight: then every row and
+    every column keeps some weights, and their numbers differ by a quarter at most. Halving keeps tiles aligned.
     """
     while tile_size > 1 and min(n_out, n_in) < 4 * dp * tile_size:
         tile_size //= 2
@@ -50,21 +49,21 @@ def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
 
 
 class PatternSampler:
-    """Draws patterns. Owns the only random state of the package; the global one is never touched.
+    """Draws patterns. Holds the only random state of the package; the global generator is never used.
 
-    A step begins with :meth:`draw`, which picks ``(dp, keep)``; every :meth:`pattern` of that step, and its
-    :meth:`tiles`, have them in common (so that the groups of interleaved patterns line up from layer to layer) and
-    an offset and an order of their own.
+    Each step starts with :meth:`draw`, which picks ``(dp, keep)``. All patterns of the step share it, so that the
+    groups of interleaved patterns line up from layer to layer; each :meth:`pattern` and :meth:`tiles` draws its own
+    offset and order.
 
     Args:
         distribution: Probabilities over ``(dp, keep)``.
         interleave: Whether rows of the batch take the cells of a pattern in turn.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
-        block_size: Most units that are permuted together, >= 1; see :func:`fitting_block_size`. Without ``shuffle``
-            it is not used.
+        block_size: Most units that are permuted together, >= 1; see :func:`fitting_block_size`. Ignored without
+            ``shuffle``.
         seed: Seed of the private generator.
-        rank: Of this process. Processes of one seed draw the same ``(dp, keep)`` at each step, so that none waits
-            for another, but patterns of their own.
+        rank: Rank of this process. Processes with the same seed draw the same ``(dp, keep)`` at each step, so that
+            none waits for another, but different patterns.
         orders: Most orders of the units that the rows of a batch take in turn, >= 1; see :meth:`pattern`. Without
             ``interleave`` and ``shuffle`` it is not used.
         tile_size: Largest side of a tile, >= 1; see :func:`fitting_tile_size`.
@@ -89,10 +88,10 @@ class PatternSampler:
         self.orders = orders
         self.rank = rank
         self._steps = torch.Generator("cpu").manual_seed(seed)
-        # Seeded anew at each step, from the first one: processes cannot drift apart, and a step's patterns do not
-        # depend on how many the steps before it had.
+        # Reseeded from `_steps` at each step: processes cannot drift apart, and a step's patterns do not depend on
+        # how many patterns earlier steps drew.
         self._patterns = torch.Generator("cpu")
-        # Zero-probability pairs are left out so that rounding in the sum can never pick one.
+        # Pairs of probability zero are left out, or rounding in the sum might pick one.
         pairs = [(s, k) for s, k in zip(distribution.support, distribution.probabilities, strict=True) if k > 0]
         self._support = [s for s, _ in pairs]
         self._cumulative = list(accumulate(k for _, k in pairs))
@@ -100,7 +99,7 @@ class PatternSampler:
         self.draw()
 
     def draw(self) -> tuple[int, int]:
-        """Begin a step: draw its ``(dp, keep)``."""
+        """Start a step: draw its ``(dp, keep)``."""
         u = torch.rand((), generator=self._steps, dtype=torch.float64, device="cpu").item() * self._cumulative[-1]
         index = min(bisect_right(self._cumulative, u), len(self._support) - 1)
         self.dp, self.keep = self._support[index]
@@ -142,12 +141,12 @@ class PatternSampler:
         return TilePattern(n_out, n_in, self.dp, offset, self.keep, tile_size)
 
     def bernoulli(self, n_out: int, n_in: int) -> BernoulliPattern:
-        """Draw independent entries of a matrix ``[n_out, n_in]`` at the distribution's rate."""
+        """Draw a mask of independent entries of a matrix ``[n_out, n_in]`` at the distribution's rate."""
         seed = int(torch.randint(2**31, (), generator=self._patterns, device="cpu"))
         return BernoulliPattern(n_out, n_in, self.distribution.rate, seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """State from which the very same sequence continues; loads under ``weights_only=True``."""
+        """State from which exactly the same sequence continues; loads with ``weights_only=True``."""
         return {
             "steps": self._steps.get_state(),
             "patterns": self._patterns.get_state(),
@@ -156,7 +155,7 @@ class PatternSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the sequence that :meth:`state_dict` left.
+        """Continue the sequence from a :meth:`state_dict`.
 
         Raises:
             ValueError: The state's ``(dp, keep)`` cannot come from this sampler's distribution.

@@ -1,4 +1,4 @@
-"""Patterns of weights: which entries of a matrix are kept."""
+"""Patterns of weights: which entries of a weight matrix are kept."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from approxdrop_lightning.patterns.units import Units
 class TilePattern:
     """Tile-based dropout pattern of a weight ``[n_out, n_in]`` (Song et al., DATE 2019, section 3.2).
 
-    The weight is cut into square tiles; those of the last row and column of tiles may be smaller. Tile ``(i, j)`` is
-    kept iff ``(i + j - offset) mod dp < keep``: on this diagonal every row and every column of tiles loses the same
-    share, up to one tile. Because ``offset`` is uniform over ``dp`` values, every weight is kept with probability
-    exactly ``keep / dp``, whatever the sizes.
+    The weight is cut into square tiles; those in the last row and column of tiles may be smaller. Tile ``(i, j)`` is
+    kept iff ``(i + j - offset) mod dp < keep``: the kept tiles lie on diagonals, so every row and every column of
+    tiles loses the same share, up to one tile. Because ``offset`` is uniform over ``dp`` values, every weight is kept
+    with probability exactly ``keep / dp``, whatever the sizes.
 
-    Rows of tiles that are equal modulo ``dp`` keep the same columns of tiles, so the kept weights are no more than
-    ``dp`` dense submatrices: see :meth:`submatrices`.
+    Rows of tiles that are congruent modulo ``dp`` keep the same columns of tiles, so the kept weights form at most
+    ``dp`` dense submatrices; see :meth:`submatrices`.
 
     Attributes:
         n_out: Rows of the weight, >= 1.
@@ -55,12 +55,12 @@ class TilePattern:
 
     @property
     def t(self) -> TilePattern:
-        """Pattern of the transposed weight: the diagonals are the same."""
+        """Pattern of the transposed weight: it has the same diagonals."""
         return TilePattern(self.n_in, self.n_out, self.dp, self.offset, self.keep, self.tile_size)
 
     @property
     def dropped(self) -> TilePattern:
-        """Pattern of what this one drops, if it drops anything."""
+        """Pattern of the tiles that this one drops; it must drop some."""
         offset = (self.offset + self.keep) % self.dp
         return TilePattern(self.n_out, self.n_in, self.dp, offset, self.dp - self.keep, self.tile_size)
 
@@ -83,7 +83,7 @@ class TilePattern:
         return self.n_kept / (self.n_out * self.n_in)
 
     def mask(self, device: torch.device = HOST) -> Tensor:
-        """Which weights are kept: bool ``[n_out, n_in]``, on the host or another device."""
+        """Which weights are kept: bool ``[n_out, n_in]`` on ``device``."""
         size = self.tile_size
         i, j = (torch.arange(-(-n // size), device=device) for n in (self.n_out, self.n_in))
         tiles = (i[:, None] + j - self.offset).remainder(self.dp) < self.keep
@@ -94,9 +94,9 @@ class TilePattern:
 
 @dataclass(frozen=True)
 class BernoulliPattern:
-    """Independent entries of a matrix ``[n_out, n_in]``: conventional dropout, or DropConnect (Wan et al., 2013).
+    """Independently kept entries of a matrix ``[n_out, n_in]``, as in DropConnect (Wan et al., 2013).
 
-    It has no structure, so nothing can be skipped.
+    There is no structure, so nothing can be skipped.
 
     Attributes:
         n_out: Rows of the matrix, >= 1.
@@ -123,7 +123,7 @@ class BernoulliPattern:
         return 1 - self.rate
 
     def mask(self, device: torch.device = HOST) -> Tensor:
-        """Which entries are kept: bool ``[n_out, n_in]``, the same at each call for a kind of device."""
+        """Which entries are kept: bool ``[n_out, n_in]``. Every call for a type of device returns the same mask."""
         generator = torch.Generator(device).manual_seed(self.seed)
         mask = torch.empty(self.n_out, self.n_in, dtype=torch.bool, device=generator.device)
         return mask.bernoulli_(self.share, generator=generator)

@@ -1,4 +1,4 @@
-"""Weights of an LSTM layer in one piece of memory, as cuDNN wants them."""
+"""Weights of an LSTM layer in one contiguous buffer, the layout that cuDNN expects."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class _FlatWeights(torch.autograd.Function):
 
 
 def flat_weights(kept: Tensor | None, weight_ih: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Copies of the weights of an LSTM layer, one behind the other, of ``weight_ih`` the kept columns only.
+    """Copy the weights of an LSTM layer, and only the kept columns of ``weight_ih``, into one contiguous buffer.
 
-    That is the order in which cuDNN has the weights of a layer, input before recurrent and matrices before biases, so
-    it uses the memory as it is; other weights it gathers itself at each call, with a warning.
+    This is cuDNN's layout of a layer's weights (input before recurrent, matrices before biases), which it uses in
+    place. Weights in any other layout it gathers at each call, with a warning.
 
     Args:
         kept: Columns of ``weight_ih`` to keep, int64, or None for all.
@@ -49,6 +49,6 @@ def flat_weights(kept: Tensor | None, weight_ih: Tensor, *others: Tensor) -> tup
         *others: ``weight_hh``, and the biases of input and recurrence if there are any.
 
     Returns:
-        As many tensors, in one storage.
+        Views of the buffer, one for each argument.
     """
     return _FlatWeights.apply(kept, weight_ih, *others)

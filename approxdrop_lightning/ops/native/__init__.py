@@ -1,1 +1,1 @@
-"""Compiled CPU kernels (C), their loader, and the buffers and copies built on them."""
+"""C kernels for the CPU: their loader, and the buffers, copies and products built on them."""

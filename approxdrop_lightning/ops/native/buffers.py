@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Smaller buffers come from PyTorch: asking for them costs less than looking for one.
+#: Smaller buffers are allocated by PyTorch, which is cheaper than a look-up.
 _KEEP_FROM_BYTES = 1 << 21
-#: A buffer that was not asked for during so many requests is given back.
+#: A buffer is freed if this many requests did not use it.
 _IDLE_REQUESTS = 1000
 
 
 class _Pool(threading.local):
-    """Storages by size, each with the number of the request that it served last."""
+    """Storages by size, each with the number of the last request that it served."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -32,27 +32,30 @@ _pool = _Pool()
 
 
 def buffer(shape: tuple[int, ...], like: Tensor, exact: bool = False) -> Tensor:
-    """Uninitialised memory, if possible some that has been used before.
+    """Uninitialised memory, reused if possible.
 
-    On the CPU fresh memory costs a page fault per 4 KB, at each step; for a gradient that is more than what skipping
-    saves. So large buffers are kept, and handed out again when nobody refers to their memory any more. Other
-    devices have allocators that keep theirs.
+    On the CPU fresh memory costs a page fault per 4 KB at each step, which for a gradient is more than skipping
+    saves. So large buffers are pooled and handed out again once nothing else refers to their storage. On other
+    devices PyTorch's allocator does that already.
 
     Args:
-        shape: Of the tensor.
-        like: Gives device and type.
-        exact: Whether the size is the same at each step, as that of a gradient is; else it is rounded up.
+        shape: Shape of the tensor.
+        like: Tensor of the same device and type.
+        exact: Whether the size is the same at each step, as that of a gradient; other sizes are rounded up.
+
+    Returns:
+        Contiguous tensor.
     """
     size = like.element_size() * math.prod(shape)
     if size < _KEEP_FROM_BYTES or not like.is_cpu:
         return like.new_empty(shape)
-    if not exact:  # few sizes, not more than an eighth too large: what is kept differs a little from step to step
+    if not exact:  # to few sizes, by an eighth at most: the number of kept units varies from step to step
         step = 1 << (size.bit_length() - 4)
         size = -(-size // step) * step
     _pool.requests += 1
     entries = _pool.storages.setdefault(size, [])
     for entry in entries:
-        if torch._C._storage_Use_Count(entry[0]._cdata) == 1:  # the pool's own
+        if torch._C._storage_Use_Count(entry[0]._cdata) == 1:  # only the pool refers to it
             entry[1] = _pool.requests
             return torch.empty(0, dtype=like.dtype, device="cpu").set_(entry[0], 0, shape, ())
     _pool.drop_idle()
@@ -63,5 +66,5 @@ def buffer(shape: tuple[int, ...], like: Tensor, exact: bool = False) -> Tensor:
 
 
 def free_buffers() -> None:
-    """Give the memory back that :func:`buffer` keeps and nobody uses."""
+    """Free the pooled memory that is not in use."""
     _pool.storages.clear()

@@ -1,4 +1,4 @@
-"""Copies of submatrices: some rows and some columns, out of a matrix or into it."""
+"""Gathers and scatters of submatrices: selected rows and columns of a matrix."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.patterns.units import Units
 
-#: Bytes of what is not going to be read from a cache, as the gradient that the optimizer reads at the end of a step.
+#: Bytes above which a result will have left the caches before it is read, as a gradient read by the optimizer.
 _LARGE = 1 << 20
 
 
 def is_large(matrix: Tensor) -> bool:
-    """Whether a matrix that is written now is not going to be in a cache when it is read."""
+    """Whether a matrix written now will have left the caches before it is read."""
     return matrix.nbytes > _LARGE
 
 
@@ -27,7 +27,7 @@ def take(matrix: Tensor, rows: Units, columns: Units, out: Tensor | None = None)
         matrix: ``[n, m]``.
         rows: Rows to take.
         columns: Columns to take.
-        out: Contiguous ``[rows.count, columns.count]`` to write to; may be a new one.
+        out: Contiguous ``[rows.count, columns.count]`` to write to; None for a new one.
 
     Returns:
         ``out``.
@@ -51,7 +51,7 @@ def take(matrix: Tensor, rows: Units, columns: Units, out: Tensor | None = None)
 
 
 def sliced(matrix: Tensor, rows: Units, columns: Units) -> Tensor:
-    """A view of what slices can take of ``matrix[rows][:, columns]``."""
+    """``matrix``, sliced to the rows and to the columns that form a slice each."""
     whole = slice(None)
     return matrix[rows.slice or whole, columns.slice or whole]
 
@@ -64,7 +64,7 @@ def put(matrix: Tensor, rows: Units, columns: Units, values: Tensor, clear: bool
         rows: Rows to write.
         columns: Columns to write.
         values: ``[rows.count, columns.count]``.
-        clear: Whether the other columns of these rows become zero.
+        clear: Whether to zero the other columns of these rows.
     """
     if rows.count == 0 or matrix.numel() == 0:
         return
@@ -110,7 +110,7 @@ def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
 
 
 def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple[Any, ...]:
-    """Arguments that the compiled copies have in common."""
+    """The arguments that the compiled copies share."""
     item, width = to.element_size(), to.shape[1]
     return (
         to.data_ptr(), width * item, source.data_ptr(), stride * item, rows.struct, columns.struct,

@@ -78,7 +78,7 @@ class _RowLinear(torch.autograd.Function):
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
-    """Values that the pattern keeps of a dense ``[*leading, n]``: flat, group after group."""
+    """Kept values of a dense ``[*leading, n]``: flat, group after group."""
     return _Pack.apply(x, pattern)
 
 
@@ -101,10 +101,10 @@ def row_linear(
 
     Args:
         x: Dense ``[*leading, n_in]``, or packed values if ``in_pattern`` is given.
-        weight: ``[n_out, n_in]``, dense; its gradient is dense as well.
+        weight: ``[n_out, n_in]``, dense, as is its gradient.
         bias: ``[n_out]`` or None.
-        in_pattern: What is kept of the inputs.
-        out_pattern: What is kept of the outputs.
+        in_pattern: Pattern of the inputs, or None to read all.
+        out_pattern: Pattern of the outputs, or None to compute all.
         leading_shape: Shape of the batch.
         scale: Factor of the product and the bias.
         activation: One of :data:`.reference.ACTIVATIONS`, applied last.

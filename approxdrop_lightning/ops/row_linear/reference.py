@@ -10,7 +10,7 @@ from torch import Tensor
 
 from approxdrop_lightning.patterns.row import RowPattern
 
-#: Functions that may follow a product.
+#: Activations that may be fused with a product.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda y: y, "relu": F.relu, "gelu": F.gelu}
 
 
@@ -20,7 +20,7 @@ def finish(y: Tensor, scale: float, activation: str) -> Tensor:
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
-    """Values that the pattern keeps of a dense ``[*leading, n]``: flat, group after group."""
+    """Kept values of a dense ``[*leading, n]``: flat, group after group."""
     return x.reshape(-1)[pattern.flat_index(tuple(x.shape[:-1])).to(x.device)]
 
 
@@ -41,7 +41,7 @@ def row_linear(
     scale: float = 1.0,
     activation: str = "identity",
 ) -> Tensor:
-    """``act(scale * (x @ weight.T + bias))`` over all units, then the kept ones. Shapes as in :mod:`.compact`."""
+    """Kept units of ``act(scale * (x @ weight.T + bias))``. Arguments as of :func:`.compact.row_linear`."""
     dense = x if in_pattern is None else unpack(x, in_pattern, leading_shape)
     y = finish(F.linear(dense, weight, bias), scale, activation)
     return y.reshape(y.shape[:-1].numel(), y.shape[-1]) if out_pattern is None else pack(y, out_pattern)

@@ -72,13 +72,13 @@ class _TileLinear(torch.autograd.Function):
 
 
 def tile_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern, scale: float) -> Tensor:
-    """Products with kept tiles only.
+    """``x @ (scale * weight * mask).T + bias``, by products with kept tiles only.
 
     Args:
         x: ``[R, n_in]``.
-        weight: ``[n_out, n_in]``, dense; its gradient is dense as well.
+        weight: ``[n_out, n_in]``, dense, as is its gradient.
         bias: ``[n_out]`` or None.
-        pattern: What is kept of the weight.
+        pattern: Pattern of the weight.
         scale: Factor of the kept weights.
 
     Returns:
