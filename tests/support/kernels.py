@@ -1,10 +1,17 @@
 """Tests with the compiled kernels and without."""
 
+import shutil
+
 import pytest
 
 from approxdrop_lightning.ops.lstm import compact as lstm_ops
 from approxdrop_lightning.ops.native import copies
 from approxdrop_lightning.ops.native import library as native
+
+# Where there is a compiler, sources that do not compile are a failure.
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("cc", "gcc", "clang")), reason="no C compiler on this machine"
+)
 
 
 @pytest.fixture(params=["compiled", "plain"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.kernels import needs_compiler
 
 from approxdrop_lightning.ops.lstm import compact, reference, sequence
 from approxdrop_lightning.ops.native.library import library
@@ -29,3 +30,50 @@ def test_outputs_and_gradients_are_those_of_the_definition(hidden, share, kind, 
     for mine, theirs in zip(found, wanted, strict=True):
         tolerance = 1e-10 if dtype == torch.float64 else 1e-4
         torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+@needs_compiler
+def test_an_lstm_step_at_the_ends_of_the_range(monkeypatch):
+    """Errors of exp are below 3e-7 of the result; saturated gates, zeros, infinities and NaN as PyTorch has them."""
+    values = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, 1e-8, -1e-4, 1e30, -1e30])])
+    special = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    gates = torch.cat([values, special]).repeat(4)[None, None]
+    hidden = gates.shape[2] // 4
+    state = torch.zeros(1, hidden), torch.linspace(-2, 2, hidden)[None]
+    weight, kept = torch.zeros(4 * hidden, 1), torch.tensor([0])
+    results = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(compact, "library", lambda: None)
+        inputs = [x.clone().requires_grad_() for x in (gates, *state)]
+        out = compact.sequence(*inputs, weight, kept)
+        results.append([*out, *torch.autograd.grad(out, inputs, [torch.ones_like(x) for x in out])])
+    for mine, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=2e-6, atol=5e-7, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("steps", "batch", "hidden", "depth"), [(1, 1, 1, 1), (3, 20, 50, 17), (2, 7, 33, 33), (2, 3, 520, 260)]
+)
+def test_the_recurrence_is_that_of_pytorch(steps, batch, hidden, depth, threads, monkeypatch):
+    """Over bands and panels that are not full, several depths (4 * 520 > 1024), and gathered inputs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    kept = None if depth == hidden else torch.randperm(hidden)[:depth]
+    inputs = [torch.randn(s) for s in ((steps, batch, 4 * hidden), (batch, hidden), (batch, hidden))]
+    inputs.append(torch.randn(4 * hidden, depth) / depth**0.5)
+    results = []
+    try:
+        for compiled in (True, False):
+            if not compiled:
+                monkeypatch.setattr(compact, "library", lambda: None)
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out = compact.sequence(*leaves, kept)
+            grads = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in out]
+            results.append([*out, *torch.autograd.grad(out, leaves, grads)])
+    finally:
+        torch.set_num_threads(before)
+    for mine, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-5)
