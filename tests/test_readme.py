@@ -66,7 +66,7 @@ def test_the_choices_of_a_group_are_those_that_there_are(group):
 def test_the_parts_of_a_pattern_that_are_named_can_be_overridden():
     listed = re.search(r"`dropout\.rate`((?:,\s*`\.\w+`)+) override parts", README).group(1)
     keys = set(composed("dropout=row").dropout) | set(composed("dropout=tile").dropout)
-    assert {"max_dp", "block_size", "tile_size"} <= set(re.findall(r"\.(\w+)", listed)) <= keys
+    assert {"max_dp", "orders", "tile_size"} <= set(re.findall(r"\.(\w+)", listed)) <= keys
 
 
 @pytest.mark.parametrize("command", BENCHMARK)
