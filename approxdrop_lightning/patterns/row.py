@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,11 +85,19 @@ class RowPattern:
             object.__setattr__(self, "order", rows[0] if len(rows) == 1 else rows)
 
     @classmethod
-    def unchecked(cls, **attributes: Any) -> RowPattern:
+    def unchecked(
+        cls, n: int, dp: int, offset: int, keep: int, interleave: bool, order: Tensor | None, block_size: int
+    ) -> RowPattern:
         """Skip the validation, which takes longer than drawing a pattern; the caller guarantees the attributes."""
         pattern = object.__new__(cls)
-        vars(pattern).update(attributes)
+        vars(pattern).update(
+            n=n, dp=dp, offset=offset, keep=keep, interleave=interleave, order=order, block_size=block_size
+        )
         return pattern
+
+    def reordered(self, order: Tensor) -> RowPattern:
+        """The same pattern of units in other orders, which are not checked either."""
+        return RowPattern.unchecked(self.n, self.dp, self.offset, self.keep, self.interleave, order, self.block_size)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RowPattern) and self._key == other._key
@@ -125,9 +132,7 @@ class RowPattern:
         """One pattern for each order of the units, that of its groups."""
         if self.order is None or self.n_orders == 1:
             return (self,)
-        fields = ("n", "dp", "offset", "keep", "interleave", "block_size")
-        common = {name: getattr(self, name) for name in fields}
-        return tuple(RowPattern.unchecked(order=order, **common) for order in self.order.unbind())
+        return tuple(self.reordered(order) for order in self.order.unbind())
 
     @property
     def overlaps(self) -> bool:
@@ -227,16 +232,17 @@ class RowPattern:
 
     def flat_index(self, leading_shape: tuple[int, ...]) -> Tensor:
         """Flat indices of the packed values in a contiguous ``[*leading_shape, n]``, int64, group after group."""
-        if self._flat_index_of and self._flat_index_of[0] == leading_shape:
-            return self._flat_index_of[1]
+        if (known := self._flat_indices.get(leading_shape)) is not None:
+            return known
         rows = self.row_groups(leading_shape)
         index = torch.cat([(r.index[:, None] * self.n + c).view(-1) for r, c in zip(rows, self.cells(), strict=True)])
-        self._flat_index_of[:] = [leading_shape, index]
+        self._flat_indices.clear()  # one batch shape per pattern, but for rare cases
+        self._flat_indices[leading_shape] = index
         return index
 
     @cached_property
-    def _flat_index_of(self) -> list[Any]:
-        return []
+    def _flat_indices(self) -> dict[tuple[int, ...], Tensor]:
+        return {}
 
     def mask(
         self,

@@ -119,18 +119,17 @@ class PatternSampler:
         if self.keep == self.dp:
             return RowPattern(n, 1, 0)
         offset = int(torch.randint(self.dp, (), generator=self._patterns, device="cpu"))
-        common = {"n": n, "dp": self.dp, "offset": offset, "keep": self.keep, "interleave": interleave}
         if not self.shuffle:
-            return RowPattern.unchecked(order=None, block_size=1, **common)
+            return RowPattern.unchecked(n, self.dp, offset, self.keep, interleave, None, 1)
         block_size = fitting_block_size(n, self.dp, self.block_size)
         n_blocks = -(-n // block_size)
         order = torch.randperm(n_blocks, generator=self._patterns, device="cpu")
-        pattern = RowPattern.unchecked(order=order, block_size=block_size, **common)
+        pattern = RowPattern.unchecked(n, self.dp, offset, self.keep, interleave, order, block_size)
         orders = min(self.orders, rows // (pattern.n_groups * least_rows(block_size))) if interleave else 1
         if orders < 2:
             return pattern
         further = [torch.randperm(n_blocks, generator=self._patterns, device="cpu") for _ in range(orders - 1)]
-        return RowPattern.unchecked(order=torch.stack([order, *further]), block_size=block_size, **common)
+        return pattern.reordered(torch.stack([order, *further]))
 
     def tiles(self, n_out: int, n_in: int) -> TilePattern:
         """Draw a pattern of a weight ``[n_out, n_in]`` with the step's ``(dp, keep)``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,17 +15,23 @@ _KEEP_FROM_BYTES = 1 << 21
 _IDLE_REQUESTS = 1000
 
 
+@dataclass
+class _Entry:
+    storage: torch.UntypedStorage
+    last_request: int
+
+
 class _Pool(threading.local):
     """Storages by size, each with the number of the last request that it served."""
 
     def __init__(self) -> None:
         self.requests = 0
-        self.storages: dict[int, list[list[Any]]] = {}
+        self.storages: dict[int, list[_Entry]] = {}
 
     def drop_idle(self) -> None:
         oldest = self.requests - _IDLE_REQUESTS
         for size, entries in list(self.storages.items()):
-            self.storages[size] = [entry for entry in entries if entry[1] >= oldest]
+            self.storages[size] = [entry for entry in entries if entry.last_request >= oldest]
 
 
 _pool = _Pool()
@@ -55,13 +61,13 @@ def buffer(shape: tuple[int, ...], like: Tensor, exact: bool = False) -> Tensor:
     _pool.requests += 1
     entries = _pool.storages.setdefault(size, [])
     for entry in entries:
-        if torch._C._storage_Use_Count(entry[0]._cdata) == 1:  # only the pool refers to it
-            entry[1] = _pool.requests
-            return torch.empty(0, dtype=like.dtype, device="cpu").set_(entry[0], 0, shape, ())
+        if torch._C._storage_Use_Count(entry.storage._cdata) == 1:  # only the pool refers to it
+            entry.last_request = _pool.requests
+            return torch.empty(0, dtype=like.dtype, device="cpu").set_(entry.storage, 0, shape, ())
     _pool.drop_idle()
     with torch.inference_mode(False):
         storage = torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
-    _pool.storages[size].append([storage, _pool.requests])
+    _pool.storages[size].append(_Entry(storage, _pool.requests))
     return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, shape, ())
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.library import library
-from approxdrop_lightning.patterns.units import Units
+from approxdrop_lightning.patterns.units import Units, UnitsStruct
 
 #: Bytes above which a result will have left the caches before it is read, as a gradient read by the optimizer.
 _LARGE = 1 << 20
@@ -109,7 +107,7 @@ def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
         view[rows.on(there)[:, None], columns.on(there)] = 0
 
 
-def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple[Any, ...]:
+def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple[int | UnitsStruct, ...]:
     """The arguments that the compiled copies share."""
     item, width = to.element_size(), to.shape[1]
     return (

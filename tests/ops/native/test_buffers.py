@@ -28,7 +28,7 @@ def test_what_others_free_is_not_kept(options):
     logits = model(torch.randn(100, 32))
     assert 4 * logits.numel() > buffers._KEEP_FROM_BYTES
     held = [entry for entries in buffers._pool.storages.values() for entry in entries]
-    assert logits.untyped_storage().data_ptr() not in [storage.data_ptr() for storage, _ in held]
+    assert logits.untyped_storage().data_ptr() not in [entry.storage.data_ptr() for entry in held]
 
 
 def test_a_buffer_is_not_handed_out_while_somebody_holds_a_view_of_it():
