@@ -8,20 +8,19 @@ import lightning
 import pytest
 import torch
 from support import ROOT
-from support.triton_cases import TOLERANCE, make_pattern
+from support.triton_cases import TOLERANCE
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from approxdrop_lightning import ApproxDropout, RowPattern, functional
+from approxdrop_lightning import ApproxDropout, RowPattern, TilePattern, functional
 from approxdrop_lightning.benchmark import contenders
+from approxdrop_lightning.ops.pack import pack_ops, reference
 from approxdrop_lightning.surgery import resample
 
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
-
-KIND = {"interleave": True, "shuffle": True, "block_size": 16}
 
 
 @pytest.mark.parametrize("backend", ["auto", "compact", "triton"])
@@ -59,25 +58,40 @@ def test_a_step_waits_for_nothing(pattern, least):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_captured_product_takes_another_pattern():
-    from approxdrop_lightning.ops.row_linear.group_ops import groups_linear
-    from approxdrop_lightning.ops.row_linear.tables import make_plan
+def test_a_captured_layer_takes_another_pattern():
+    """Forward and backward, from a graph: other numbers in the tables are another pattern."""
+    n, groups, width = 256, 4, 64
+    weight, x = torch.randn(n, n) / 8, torch.randn(groups, 24, width)
 
-    rows, n_in, n_out = 96, 256, 192
-    weight, bias = torch.randn(n_out, n_in) / 8, torch.randn(n_out)
-    sides = [[make_pattern(n, 4, 1, **KIND) for n in (n_in, n_out)] for _ in range(3)]
-    plan = make_plan(*sides[0], (rows,), weight)
-    x = torch.randn(plan.in_shape)
-    groups_linear(x, weight, bias, *plan[:4], 2.0, "relu")  # compiles and chooses tiles
+    def draw():
+        kept = [torch.randperm(n // 16)[:, None] * 16 + torch.arange(16) for _ in range(2)]
+        kept = [k.view(groups, width).to(torch.int32) for k in kept]
+        return [*kept, *(reference.slots(k, n, 1) for k in kept)]
+
+    tables, direction = draw(), torch.randn(groups, 24, width)
+
+    def layer():
+        leaf = weight.requires_grad_()
+        y = torch.bmm(x, pack_ops.pack(leaf, *tables, 16).transpose(1, 2))
+        return y, *torch.autograd.grad(y, [leaf], direction)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles and chooses
+            layer()
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = groups_linear(x, weight, bias, *plan[:4], 2.0, "relu")[0]
-    for inside, outside in sides:
-        plan.flat.copy_(make_plan(inside, outside, (rows,), weight).flat)
+        y, dw = layer()
+    for _ in range(3):
+        for table, other in zip(tables, draw(), strict=True):
+            table.copy_(other)
         x.normal_()
         graph.replay()
-        wanted = functional.row_linear(x.view(-1), weight, bias, inside, outside, 2.0, "reference", (rows,), "relu")
-        torch.testing.assert_close(y.view(-1), wanted.view(-1), **TOLERANCE[torch.float32])
+        kept = reference.pack(weight.detach(), tables[0], tables[1])
+        torch.testing.assert_close(y, torch.bmm(x, kept.mT), **TOLERANCE[torch.float32])
+        wanted = reference.unpack(torch.bmm(direction.mT, x), tables[2], tables[3], n, n)
+        torch.testing.assert_close(dw, wanted, **TOLERANCE[torch.float32])
 
 
 def test_the_sequence_can_be_captured():
@@ -95,17 +109,16 @@ def test_the_sequence_can_be_captured():
 
 
 def test_tiles_are_chosen_by_timing(monkeypatch):
-    from approxdrop_lightning.ops.triton import common as triton_common
+    from approxdrop_lightning.ops.tile_linear import triton_tiles
 
     monkeypatch.setenv("APPROXDROP_AUTOTUNE", "1")
-    monkeypatch.setattr(triton_common, "_fastest", {})
-    pattern = make_pattern(512, 2, 1, **KIND)
+    monkeypatch.setattr(triton_tiles.product, "cache", {})
+    pattern = TilePattern(512, 512, 2, 1)
     x, weight = torch.randn(256, 512).half(), torch.randn(512, 512).half()
-    packed = functional.pack(x, pattern, "triton")
-    y = functional.row_linear(packed, weight, None, pattern, pattern, 1.0, "triton", (256,))
-    wanted = functional.row_linear(packed.double(), weight.double(), None, pattern, pattern, 1.0, "reference", (256,))
+    y = functional.tile_linear(x, weight, None, pattern, backend="triton")
+    wanted = functional.tile_linear(x.double(), weight.double(), None, pattern, backend="reference")
     torch.testing.assert_close(y.double(), wanted, rtol=1e-2, atol=0.1)
-    assert triton_common._fastest
+    assert len(triton_tiles.product.cache) == 1
 
 
 @pytest.mark.parametrize("recurrent", [False, True])

@@ -10,19 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("triton")
 
 from approxdrop_lightning.ops import custom_op
-from approxdrop_lightning.ops.row_linear import row_ops
+from approxdrop_lightning.ops.tile_linear import tile_ops
 
 pytestmark = pytest.mark.triton
 
 
 def results(watched, dtype):
-    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((6, 16), (40, 32), (40,)))
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((6, 32), (48, 32), (48,)))
     counter = FlopCounterMode(display=False)
     autocast = torch.autocast(x.device.type, dtype or torch.float16, enabled=dtype is not None)
     with autocast, counter if watched else contextlib.nullcontext():
-        y = row_ops.rows_linear(x, weight, bias, 2, 1, 3, 0, 1.5, "gelu")[0]
+        y = tile_ops._tile_linear(x, weight, bias, torch.tensor(1, dtype=torch.int32), 2, 1, 16, 1.5)
         grads = torch.autograd.grad(y.float().square().sum(), (x, weight, bias))
-    assert counter.get_total_flops() == (3 * 2 * 6 * 16 * 14 if watched else 0)
+    assert counter.get_total_flops() == (3 * 2 * 6 * 48 * 16 if watched else 0)
     return y, *grads
 
 
@@ -49,8 +49,8 @@ def test_who_looks_on():
 
 
 def test_no_second_derivative():
-    x, weight = torch.randn(6, 16, requires_grad=True), torch.randn(40, 32, requires_grad=True)
-    y = row_ops.rows_linear(x, weight, None, 2, 1, 3, 0, 1.5, "identity")[0]
+    x, weight = torch.randn(6, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)
+    y = tile_ops._tile_linear(x, weight, None, torch.tensor(1, dtype=torch.int32), 2, 1, 16, 1.5)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()

@@ -50,18 +50,17 @@ def assert_is_the_reference(
 
 
 def compilations(launches):
-    """How many kernels a GPU would compile for these launches; not in the interpreter."""
+    """How many kernels a GPU would compile for these launches, untuned; not in the interpreter."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
     backend, keys = make_backend(GPUTarget("cuda", 90, 32)), set()
-    kernels = {launch.kernel for launch in launches}
-    binders = {k: create_function_from_signature(k.signature, k.params, backend) for k in kernels}
     for launch in launches:
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        _, specialization, _ = binders[launch.kernel](
-            **launch.arguments, **launch.constants, **options, debug=False, instrumentation_mode=""
-        )
-        keys.add((launch.kernel.__name__, str(specialization), str(options)))
+        tuned = launch.configurations()
+        kernel = launch.kernel.fn if tuned else launch.kernel
+        constants = launch.constants | (tuned[0].kwargs if tuned else {})
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, _ = bind(**launch.arguments, **constants, debug=False, instrumentation_mode="")
+        keys.add((kernel.__name__, str(specialization)))
     return len(keys)

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from approxdrop_lightning.ops.triton.common import Specimen, specimen
+from approxdrop_lightning.ops.triton.common import Specimen, specimens_of
 from approxdrop_lightning.ops.triton.launch import Launch
 
 _BLOCK = 256  # of few rows and some hundred units each: small blocks, so that they reach many processors
+_OPTIONS = {"num_warps": 2, "num_stages": 3}
 
 
 @triton.jit
@@ -103,13 +104,13 @@ def forward_launch(
     hidden = c.shape[1]
     return Launch(
         forward_step,
-        _grid(c),
+        lambda _: (c.shape[0], triton.cdiv(c.shape[1], _BLOCK)),
         {
             "gates": gates, "acts": acts, "c": c, "c_next": c_next, "h": h, "kept": kept, "slots": slots,
             "H": hidden, "K": kept.shape[1], "gates_stride": gates.stride(0),
         },
         {"BLOCK": _BLOCK},
-        num_warps=2,
+        _OPTIONS,
     )  # fmt: skip
 
 
@@ -131,18 +132,14 @@ def backward_launch(
     """
     return Launch(
         backward_step,
-        _grid(c),
+        lambda _: (c.shape[0], triton.cdiv(c.shape[1], _BLOCK)),
         {
             "acts": acts, "c": c, "c_next": c_next, "dh": dh, "dh_kept": dh_kept, "slots": slots, "dc": dc,
             "dgates": dgates, "H": c.shape[1], "K": dh_kept.shape[1], "dh_stride": dh.stride(0),
         },
         {"BLOCK": _BLOCK},
-        num_warps=2,
+        _OPTIONS,
     )  # fmt: skip
-
-
-def _grid(c: Tensor) -> tuple[int, int]:
-    return c.shape[0], triton.cdiv(c.shape[1], _BLOCK)
 
 
 def specimens() -> list[Specimen]:
@@ -154,5 +151,5 @@ def specimens() -> list[Specimen]:
         for name, units, places in (("", state, None), ("_kept", kept, slots)):
             forward = forward_launch(wide, wide, state, state, state, units, places)
             backward = backward_launch(wide, state, state, state, units, places, state.float(), wide)
-            found += [specimen(f"lstm_forward{name}", forward), specimen(f"lstm_backward{name}", backward)]
+            found += specimens_of(f"lstm_forward{name}", forward) + specimens_of(f"lstm_backward{name}", backward)
     return found

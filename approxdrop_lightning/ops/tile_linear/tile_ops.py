@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from approxdrop_lightning.ops.custom_op import custom_op
-from approxdrop_lightning.ops.tile_linear.triton_tiles import aligned, product_launch, weight_grad_launch
-from approxdrop_lightning.ops.triton.common import Tiling, check_operands, run_fastest
-from approxdrop_lightning.ops.triton.launch import Launch
+from approxdrop_lightning.ops.tile_linear.triton_tiles import product_launch, weight_grad_launch
+from approxdrop_lightning.ops.triton.common import check_operands
 from approxdrop_lightning.patterns.tile import TilePattern
 
 
@@ -20,39 +19,28 @@ from approxdrop_lightning.patterns.tile import TilePattern
 def _tile_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float
 ) -> Tensor:
-    return _product("forward", x, weight, bias, offset, dp, keep, tile_size, scale)
+    return _product(x, weight, bias, offset, dp, keep, tile_size, scale)
 
 
 @custom_op("approxdrop::tile_linear_input_grad")
 def _input_grad(
     dy: Tensor, weight: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float
 ) -> Tensor:
-    return _product("input_grad", dy, weight.t(), None, offset, dp, keep, tile_size, scale)
+    return _product(dy, weight.t(), None, offset, dp, keep, tile_size, scale)
 
 
 @custom_op("approxdrop::tile_linear_weight_grad")
 def _weight_grad(dy: Tensor, x: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float) -> Tensor:
     dw = x.new_zeros(dy.shape[1], x.shape[1])
-    dy, x = _rows(dy), _rows(x)
-
-    def launch(tiling: Tiling) -> Launch:
-        return weight_grad_launch(tiling, dy, x, dw, offset, dp, keep, tile_size, scale)
-
-    run_fastest(f"tile_weight_grad_{tile_size}", x, (len(x), *dw.shape), launch, aligned(dw, tile_size))
+    weight_grad_launch(_rows(dy), _rows(x), dw, offset, dp, keep, tile_size, scale).run()
     return dw
 
 
 def _product(
-    name: str, x: Tensor, w: Tensor, bias: Tensor | None, offset: Tensor, dp: int, keep: int, tile_size: int,
-    scale: float,
-) -> Tensor:  # fmt: skip
+    x: Tensor, w: Tensor, bias: Tensor | None, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float
+) -> Tensor:
     y = x.new_empty(len(x), len(w))
-    x = _rows(x)
-
-    def launch(tiling: Tiling) -> Launch:
-        return product_launch(tiling, x, w, bias, y, offset, dp, keep, tile_size, scale)
-
-    run_fastest(f"tile_{name}_{tile_size}", x, (len(x), *w.shape), launch, aligned(w, tile_size))
+    product_launch(_rows(x), w, bias, y, offset, dp, keep, tile_size, scale).run()
     return y
 
 

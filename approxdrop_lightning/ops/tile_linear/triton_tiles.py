@@ -11,13 +11,25 @@ gradient of the input is the same kernel with the strides of the weight exchange
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from approxdrop_lightning.ops.triton.common import ARCHS, DTYPES, Specimen, Tiling, specimen, tilings
+from approxdrop_lightning.ops.triton.common import (
+    ARCHS,
+    DTYPES,
+    Specimen,
+    autotune_product,
+    bucket,
+    specimens_of,
+)
 from approxdrop_lightning.ops.triton.launch import Launch, aligned_run, precision
+
+#: Kept shares of a layer take one choice of tiles: it is made by dense sizes.
+_KEY = ["M_BUCKET", "N", "K", "TILE", "PRECISION"]
 
 
 @triton.jit
@@ -40,10 +52,11 @@ def _unit(place, first, period, length, TILE: tl.constexpr):
     return tl.max_contiguous(tl.multiple_of(unit, RUN), RUN)
 
 
-@triton.jit(do_not_specialize=("M", "dp", "keep"))
+@autotune_product("BLOCK_M", "BLOCK_N", "BLOCK_K", key=_KEY)
+@triton.jit(do_not_specialize=("M", "M_BUCKET", "dp", "keep"))
 def product(
-    x, w, bias, y, offset, M, N, K, dp, keep, x_stride, w_stride_n, w_stride_k, y_stride, scale,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    x, w, bias, y, offset, M, M_BUCKET, N, K, dp, keep, x_stride, w_stride_n, w_stride_k, y_stride, scale,
+    TILE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``y = scale * x @ (w * mask)^T + bias`` of ``x [M, K]`` and ``w [N, K]``, for one block of one class."""
@@ -73,10 +86,11 @@ def product(
     tl.store(y_at, accumulator.to(y.dtype.element_ty), mask=m_live[:, None] & n_live[None, :])
 
 
-@triton.jit(do_not_specialize=("M", "dp", "keep"))
+@autotune_product("BLOCK_N", "BLOCK_K", "BLOCK_M", key=_KEY)
+@triton.jit(do_not_specialize=("M", "M_BUCKET", "dp", "keep"))
 def weight_grad(
-    dy, x, dw, offset, M, N, K, dp, keep, dy_stride, x_stride, dw_stride, scale,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    dy, x, dw, offset, M, M_BUCKET, N, K, dp, keep, dy_stride, x_stride, dw_stride, scale,
+    TILE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Kept tiles of ``dw = scale * dy^T @ x``, for one block of one class; nothing else is written."""
@@ -103,68 +117,57 @@ def weight_grad(
 
 
 def product_launch(
-    tiling: Tiling, x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor, offset: Tensor, dp: int, keep: int,
-    tile_size: int, scale: float,
+    x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int,
+    scale: float,
 ) -> Launch:  # fmt: skip
     """``y = scale * x @ (w * mask)^T + bias``; ``w`` may be a transposed view, whose pattern is the same."""
     (rows, n_in), n_out = x.shape, w.shape[0]
-    blocks = tiling.blocks(rows, n_out, n_in)
     tiles = triton.cdiv(n_out, tile_size)
-    programs = triton.cdiv(rows, blocks[0]) * triton.cdiv(triton.cdiv(tiles, dp) * tile_size, blocks[1])
+
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        of_a_class = triton.cdiv(triton.cdiv(tiles, dp) * tile_size, meta["BLOCK_N"])
+        return triton.cdiv(rows, meta["BLOCK_M"]) * of_a_class, min(dp, tiles)
+
     return Launch(
         product,
-        (programs, min(dp, tiles)),
+        grid,
         {
-            "x": x, "w": w, "bias": bias, "y": y, "offset": offset, "M": rows, "N": n_out, "K": n_in,
-            "dp": dp, "keep": keep, "x_stride": x.stride(0), "w_stride_n": w.stride(0), "w_stride_k": w.stride(1),
-            "y_stride": y.stride(0), "scale": scale,
+            "x": x, "w": w, "bias": bias, "y": y, "offset": offset, "M": rows, "M_BUCKET": bucket(rows), "N": n_out,
+            "K": n_in, "dp": dp, "keep": keep, "x_stride": x.stride(0), "w_stride_n": w.stride(0),
+            "w_stride_k": w.stride(1), "y_stride": y.stride(0), "scale": scale,
         },
-        {
-            "TILE": tile_size, "PRECISION": precision(x.dtype),
-            "BLOCK_M": blocks[0], "BLOCK_N": blocks[1], "BLOCK_K": blocks[2],
-        },
-        tiling.num_warps,
-        tiling.num_stages,
+        _constants(x, w, tile_size),
     )  # fmt: skip
 
 
 def weight_grad_launch(
-    tiling: Tiling,
-    dy: Tensor,
-    x: Tensor,
-    dw: Tensor,
-    offset: Tensor,
-    dp: int,
-    keep: int,
-    tile_size: int,
-    scale: float,
+    dy: Tensor, x: Tensor, dw: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float
 ) -> Launch:
     """Kept tiles of ``dw = scale * dy^T @ x``."""
     rows, (n_out, n_in) = len(x), dw.shape
-    blocks = tiling.blocks(n_out, n_in, rows)
     tiles_out, tiles_in = triton.cdiv(n_out, tile_size), triton.cdiv(n_in, tile_size)
     most_kept = tiles_in // dp * keep + min(tiles_in % dp, keep)  # of a row of tiles, whatever the offset
-    programs = triton.cdiv(triton.cdiv(tiles_out, dp) * tile_size, blocks[0])
-    programs *= triton.cdiv(most_kept * tile_size, blocks[1])
+
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        blocks_n = triton.cdiv(triton.cdiv(tiles_out, dp) * tile_size, meta["BLOCK_N"])
+        return blocks_n * triton.cdiv(most_kept * tile_size, meta["BLOCK_K"]), min(dp, tiles_out)
+
     return Launch(
         weight_grad,
-        (programs, min(dp, tiles_out)),
+        grid,
         {
-            "dy": dy, "x": x, "dw": dw, "offset": offset, "M": rows, "N": n_out, "K": n_in, "dp": dp, "keep": keep,
-            "dy_stride": dy.stride(0), "x_stride": x.stride(0), "dw_stride": dw.stride(0), "scale": scale,
+            "dy": dy, "x": x, "dw": dw, "offset": offset, "M": rows, "M_BUCKET": bucket(rows), "N": n_out, "K": n_in,
+            "dp": dp, "keep": keep, "dy_stride": dy.stride(0), "x_stride": x.stride(0), "dw_stride": dw.stride(0),
+            "scale": scale,
         },
-        {
-            "TILE": tile_size, "PRECISION": precision(x.dtype),
-            "BLOCK_N": blocks[0], "BLOCK_K": blocks[1], "BLOCK_M": blocks[2],
-        },
-        tiling.num_warps,
-        tiling.num_stages,
+        _constants(x, dw, tile_size),
     )  # fmt: skip
 
 
-def aligned(w: Tensor, tile_size: int) -> bool:
-    """Whether all rows of tiles of a product's operands begin at multiples of 16 bytes."""
-    return aligned_run(w.element_size(), *w.shape, tile_size) > 1
+def _constants(x: Tensor, w: Tensor, tile_size: int) -> dict[str, Any]:
+    """``ALIGNED``: whether all rows of tiles of the operands begin at multiples of 16 bytes."""
+    aligned = aligned_run(w.element_size(), *w.shape, tile_size) > 1
+    return {"TILE": tile_size, "PRECISION": precision(x.dtype), "ALIGNED": aligned}
 
 
 def specimens() -> list[Specimen]:
@@ -173,21 +176,19 @@ def specimens() -> list[Specimen]:
     for arch in ARCHS:
         for dtype in DTYPES:
             for tile_size, n_in in ((32, 1024), (16, 1024), (128, 1024), (32, 650)):
-                choices = tilings(arch, dtype, aligned=n_in != 650)
-                for tiling in choices if (tile_size, n_in) == (32, 1024) else choices[:1]:
-                    blocks = "x".join(map(str, tiling[:3])) + ("_ragged" if n_in == 650 else "")
-                    found += [
-                        specimen(f"tile_{kind}_{tile_size}_{blocks}", launch, (arch,))
-                        for kind, launch in _example_launches(tiling, dtype, tile_size, n_in).items()
-                    ]
+                for kind, launch in _example_launches(dtype, tile_size, n_in).items():
+                    launch.constants["ARCH"] = arch
+                    name = f"tile_{kind}_{tile_size}" + ("_ragged" if n_in == 650 else "")
+                    every = specimens_of(name, launch, (arch,))
+                    found += every if (tile_size, n_in) == (32, 1024) else every[:1]
     return found
 
 
-def _example_launches(tiling: Tiling, dtype: torch.dtype, tile_size: int, n_in: int) -> dict[str, Launch]:
+def _example_launches(dtype: torch.dtype, tile_size: int, n_in: int) -> dict[str, Launch]:
     x, w, y = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((256, n_in), (2048, n_in), (256, 2048)))
     pattern = (torch.empty((), dtype=torch.int32, device="meta"), 2, 1, tile_size, 2.0)
     return {
-        "forward": product_launch(tiling, x, w, y[0], y, *pattern),
-        "input_grad": product_launch(tiling, y, w.t(), None, x, *pattern),
-        "weight_grad": weight_grad_launch(tiling, y, x, w, *pattern),
+        "forward": product_launch(x, w, y[0], y, *pattern),
+        "input_grad": product_launch(y, w.t(), None, x, *pattern),
+        "weight_grad": weight_grad_launch(y, x, w, *pattern),
     }

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from approxdrop_lightning.ops.triton.common import Specimen
 
 #: Modules that have ``specimens()``.
-MODULES = ("row_linear.group_launches", "lstm.triton_lstm", "row_linear.triton_rows", "tile_linear.triton_tiles")
+MODULES = ("lstm.triton_lstm", "pack.triton_pack", "tile_linear.triton_tiles")
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": the same for 8.0, 9.0 and 10.0 but
 # for the shared memory of an SM. 1 KB of it is taken by the system for each block; registers are given out to warps
@@ -35,10 +35,8 @@ _REGISTERS, _REGISTER_UNIT, _WARPS, _BLOCKS, _RESERVED = 65536, 256, 64, 32, 102
 _SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 
 _TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
-_COPIES = {
-    "cp.async.bulk.tensor": re.compile(r"cp\.async\.bulk\.tensor"),
-    "cp.async": re.compile(r"cp\.async\.c[ag]\."),
-}
+_ASYNCHRONOUS = re.compile(r"\bcp\.async\.c[ag]\.")
+_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[a-z_:0-9]+)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,8 @@ class Report:
         occupancy: Bound on the resident share of an SM's warps, by registers, shared memory and blocks.
         tensor_core: Instruction found, or ``"-"``.
         copies: Asynchronous copies found, or ``"-"``.
+        loads: Synchronous loads from global memory in the code: fewer are wider.
+        store_bits: Width of the widest store to global memory.
     """
 
     kernel: str
@@ -66,6 +66,8 @@ class Report:
     occupancy: float
     tensor_core: str
     copies: str
+    loads: int
+    store_bits: int
 
 
 def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> float:
@@ -97,10 +99,12 @@ def compile_specimen(specimen: Specimen, arch: int) -> Report:
         specimen.constants,
         {(position(name),): [["tt.divisibility", 16]] for name in specimen.aligned},
     )
-    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=specimen.options)
     usage = _resource_usage(compiled.asm["cubin"])
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    widths: dict[str, list[int]] = {"ld": [], "st": []}
+    for kind, count, bits in _ACCESS.findall(ptx):
+        widths[kind].append(int(count or 1) * int(bits))
     return Report(
         specimen.name,
         arch,
@@ -110,7 +114,9 @@ def compile_specimen(specimen: Specimen, arch: int) -> Report:
         shared,
         occupancy(arch, usage["REG"], shared, compiled.metadata.num_warps),
         " ".join(sorted(set(_TENSOR_CORE.findall(ptx)))) or "-",
-        " ".join(name for name, pattern in _COPIES.items() if pattern.search(ptx)) or "-",
+        "cp.async" if _ASYNCHRONOUS.search(ptx) else "-",
+        len(widths["ld"]),
+        max(widths["st"], default=0),
     )
 
 

@@ -1,28 +1,24 @@
-"""What Triton kernels share beside a launch: tile sizes, their choice by timing, what is compiled ahead of time."""
+"""What Triton kernels share beside a launch: tile sizes of products, and what is compiled ahead of time."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from approxdrop_lightning.ops.triton.launch import Launch, precision
+from approxdrop_lightning.ops.triton.launch import Launch
 
-#: Types that the kernels multiply; sums are float32.
+#: Types that the kernels take; sums are float32.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Compute capabilities that the tables of tile sizes are made for: A100, H100, B200.
 ARCHS = (80, 90, 100)
 
 #: Whether kernels are interpreted: they are what they were when triton was imported.
-_INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _NAMES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -46,12 +42,6 @@ class Tiling(NamedTuple):
     depth: int
     num_warps: int
     num_stages: int
-
-    def blocks(self, rows: int, columns: int, depth: int) -> tuple[int, int, int]:
-        """Rows, columns and depth for dense operands of such sizes: not beyond them, at least a tensor core's."""
-        sizes = zip(self[:3], (rows, columns, depth), strict=True)
-        first, second, third = (max(16, min(block, bucket(size))) for block, size in sizes)
-        return first, second, third
 
 
 #: By compute capability; the first of each list serves where nothing is timed. 3 * (128 + 128) * 64 * 2 bytes = 96 KB
@@ -97,75 +87,38 @@ def tilings(arch: int, dtype: torch.dtype, precision: str = "ieee", aligned: boo
     return tuple(t._replace(depth=t.depth // 2) for t in _TENSOR_CORE[arch])  # twice the bytes for each term
 
 
+def autotune_product(*names: str, key: list[str]) -> Callable[[Any], Any]:
+    """``triton.autotune`` for a kernel that forms products: among the :func:`tilings` of device, type and alignment.
+
+    The kernel has an operand ``x`` and the compile-time constants ``PRECISION`` and ``ALIGNED``; a meta tensor as
+    ``x`` stands for the device of ``ARCH``, if that is given.
+
+    Args:
+        names: Constants of the kernel that a tiling's rows, columns and depth are.
+        key: Arguments whose change asks for another choice.
+    """
+
+    def configs(chosen: tuple[Tiling, ...]) -> list[triton.Config]:
+        return [
+            triton.Config(dict(zip(names, t[:3], strict=True)), num_warps=t.num_warps, num_stages=t.num_stages)
+            for t in chosen
+        ]
+
+    def fitting(_configs: list[triton.Config], _arguments: dict[str, Any], **call: Any) -> list[triton.Config]:
+        x = call["x"]
+        arch = call.get("ARCH") or arch_of(x.device)
+        return configs(tilings(arch, x.dtype, call["PRECISION"], call["ALIGNED"]))
+
+    every = [t for dtype in DTYPES for arch in ARCHS for aligned in (True, False) for precision in ("ieee", "tf32")
+             for t in tilings(arch, dtype, precision, aligned)]  # fmt: skip
+    return triton.autotune(
+        configs(tuple(dict.fromkeys(every))), key=key, prune_configs_by={"early_config_prune": fitting}
+    )
+
+
 def bucket(size: int) -> int:
     """The power of two at or above a size: sizes of one bucket share a choice of tiles."""
     return 1 << max(size - 1, 0).bit_length()
-
-
-def tilings_for(x: Tensor, aligned: bool = True) -> tuple[Tiling, ...]:
-    """Tile sizes worth trying for products of an operand's type on its device; ``aligned`` as in :func:`tilings`."""
-    return tilings(arch_of(x.device), x.dtype, precision(x.dtype), aligned)
-
-
-def tuning_key(name: str, x: Tensor, *sizes: int) -> tuple[Hashable, ...]:
-    """Key of a choice of tiles: a kernel, type and device of an operand, and buckets of sizes."""
-    return name, x.dtype, precision(x.dtype), x.device.index, *map(bucket, sizes)
-
-
-_fastest: dict[Hashable, int] = {}
-
-
-def fastest(key: Hashable, launches: Iterable[Launch]) -> Launch:
-    """The fastest of launches that do the same; all are timed when the key is new.
-
-    Nothing is timed in the interpreter, while a CUDA graph is captured, or if ``APPROXDROP_AUTOTUNE=0``: then it is
-    the first.
-
-    Args:
-        key: What the choice depends on: the kernel, types, and the :func:`bucket` of dense sizes, so that it does not
-            change with the pattern.
-        launches: Candidates, made as they are needed. What they write does not depend on what was there.
-    """
-    launches = iter(launches)
-    if key in _fastest:
-        return next(islice(launches, _fastest[key], None))
-    first = next(launches)
-    if os.environ.get("APPROXDROP_AUTOTUNE", "1") == "0" or not _on_gpu(first):
-        return first
-    if torch.cuda.is_current_stream_capturing():
-        return first
-    candidates = [first, *launches]
-    times = [_seconds(launch.run) for launch in candidates]
-    _fastest[key] = times.index(min(times))
-    return candidates[_fastest[key]]
-
-
-def run_fastest(
-    name: str, x: Tensor, sizes: tuple[int, ...], launch_of: Callable[[Tiling], Launch], aligned: bool = True
-) -> None:
-    """Launch a product, cut as is :func:`fastest`.
-
-    Args:
-        name: Of the kernel.
-        x: One of its operands.
-        sizes: Dense rows, outputs and inputs.
-        launch_of: The launch with given tile sizes.
-        aligned: As in :func:`tilings`.
-    """
-    key = (aligned, *tuning_key(name, x, *sizes))
-    fastest(key, map(launch_of, tilings_for(x, aligned))).run()
-
-
-def _on_gpu(launch: Launch) -> bool:
-    """Whether a launch runs on a GPU, not in the interpreter."""
-    return any(isinstance(value, Tensor) and value.is_cuda for value in launch.arguments.values())
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    try:
-        return triton.testing.do_bench(run, warmup=5, rep=20) / 1e3
-    except OutOfResources:  # of shared memory, on a card smaller than the table was made for
-        return float("inf")
 
 
 @dataclass(frozen=True)
@@ -178,8 +131,7 @@ class Specimen:
         signature: Type of each argument, as ``triton.compiler.ASTSource`` wants it.
         constants: Values of the arguments of type ``"constexpr"``.
         aligned: Arguments that are divisible by 16.
-        num_warps: Warps of a program.
-        num_stages: Tiles in flight.
+        options: ``num_warps`` and ``num_stages``.
         archs: Compute capabilities to compile it for.
     """
 
@@ -188,21 +140,34 @@ class Specimen:
     signature: dict[str, str]
     constants: dict[str, Any]
     aligned: tuple[str, ...]
-    num_warps: int
-    num_stages: int
+    options: dict[str, Any]
     archs: tuple[int, ...] = ARCHS
 
 
-def specimen(name: str, launch: Launch, archs: tuple[int, ...] = ARCHS) -> Specimen:
-    """What Triton would compile for a launch: it specialises on types, on numbers that are 1 and on multiples of 16.
+def specimens_of(name: str, launch: Launch, archs: tuple[int, ...] = ARCHS) -> list[Specimen]:
+    """What Triton would compile for a launch, in each configuration that it would try.
+
+    Triton specialises on types, on numbers that are 1 and on multiples of 16.
 
     Args:
         name: What it is, for people.
         launch: A launch; its tensors may be of the meta device and count as aligned, as PyTorch's allocator has them.
         archs: Compute capabilities to compile it for.
     """
-    signature, constants, aligned = {}, dict(launch.constants), []
-    for parameter in launch.kernel.params:
+    found = []
+    for config in launch.configurations():
+        sizes = "x".join(map(str, config.kwargs.values()))
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        found.append(_specimen(f"{name}_{sizes}", launch, config.kwargs, options, archs))
+    return found or [_specimen(name, launch, {}, launch.options, archs)]
+
+
+def _specimen(
+    name: str, launch: Launch, constants: dict[str, Any], options: dict[str, Any], archs: tuple[int, ...]
+) -> Specimen:
+    kernel = launch.kernel if hasattr(launch.kernel, "params") else launch.kernel.fn
+    signature, constants, aligned = {}, launch.constants | constants, []
+    for parameter in kernel.params:
         if parameter.name in constants:
             signature[parameter.name] = "constexpr"
             continue
@@ -212,15 +177,12 @@ def specimen(name: str, launch: Launch, archs: tuple[int, ...] = ARCHS) -> Speci
             constants[parameter.name] = value
         elif isinstance(value, Tensor) or _is_aligned(value, parameter):
             aligned.append(parameter.name)
-    return Specimen(
-        name, launch.kernel, signature, constants, tuple(aligned), launch.num_warps, launch.num_stages, archs
-    )
+    constants = {key: value for key, value in constants.items() if key in signature}
+    return Specimen(name, kernel, signature, constants, tuple(aligned), options, archs)
 
 
 def _type(value: Any, general: bool) -> str:
     """Triton's name of an argument's type; ``general`` arguments are never constants."""
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_NAMES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
     if isinstance(value, Tensor):
         return f"*{_NAMES[value.dtype]}"
     if value is None or (value == 1 and isinstance(value, int) and not general):
@@ -241,7 +203,7 @@ def check_operands(caller: str, *operands: Tensor) -> None:
     for operand in operands:
         if operand.dtype not in DTYPES:
             raise ValueError(f"{caller}: the triton backend takes float32, float16 and bfloat16, got {operand.dtype}")
-        if operand.device.type not in ("cuda", "meta") and not _INTERPRETED:
+        if operand.device.type not in ("cuda", "meta") and not INTERPRETED:
             raise ValueError(
                 f"{caller}: the triton backend needs tensors on a CUDA device (or TRITON_INTERPRET=1 for its "
                 f"interpreter), got {operand.device}"

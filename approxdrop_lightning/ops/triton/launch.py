@@ -1,8 +1,10 @@
-"""What the row kernels have in common: a launch as a value, the end of a product, the choice of tiles."""
+"""A launch as a value, and what kernels are told about alignment and precision."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,45 +18,50 @@ class Launch:
     """A kernel and all that it is launched with.
 
     Attributes:
-        kernel: The kernel.
-        grid: Programs along each axis.
-        arguments: Tensors, descriptors and numbers.
-        constants: Compile-time constants.
-        num_warps: Warps of a program.
-        num_stages: Tiles in flight.
+        kernel: A ``triton.jit`` function, or the ``triton.autotune`` of one.
+        grid: Programs along each axis, of the compile-time constants of a configuration.
+        arguments: Tensors and numbers, by name.
+        constants: Compile-time constants that are not tuned.
+        options: Launch options such as ``num_warps``, if nothing is tuned.
     """
 
     kernel: Any
-    grid: tuple[int, ...]
+    grid: Callable[[dict[str, Any]], tuple[int, ...]]
     arguments: dict[str, Any]
-    constants: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
+    constants: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Launch it, if there is anything to do."""
-        if 0 not in self.grid:
-            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+        """Launch it, if there is anything to do.
+
+        An autotuned kernel takes its first configuration untimed in the interpreter, while a CUDA graph is captured
+        (which timing would break), and with ``APPROXDROP_AUTOTUNE=0``.
+        """
+        tuned = self.configurations()
+        if 0 in self.grid(tuned[0].kwargs if tuned else {}):
+            return
+        kernel, options = self.kernel, self.options
+        if tuned and not self._may_time():
+            kernel, options = kernel.fn, tuned[0].all_kwargs()
+        kernel[self.grid](**self.arguments, **self.constants, **options)
+
+    def configurations(self) -> list[triton.Config]:
+        """What autotuning tries for these arguments, the one to take untimed first; empty if nothing is tuned."""
+        every = getattr(self.kernel, "configs", [])
+        prune = getattr(self.kernel, "early_config_prune", None)
+        return list(prune(every, {}, **self.arguments, **self.constants) if prune else every)
+
+    def _may_time(self) -> bool:
+        if os.environ.get("APPROXDROP_AUTOTUNE", "1") == "0":
+            return False
+        on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in self.arguments.values())
+        return on_gpu and not torch.cuda.is_current_stream_capturing()
 
 
 @triton.jit
 def whole(number, RUN: tl.constexpr):
     """The number, known to be a multiple: a hint on a loaded scalar does not outlive the compiler's first pass."""
     return number // RUN * RUN
-
-
-@triton.jit
-def finish(pre, y, z, at, live, ACTIVATION: tl.constexpr):
-    """``y = act(pre)``; what its derivative needs beside ``y`` goes to ``z``: for GELU its argument."""
-    if ACTIVATION == "relu":
-        value = tl.maximum(pre, 0.0)
-    elif ACTIVATION == "gelu":
-        tl.store(z + at, pre.to(z.dtype.element_ty), mask=live)
-        value = 0.5 * pre * (1.0 + tl.erf(pre * 0.7071067811865476))
-    else:
-        value = pre
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=live)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -66,17 +73,3 @@ def aligned_run(itemsize: int, *numbers: int) -> int:
     """Elements of a load of 16 bytes if it is aligned wherever a multiple of ``numbers`` leads; else 1."""
     widest = 16 // itemsize
     return widest if all(number % widest == 0 for number in numbers) else 1
-
-
-def saved_for(activation: str, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-    """What the derivative is computed from."""
-    return {"identity": (), "relu": (y,), "gelu": (z,)}[activation]
-
-
-def before_activation(activation: str, dy: Tensor, *values: Tensor) -> Tensor:
-    """Gradient of the argument of the activation."""
-    if activation == "relu":
-        dy = dy * (values[0] > 0)
-    elif activation == "gelu":
-        dy = torch.ops.aten.gelu_backward(dy, values[0])
-    return dy.contiguous()

@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 
 from approxdrop_lightning import TilePattern, functional
 from approxdrop_lightning.ops.tile_linear import tile_ops, triton_tiles
+from approxdrop_lightning.ops.triton import common
 from approxdrop_lightning.ops.triton.common import tilings
+from approxdrop_lightning.ops.triton.launch import Launch
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned")]
 
@@ -63,16 +65,21 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_every_choice_of_blocks(number):
+def test_every_choice_of_blocks(number, monkeypatch):
     """What is chosen by timing on a GPU computes the same; blocks larger than a class, and several of them."""
-    tiling = tilings(80, torch.float16)[number]
+    only = tilings(80, torch.float16)[number]
+    monkeypatch.setattr(common, "tilings", lambda *_: (only,))
     pattern = TilePattern(300, 420, 2, 1, 1, 16)
     x, w, y = torch.randn(70, 420).half(), torch.randn(300, 420).half(), torch.empty(70, 300).half()
     dy, dx, dw = torch.randn(70, 300).half(), torch.empty(70, 420).half(), torch.zeros(300, 420).half()
     arguments = (torch.tensor(1, dtype=torch.int32), 2, 1, 16, 1.0)
-    triton_tiles.product_launch(tiling, x, w, None, y, *arguments).run()
-    triton_tiles.product_launch(tiling, dy, w.t(), None, dx, *arguments).run()
-    triton_tiles.weight_grad_launch(tiling, dy, x, dw, *arguments).run()
+    triton_tiles.product_launch(x, w, None, y, *arguments).run()
+    triton_tiles.product_launch(dy, w.t(), None, dx, *arguments).run()
+    launch = triton_tiles.weight_grad_launch(dy, x, dw, *arguments)
+    assert [c.kwargs for c in launch.configurations()] == [
+        {"BLOCK_N": only[0], "BLOCK_K": only[1], "BLOCK_M": only[2]}
+    ]
+    launch.run()
     mask, exact = pattern.mask(w.device), torch.float32
     masked = w.to(exact) * mask
     for found, expected in (
@@ -155,7 +162,7 @@ def test_autocast_takes_the_type_of_the_user(dtype, monkeypatch):
     """The operator itself; what it is cast to is seen by the launch, since the interpreter cannot do bfloat16."""
     x, weight, bias, offset, *pattern = operands()
     seen = []
-    monkeypatch.setattr(tile_ops, "run_fastest", lambda name, x, *_: seen.append(x.dtype))
+    monkeypatch.setattr(Launch, "run", lambda launch: seen.append(launch.arguments["x"].dtype))
     with torch.autocast(torch.get_default_device().type, dtype):
         y = tile_ops._tile_linear(x, weight, bias, offset, *pattern)
     assert y.dtype == dtype
@@ -173,19 +180,18 @@ def test_types_without_kernels_are_refused():
 COMPILATIONS = """
 import torch
 from support.triton_cases import compilations
-from approxdrop_lightning.ops.triton.common import tilings
 from approxdrop_lightning.ops.tile_linear.triton_tiles import product_launch, weight_grad_launch
 
-tiling, launches = tilings(80, torch.float16)[0], []
+launches = []
 shapes = (256, 1024), (2048, 1024), (256, 2048)
 x, w, y = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in shapes)
 offset = torch.empty((), dtype=torch.int32, device="meta")
 for dp in range(1, 18):
     for keep in range(1, dp + 1):
         pattern = (offset, dp, keep, 32, 2.0)
-        launches.append(product_launch(tiling, x, w, None, y, *pattern))
-        launches.append(product_launch(tiling, y, w.t(), None, x, *pattern))
-        launches.append(weight_grad_launch(tiling, y, x, w, *pattern))
+        launches.append(product_launch(x, w, None, y, *pattern))
+        launches.append(product_launch(y, w.t(), None, x, *pattern))
+        launches.append(weight_grad_launch(y, x, w, *pattern))
 print(compilations(launches))
 """
 

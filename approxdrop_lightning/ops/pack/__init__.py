@@ -1,0 +1,1 @@
+"""Pack the kept rows and columns of a dense matrix by group, and unpack them: definition, operators, kernels."""
