@@ -1,4 +1,4 @@
-"""MNIST and Penn Treebank, each with an embedded stand-in for machines without data and network."""
+"""MNIST and Penn Treebank, each with real data embedded for machines without files and network."""
 
 from datamodules.mnist import MNISTDataModule
 from datamodules.ptb import PTBDataModule

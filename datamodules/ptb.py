@@ -1,5 +1,6 @@
-"""Penn Treebank, word level, as Mikolov prepared it and Zaremba et al. (2014) train on it."""
+"""Text by words: Penn Treebank, as Zaremba et al. (2014) train on it, or a text of one's own."""
 
+import bz2
 import hashlib
 import math
 import os
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.loader import ResumableLoader
-from datamodules.source import DOWNLOAD_TIMEOUT, check_at_least, check_source, data_folder, obtain
+from datamodules.source import DOWNLOAD_TIMEOUT, EMBEDDED, check_at_least, check_source, data_folder, obtain
 from datamodules.synthetic import WordSource
 
 MD5 = {
@@ -43,25 +44,28 @@ class PTBDataModule(LightningDataModule):
     Args:
         data_dir: The files ``ptb.{train,valid,test}.txt`` are looked for in it, in ``ptb`` and in torchtext's
             ``datasets/PennTreebank`` below it, and in torchtext's cache; default ``APPROXDROP_DATA`` or ``data``.
-        source: ``"files"``, ``"download"``, ``"synthetic"`` (a source of known entropy), or ``"auto"``: whichever
-            of these is to be had first, with a warning if it is the last.
+        source: ``"files"``, ``"download"``, ``"embedded"`` (two novels by Jane Austen), ``"auto"``: whichever of them
+            is to be had first, with a warning if it is the last; or ``"synthetic"``: a source of known entropy.
+        text: Folder of a text of one's own, in the place of all that ``source`` names: UTF-8, words apart by white
+            space, in the files ``train.txt``, ``valid.txt`` and ``test.txt``, which may have something in front
+            (``wiki.train.txt``). Lines end with ``<eos>``; words that the training text does not have are ``<unk>``.
         batch_size: Streams of the training text.
         unroll: Steps T per batch; the last batch of an epoch may have fewer.
         vocabulary: Keep the most frequent words, so many with ``<unk>``; None for all.
         fraction: First share of the training text to use, in (0, 1].
         eval_batch_size: Streams of the validation and test texts.
-        check_md5: Whether the files must be the published ones; False for a text of one's own.
         seed: Of the synthetic text.
 
     Attributes:
-        data_source: Where the data came from; after ``setup``.
+        data_kind: ``"files"``, ``"embedded"`` or ``"synthetic"``; after ``setup``.
+        data_source: Where the data came from, in words; after ``setup``.
         vocab: Words by index; after ``setup``.
         num_tokens: Words (with ``<eos>``) of each text, by ``"train"``, ``"valid"`` and ``"test"``.
         best_perplexity: The perplexity that no model beats in expectation, if known (synthetic), else None.
 
     Raises:
         ValueError: For a value outside what is allowed, and in ``setup`` for a file of another MD5.
-        FileNotFoundError: In ``setup``, if ``source="files"`` and there are none.
+        FileNotFoundError: In ``setup``, if ``source="files"`` and there are none, or a file of ``text`` is missing.
         ConnectionError: In ``setup``, if ``source="download"`` failed.
     """
 
@@ -74,7 +78,7 @@ class PTBDataModule(LightningDataModule):
         vocabulary: int | None = None,
         fraction: float = 1.0,
         eval_batch_size: int = 10,
-        check_md5: bool = True,
+        text: str | os.PathLike | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -85,7 +89,11 @@ class PTBDataModule(LightningDataModule):
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {fraction!r}")
         self.batch_size, self.unroll, self.eval_batch_size = batch_size, unroll, eval_batch_size
-        self.vocabulary, self.fraction, self.check_md5, self.seed = vocabulary, fraction, check_md5, seed
+        if text is not None and source not in ("auto", "files"):
+            raise ValueError(f"text={str(text)!r} is read from files: source must be auto or files, got {source!r}")
+        self.vocabulary, self.fraction, self.seed = vocabulary, fraction, seed
+        self.text = None if text is None else Path(text).expanduser()
+        self.data_kind: str | None = None
         self.data_source: str | None = None
         self.best_perplexity: float | None = None
         self.vocab: list[str] = []
@@ -103,13 +111,15 @@ class PTBDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fetch the files if need be; what it found is found again by ``setup`` on the other processes."""
-        _ = self._folder
+        if self.text is None:
+            _ = self._folder
 
     @cached_property
     def _folder(self) -> Path | None:
         """Of the real data; asked for once, so that a failed download is tried and warned of once."""
         looked_in = ", ".join(str(folder) for folder in self._folders)
-        return obtain("Penn Treebank (ptb.train.txt, ...)", self.source, self._find, looked_in, self._download)
+        name = "Penn Treebank (ptb.train.txt, ...)"
+        return obtain(name, self.source, self._find, looked_in, self._download, URL)
 
     def _find(self) -> Path | None:
         for folder in self._folders:
@@ -119,9 +129,8 @@ class PTBDataModule(LightningDataModule):
                 continue
             if missing:
                 raise ValueError(f"Penn Treebank is incomplete: missing {', '.join(missing)}")
-            if self.check_md5:
-                for part, file in files.items():
-                    _check_md5(part, file)
+            for part, file in files.items():
+                _check_md5(part, file)
             return folder
         return None
 
@@ -154,11 +163,7 @@ class PTBDataModule(LightningDataModule):
             )
         if self.data_source is not None:
             return
-        folder = self._folder
-        if folder is None:
-            texts, source = self._synthetic(), "synthetic (Markov source of words)"
-        else:
-            texts, source = self._read(folder), f"files ({folder.absolute()})"
+        kind, texts = self._read()
         train = texts["train"]
         texts["train"] = train[: max(1, int(len(train) * self.fraction))]
         self.num_tokens = {part: len(text) for part, text in texts.items()}
@@ -169,22 +174,29 @@ class PTBDataModule(LightningDataModule):
             )
         for part in ("valid", "test"):
             if self.num_tokens[part] < 2:
-                raise ValueError(f"ptb.{part}.txt needs at least 2 words to score one, there are {len(texts[part])}")
+                raise ValueError(f"the {part} text needs at least 2 words to score one, there are {len(texts[part])}")
         self._train = _Streams(*_cut(texts["train"], self.batch_size), self.unroll)
         self._valid, self._test = (
             _Streams(*_cut_padded(texts[part], self.eval_batch_size), self.unroll) for part in ("valid", "test")
         )
-        self.data_source = source
+        self.data_kind = kind
+        self.data_source = {
+            "files": f"files ({(self.text or self._folder or Path()).absolute()})",
+            "embedded": f"two novels by Jane Austen ({self.num_tokens['train']:,} words, embedded)",
+            "synthetic": "synthetic (Markov source of words)",
+        }[kind]
 
-    def _read(self, folder: Path) -> dict[str, Tensor]:
-        words = {}
-        for part in MD5:
-            file = folder / f"ptb.{part}.txt"
-            try:
-                with file.open(encoding="utf-8") as lines:
-                    words[part] = [word for line in lines for word in (*line.split(), END)]
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    def _read(self) -> tuple[str, dict[str, Tensor]]:
+        """Kind of the data, and its texts."""
+        if self.text is not None:
+            return "files", self._number({part: _words(_own_file(self.text, part)) for part in MD5})
+        if (folder := self._folder) is not None:
+            return "files", self._number({part: _words(folder / f"ptb.{part}.txt") for part in MD5})
+        if self.source == "synthetic":
+            return "synthetic", self._synthetic()
+        return "embedded", self._number({part: _words(EMBEDDED / f"austen.{part}.txt.bz2") for part in MD5})
+
+    def _number(self, words: dict[str, list[str]]) -> dict[str, Tensor]:
         counts = Counter(words["train"])
         counts[UNKNOWN] += 0  # a text of one's own may have none
         # Sorted by frequency, then by name: the same order on every machine.
@@ -253,6 +265,25 @@ def _cut_padded(text: Tensor, streams: int) -> tuple[Tensor, Tensor]:
     inputs = torch.cat([inputs, inputs.new_zeros(padding)])
     targets = torch.cat([targets, targets.new_full((padding,), IGNORED)])
     return inputs.view(streams, steps).t().contiguous(), targets.view(streams, steps).t().contiguous()
+
+
+def _words(file: Path) -> list[str]:
+    opener = bz2.open if file.suffix == ".bz2" else open
+    try:
+        with opener(file, "rt", encoding="utf-8") as lines:
+            return [word for line in lines for word in (*line.split(), END)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+
+
+def _own_file(folder: Path, part: str) -> Path:
+    """``train.txt`` or ``*.train.txt`` of a folder."""
+    found = [*folder.glob(f"{part}.txt"), *sorted(folder.glob(f"*.{part}.txt"))]
+    if not found:
+        raise FileNotFoundError(f"text={folder}: no {part}.txt or NAME.{part}.txt there")
+    if len(found) > 1:
+        raise ValueError(f"text={folder}: one {part}.txt expected, {', '.join(path.name for path in found)} found")
+    return found[0]
 
 
 def _check_md5(part: str, file: Path) -> None:

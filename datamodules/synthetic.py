@@ -1,6 +1,6 @@
-"""The embedded stand-ins: rendered digits, and text from a source of known entropy.
+"""Data from a generator, for tests: rendered digits, and text from a source of known entropy.
 
-They make every command run on any machine. They are seeded and never use the global random state.
+Both are seeded and never use the global random state.
 """
 
 import random

@@ -1,15 +1,22 @@
 """MNIST: right images, cheap batches, damaged files refused, no fall-back in silence."""
 
+import importlib.util
 import os
+import threading
+import time
+import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from support import ROOT
 from torchvision.datasets import MNIST
 
 from datamodules import MNISTDataModule
 from datamodules import mnist as mnist_module
-from datamodules.source import SyntheticDataWarning
+from datamodules import source as source_module
+from datamodules.source import EMBEDDED, EmbeddedDataWarning
 
 DATA = Path(os.environ.get("APPROXDROP_DATA", "/nonexistent"))
 real_data = pytest.mark.skipif(not (DATA / "MNIST").is_dir(), reason="APPROXDROP_DATA names no folder with MNIST/")
@@ -112,13 +119,74 @@ def test_the_fall_back_is_loud_and_a_demanded_download_fails(tmp_path, monkeypat
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
     monkeypatch.setattr(mnist_module.MNIST, "download", refuse)
+    monkeypatch.setattr(source_module, "_probe", lambda url: None)
     data = MNISTDataModule(tmp_path)
-    with pytest.warns(SyntheticDataWarning, match=r"Error downloading.*SYNTHETIC DATA"):
+    with pytest.warns(EmbeddedDataWarning, match=r"Error downloading.*What is embedded is used instead"):
         data.prepare_data()
     data.setup()
-    assert "synthetic" in data.data_source
+    assert (data.data_kind, data.data_source) == ("embedded", "MNIST, a part (5,000 images, embedded)")
     with pytest.raises(ConnectionError, match="Error downloading"):
         MNISTDataModule(tmp_path, source="download").prepare_data()
+
+
+def test_the_embedded_part_is_balanced_and_apart():
+    data = MNISTDataModule(source="embedded")
+    data.setup()
+    parts = [data._train, data._val, data._test]
+    assert [torch.bincount(labels).tolist() for _, labels in parts] == [[500] * 10, [50] * 10, [50] * 10]
+    images = torch.cat([images for images, _ in parts]).flatten(1)
+    assert len(images.unique(dim=0)) == 6000
+    assert abs(images.mean()) < 0.02 and abs(images.std() - 1) < 0.02
+    larger = MNISTDataModule(source="embedded", val_size=1000)
+    larger.setup()
+    assert len(larger._val[0]) == 1000
+    assert larger.data_source == "MNIST, a part (4,500 images, embedded)"
+
+
+@real_data
+def test_the_embedded_part_is_what_its_script_makes_of_the_real_data():
+    spec = importlib.util.spec_from_file_location("make", ROOT / "datamodules/embedded/make_mnist_part.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    with np.load(EMBEDDED / "mnist_part.npz") as arrays:
+        for name, made in script.make(str(DATA)).items():
+            assert np.array_equal(arrays[name], made), name
+
+
+def test_embedded_files_are_small_and_have_a_note():
+    files = [path for path in EMBEDDED.iterdir() if path.suffix in (".npz", ".bz2")]
+    assert len(files) == 4
+    note = (EMBEDDED / "README.md").read_text(encoding="utf-8")
+    assert all(path.stat().st_size < 1_000_000 for path in files)
+    assert "Attribution-Share Alike 3.0" in note and "public domain" in note and "mnist_part.npz" in note
+
+
+def test_offline_auto_does_not_wait_for_names_to_be_looked_up(tmp_path, monkeypatch):
+    """As behind a resolver that drops what it is asked; the thread that asks is left behind."""
+    asked, answer = threading.Event(), threading.Event()
+
+    def hang(*_, **__):
+        asked.set()
+        answer.wait(20)
+        raise OSError("too late")
+
+    monkeypatch.setattr(source_module, "PROBE_TIMEOUT", 0.2)
+    monkeypatch.setattr(source_module.urllib.request, "urlopen", hang)
+    monkeypatch.setattr(mnist_module.MNIST, "download", lambda self: pytest.fail("tried to download"))
+    began = time.monotonic()
+    with pytest.warns(EmbeddedDataWarning, match=r"no answer from http.* within 0.2 seconds"):
+        MNISTDataModule(tmp_path).prepare_data()
+    answer.set()
+    assert asked.is_set()
+    assert time.monotonic() - began < 5
+
+
+def test_a_server_that_refuses_the_question_is_there(monkeypatch):
+    def refuse(*_, **__):
+        raise urllib.error.HTTPError("http://x", 403, "forbidden", {}, None)
+
+    monkeypatch.setattr(source_module.urllib.request, "urlopen", refuse)
+    source_module._probe("http://x")
 
 
 def test_synthetic_digits_are_reproducible_private_and_learnable():
@@ -142,7 +210,7 @@ def test_synthetic_digits_are_reproducible_private_and_learnable():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "web"}, "source must be one of auto, files, download, synthetic, got 'web'"),
+        ({"source": "web"}, "source must be one of auto, files, download, embedded, synthetic, got 'web'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"val_size": 0}, "val_size must be"),
         ({"num_workers": -1}, "num_workers must be a whole number of at least 0, got -1"),

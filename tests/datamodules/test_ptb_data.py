@@ -1,5 +1,6 @@
 """Penn Treebank: every word in its place, every file checked, no fall-back in silence."""
 
+import hashlib
 import http.client
 import math
 import os
@@ -11,7 +12,8 @@ import torch
 
 from datamodules import PTBDataModule
 from datamodules import ptb as ptb_module
-from datamodules.source import SyntheticDataWarning
+from datamodules import source as source_module
+from datamodules.source import EMBEDDED, EmbeddedDataWarning
 from datamodules.synthetic import WordSource
 
 REAL = Path(os.environ.get("APPROXDROP_DATA", "/nonexistent")) / "ptb"
@@ -32,8 +34,24 @@ def write(folder, train="a b c\nb c\n", valid="a c\n", test="c a b d\n"):
     return folder
 
 
+@pytest.fixture
+def small_treebank(monkeypatch, tmp_path):
+    """The MD5s are those of what ``write`` writes."""
+    for part in ptb_module.MD5:
+        content = (write(tmp_path / "md5") / f"ptb.{part}.txt").read_bytes()
+        monkeypatch.setitem(ptb_module.MD5, part, hashlib.md5(content).hexdigest())
+    shutil.rmtree(tmp_path / "md5")
+
+
+def published(folder):
+    data = PTBDataModule(folder, source="files", batch_size=1)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
 def own(folder, **options):
-    data = PTBDataModule(folder, source="files", check_md5=False, **{"batch_size": 1} | options)
+    data = PTBDataModule(text=folder, **{"batch_size": 1} | options)
     data.prepare_data()
     data.setup()
     return data
@@ -100,15 +118,50 @@ def test_unknown_words_and_line_ends(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["ptb", ".", "datasets/PennTreebank"])
-def test_layouts(tmp_path, layout):
+def test_layouts(tmp_path, small_treebank, layout):
     write(tmp_path / layout)
-    assert own(tmp_path).num_tokens["train"] == 7
+    assert published(tmp_path).num_tokens["train"] == 7
 
 
-def test_a_torchtext_cache_is_found(tmp_path):
+def test_a_torchtext_cache_is_found(tmp_path, small_treebank):
     folder = write(tmp_path / "cache" / "datasets" / "PennTreebank")
-    data = own(tmp_path / "elsewhere")
+    data = published(tmp_path / "elsewhere")
     assert str(folder) in data.data_source
+
+
+@pytest.mark.parametrize("prefix", ["", "wiki.", "ptb."])
+def test_a_text_of_ones_own_needs_no_md5_and_no_name(tmp_path, prefix):
+    for part, text in {"train": "a b\n", "valid": "b a\n", "test": "a c\n"}.items():
+        (tmp_path / f"{prefix}{part}.txt").write_text(text)
+    (tmp_path / "contrain.txt").write_text("no part")
+    data = own(tmp_path)
+    assert (data.num_tokens["train"], data.data_kind) == (3, "files")
+    assert data.data_source == f"files ({tmp_path})"
+
+
+def test_a_text_of_ones_own_that_is_not_there_or_there_twice_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"text={tmp_path}: no train.txt or NAME.train.txt there"):
+        own(tmp_path)
+    write(tmp_path)
+    (tmp_path / "train.txt").write_text("a")
+    with pytest.raises(ValueError, match="one train.txt expected, train.txt, ptb.train.txt found"):
+        own(tmp_path)
+    with pytest.raises(ValueError, match="source must be auto or files, got 'embedded'"):
+        PTBDataModule(text=tmp_path, source="embedded")
+
+
+def test_the_embedded_text():
+    data = PTBDataModule(source="embedded")
+    data.prepare_data()
+    data.setup()
+    assert data.num_tokens == {"train": 214_127, "valid": 21_919, "test": 20_176}
+    assert data.vocab_size == 5_138
+    assert data.data_source == "two novels by Jane Austen (214,127 words, embedded)"
+    inputs, _ = next(iter(data.train_dataloader()))
+    assert [data.vocab[i] for i in inputs[:5, 0]] == ["pride", "and", "prejudice", "by", "jane"]
+    share = sum(int((x == data.vocab.index("<unk>")).sum()) for x, _ in data.test_dataloader()) / 20_175
+    assert 0 < share < 0.05
+    assert (EMBEDDED / "austen.train.txt.bz2").stat().st_size < 300_000
 
 
 def test_a_corrupted_file_is_named_with_both_md5s_and_never_replaced(tmp_path):
@@ -124,7 +177,7 @@ def test_a_missing_file_is_named(tmp_path):
     write(tmp_path / "ptb")
     (tmp_path / "ptb" / "ptb.test.txt").unlink()
     with pytest.raises(ValueError, match="incomplete: missing .*ptb.test.txt"):
-        PTBDataModule(tmp_path, check_md5=False).prepare_data()
+        PTBDataModule(tmp_path).prepare_data()
 
 
 def test_no_files_is_said_with_the_folders(tmp_path):
@@ -141,11 +194,12 @@ def test_the_fall_back_is_loud_and_a_demanded_download_fails(tmp_path, monkeypat
 
     monkeypatch.setattr(ptb_module.urllib.request, "urlopen", refuse)
     data = PTBDataModule(tmp_path)
-    with pytest.warns(SyntheticDataWarning, match=f"{message}.*SYNTHETIC DATA"):
+    monkeypatch.setattr(source_module, "_probe", lambda url: None)
+    with pytest.warns(EmbeddedDataWarning, match=f"{message}.*What is embedded is used instead"):
         data.prepare_data()
     data.setup()
-    assert "synthetic" in data.data_source
-    assert data.best_perplexity > 1
+    assert data.data_kind == "embedded"
+    assert data.best_perplexity is None
     with pytest.raises(ConnectionError, match=message):
         PTBDataModule(tmp_path, source="download").prepare_data()
     assert not list(tmp_path.rglob("*.part"))
@@ -223,7 +277,7 @@ def test_synthetic_text_is_reproducible_and_private():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "web"}, "source must be one of auto, files, download, synthetic, got 'web'"),
+        ({"source": "web"}, "source must be one of auto, files, download, embedded, synthetic, got 'web'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"unroll": 0}, "unroll must be"),
         ({"vocabulary": 1}, "vocabulary must be a whole number of at least 2, got 1"),
@@ -242,7 +296,7 @@ def test_a_text_too_short_for_the_streams_is_refused(tmp_path):
 
 
 def test_own_files_that_cannot_be_scored_or_read_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"ptb.valid.txt needs at least 2 words to score one, there are 0"):
+    with pytest.raises(ValueError, match=r"the valid text needs at least 2 words to score one, there are 0"):
         own(write(tmp_path / "empty" / "ptb", valid=""))
     folder = write(tmp_path / "latin" / "ptb")
     (folder / "ptb.test.txt").write_bytes(b"caf\xe9\n")

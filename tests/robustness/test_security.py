@@ -21,7 +21,7 @@ from approxdrop_lightning.application.sweep_summary import JOB_FILE, summarise
 from datamodules import MNISTDataModule, PTBDataModule
 from datamodules import mnist as mnist_module
 from datamodules import ptb as ptb_module
-from datamodules.source import SyntheticDataWarning
+from datamodules.source import EmbeddedDataWarning
 from train import train
 
 real_data = pytest.mark.skipif("APPROXDROP_DATA" not in os.environ, reason="APPROXDROP_DATA is not set")
@@ -54,12 +54,13 @@ def test_only_a_source_that_may_fetch_fetches(tmp_path, no_network, monkeypatch,
     monkeypatch.setattr(ptb_module, "TORCHTEXT_CACHE", tmp_path / "cache")
     with pytest.raises(FileNotFoundError):
         data(tmp_path, source="files").prepare_data()
+    data(tmp_path, source="embedded").prepare_data()
     data(tmp_path, source="synthetic").prepare_data()
     assert no_network == []
     with pytest.raises(ConnectionError):
         data(tmp_path, source="download").prepare_data()
     assert no_network
-    with pytest.warns(SyntheticDataWarning):
+    with pytest.warns(EmbeddedDataWarning):
         data(tmp_path, source="auto").prepare_data()
 
 
@@ -79,7 +80,7 @@ def test_words_are_words(tmp_path):
     ]
     for part in ("train", "valid", "test"):
         (tmp_path / f"ptb.{part}.txt").write_text(" ".join(words) + "\n")
-    data = PTBDataModule(tmp_path, source="files", check_md5=False, batch_size=1)
+    data = PTBDataModule(text=tmp_path, batch_size=1)
     data.setup()
     assert set(data.vocab) == {*words, "<eos>", "<unk>"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ptb.test.txt", "ptb.train.txt", "ptb.valid.txt"]

@@ -1,0 +1,36 @@
+"""Make ``mnist_part.npz`` from MNIST: ``python datamodules/embedded/make_mnist_part.py FOLDER_WITH_MNIST``."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import MNIST
+
+SEED = 0
+COUNTS = {"train": (500, 50), "test": (50,)}  # of each digit, in blocks that are shuffled by themselves
+
+
+def make(folder: str) -> dict[str, np.ndarray]:
+    """Images ``[N, 28, 28]`` and labels ``[N]``, uint8: 5,000 and 500 of the training set, 500 of the test set.
+
+    Args:
+        folder: Has ``MNIST/raw`` as torchvision lays it out.
+    """
+    dice = np.random.default_rng(SEED)
+    arrays = {}
+    for part, counts in COUNTS.items():
+        data = MNIST(folder, train=part == "train")
+        images, labels = data.data.numpy(), data.targets.numpy().astype(np.uint8)
+        of_digit = [dice.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
+        chosen, taken = [], 0
+        for count in counts:
+            block = np.concatenate([places[taken : taken + count] for places in of_digit])
+            chosen.append(dice.permutation(block))
+            taken += count
+        order = np.concatenate(chosen)
+        arrays |= {f"{part}_images": images[order], f"{part}_labels": labels[order]}
+    return arrays
+
+
+if __name__ == "__main__":
+    np.savez_compressed(Path(__file__).with_name("mnist_part.npz"), **make(sys.argv[1]))
