@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from approxdrop_lightning import PatternDistribution
 from approxdrop_lightning.distribution.__main__ import main
+from approxdrop_lightning.distribution.picture import arrangements
 from approxdrop_lightning.options import Options
 
 rates = st.floats(0, 0.93)
@@ -151,3 +152,45 @@ def test_command_refuses_what_the_search_refuses(capsys):
 def test_command_runs_as_a_module_without_a_warning():
     command = [sys.executable, "-W", "error", "-m", "approxdrop_lightning.distribution", "0.5"]
     assert "0.500" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_picture_shows_what_the_patterns_keep():
+    conventional, shared, interleaved = arrangements(2, 1)
+    assert (shared.kept == shared.kept[0]).all()
+    assert not (interleaved.kept[0] * interleaved.kept[1]).any()  # neighbours keep other units
+    assert [part.multiplies for part in (conventional, shared, interleaved)] == [1, 0.25, 0.25]
+    assert (shared.read != 0).float().mean() == 0.25
+    assert [(interleaved.read == group).float().mean() for group in (1, 2)] == [0.25, 0.25]
+    # A group reads the columns that its rows keep, and no others.
+    for group in (1, 2):
+        columns = (interleaved.kept == group).any(0)
+        assert not ((interleaved.read == group).any(0) & ~columns).any()
+    assert (arrangements(10, 7)[2].read == -1).any()  # below .5 groups share weights
+
+
+def test_the_command_draws(tmp_path, capsys):
+    main(["0.5", "--plot", str(tmp_path / "idea.png")])
+    assert (tmp_path / "idea.png").read_bytes().startswith(b"\x89PNG")
+    assert "probability" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["0.3", "0.5", "--plot", "x.png"], "--plot draws one distribution, got 2"),
+        (["0.5", "--plot", "/nowhere/x.png"], "No such file or directory"),
+        (["0.5", "--plot", "x.jpeg2"], "jpeg2"),
+    ],
+)
+def test_the_command_says_what_it_cannot_draw(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_extra_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["0.5", "--plot", str(tmp_path / "x.png")])
+    assert "pip install 'approxdrop-lightning[train]'" in capsys.readouterr().err

@@ -1,9 +1,10 @@
-"""Prints pattern distributions: ``python -m approxdrop_lightning.distribution 0.5``."""
+"""Prints pattern distributions, and draws patterns: ``python -m approxdrop_lightning.distribution 0.5``."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from pathlib import Path
 
 from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution
 from approxdrop_lightning.text_table import text_table
@@ -23,9 +24,24 @@ def main(arguments: list[str] | None = None) -> None:
         ]
     except ValueError as error:
         parser.error(str(error))
+    if asked.plot is not None:
+        if len(found) != 1:
+            parser.error(f"--plot draws one distribution, got {len(found)}")
+        _plot(parser, found[0], settings[0][0], asked.plot)
     if len(found) == 1:
         print(_patterns(found[0]), end="\n\n")
     print(_summary(settings, found))
+
+
+def _plot(parser: argparse.ArgumentParser, found: PatternDistribution, rate: float, path: Path) -> None:
+    """Draw the most probable pattern."""
+    from approxdrop_lightning.distribution.picture import draw
+
+    dp, keep = found.support[max(range(len(found.support)), key=found.probabilities.__getitem__)]
+    try:
+        draw(rate, dp, keep, path)
+    except (ModuleNotFoundError, OSError, ValueError) as error:
+        parser.error(f"--plot {path}: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-dp", type=int, nargs="+", default=[MAX_DP])
     parser.add_argument("--concentration", type=float, nargs="+", default=[CONCENTRATION], help="or inf")
     parser.add_argument("--search", choices=("maxent", "sgd"), default="maxent")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PATH",
+        help="draw which weights the most probable pattern skips, into a PNG, SVG or PDF",
+    )
     return parser
 
 
