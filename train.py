@@ -1,5 +1,7 @@
 """Train with approximate dropout: ``python train.py``, ``python train.py model=lstm dropout.rate=0.7``.
 
+``compare=true`` trains with conventional dropout first, and prints both side by side.
+
 What can be chosen stands in ``conf/train.yaml`` and the folders beside it.
 """
 
@@ -11,12 +13,14 @@ from typing import Any
 import hydra
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from approxdrop_lightning import keep_freed_memory
 from approxdrop_lightning.application import config
 from approxdrop_lightning.application.checkpoint import is_whole
-from approxdrop_lightning.application.results import RESULT_FILE, print_table, write_json
+from approxdrop_lightning.application.comparison import BASELINE, comparison_table
+from approxdrop_lightning.application.results import RESULT_FILE, print_table, show, write_json
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,8 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
     # Before the Trainer would: the model needs the size of the vocabulary, the loggers the data source.
     datamodule.prepare_data()
     datamodule.setup("fit")
+    log.info("data source: %s", datamodule.data_source)
+    cfg.data_kind = getattr(datamodule, "data_kind", cfg.data_kind)
     model = make_model(cfg.model, datamodule)
     trainer: Trainer = instantiate(
         cfg.trainer,
@@ -85,8 +91,30 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
     objects = {"datamodule": datamodule, "model": model, "callbacks": callbacks, "trainer": trainer}
     objects["result"] = result(cfg, metrics, **objects)
     if trainer.is_global_zero:
-        write_json(objects["result"], Path(cfg.run_dir) / RESULT_FILE)
+        _record(cfg, objects["result"], trainer)
     return metrics, objects
+
+
+def compare(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
+    """Train with conventional dropout, in the folder ``standard`` of the run, then as ``cfg`` says.
+
+    Returns:
+        What :func:`train` returns for ``cfg``; ``objects["baseline"]`` is the record of the other run.
+
+    Raises:
+        ValueError: before training, if there is nothing to compare, or ``cfg.ckpt_path`` names a checkpoint.
+    """
+    if cfg.dropout.name in (BASELINE, "none"):
+        raise ValueError(f"compare=true compares with conventional dropout; dropout={cfg.dropout.name} skips nothing")
+    if cfg.ckpt_path is not None:
+        raise ValueError(f"compare=true trains both from the beginning, got ckpt_path={cfg.ckpt_path}")
+    baseline = cfg.copy()
+    with open_dict(baseline):
+        baseline.dropout = {"name": BASELINE, "rate": cfg.dropout.rate}
+    baseline.run_dir = str(Path(cfg.run_dir) / BASELINE)
+    _, others = train(baseline)
+    metrics, objects = train(cfg)
+    return metrics, objects | {"baseline": others["result"]}
 
 
 def make_dropout(cfg: DictConfig) -> Callback:
@@ -159,6 +187,7 @@ def result(
         "metric": cfg.task.result,
         "test": metrics.get(cfg.task.result),
         "unit": cfg.task.unit,
+        "steps": trainer.global_step,
         "per_second": speed.get(f"{cfg.task.unit}_per_sec"),
         "seconds_per_step": speed["seconds"] / speed["steps"] if speed else None,
         "realised_rate": realised,
@@ -167,6 +196,23 @@ def result(
         "log_dir": str(Path(cfg.run_dir).absolute()),
         "best_checkpoint": getattr(callbacks.get("checkpoint"), "best_model_path", ""),
     }
+
+
+def _record(cfg: DictConfig, record: dict[str, Any], trainer: Trainer) -> None:
+    """Leave the result where people and programs look for it: a file, a line of ``train.log``, TensorBoard."""
+    write_json(record, Path(cfg.run_dir) / RESULT_FILE)
+    measured = {cfg.task.monitor: record["best_validation"], cfg.task.result: record["test"]}
+    speed = {f"{record['unit']}_per_second": record["per_second"]}
+    numbers = {name.replace("/", "_"): value for name, value in (measured | speed).items() if value is not None}
+    log.info("finished: %s", ", ".join(f"{name} {value:.6g}" for name, value in numbers.items()))
+    # The tab HPARAMS wants measures beside the parameters; tags of their own, or they would end the curves.
+    chosen = OmegaConf.to_container(cfg, resolve=True)
+    parts = {name: chosen[name] for name in ("model", "dropout", "datamodule", "seed")}
+    parts |= {"trainer": {"max_epochs": cfg.trainer.max_epochs}, "data_source": record["data_source"]}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and numbers:
+            logger.log_hyperparams(parts, {f"result/{name}": value for name, value in numbers.items()})
+            logger.save()
 
 
 def _check_writable(folder: Path) -> None:
@@ -185,9 +231,11 @@ def _numbers(trainer: Trainer, prefix: str = "") -> Metrics:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Train and print the result table; return the validation metric, for Hydra's sweepers."""
-    metrics, objects = train(cfg)
+    metrics, objects = compare(cfg) if cfg.compare else train(cfg)
     if objects["trainer"].is_global_zero:
         print_table(objects["result"])
+        if "baseline" in objects:
+            show(comparison_table([objects["baseline"], objects["result"]]))
     return metrics.get(cfg.task.monitor)
 
 

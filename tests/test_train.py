@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import ROOT
 from support.runs_of_train import QUICK, SMALL, command, config, weights
 
-from train import find_checkpoint, train
+from train import compare, find_checkpoint, train
 
 FILES = pytest.param(
     "files",
@@ -46,11 +46,72 @@ def test_end_to_end(tmp_path, model, source, dropout):
     assert (result["best_perplexity"] is not None) == (model == "lstm" and source == "synthetic")
     assert Path(result["best_checkpoint"]).is_file()
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert result["steps"] == 20
+    check_hparams(tmp_path / "tensorboard", result)
     assert result["data_source"] in (tmp_path / "csv" / "hparams.yaml").read_text()
     rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").open()))
     for name in ("train/loss", "val/loss", result["metric"], f"throughput/{unit}_per_sec"):
         assert any(row[name] for row in rows), name
+
+
+def check_hparams(folder, result):
+    """What TensorBoard's tab HPARAMS reads: parameters of the session, and measures by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    events = EventAccumulator(str(folder)).Reload()
+    parsed = {}
+    for tag, content in events.PluginTagToContent("hparams").items():
+        parsed[tag] = HParamsPluginData.FromString(content)
+    (start,) = (data.session_start_info.hparams for data in parsed.values() if data.HasField("session_start_info"))
+    assert start["dropout/name"].string_value == result["dropout"]
+    assert start["data_source"].string_value == result["data_source"]
+    assert "model/rate" in start and "trainer/max_epochs" in start
+    measured = events.Scalars("result/" + result["metric"].replace("/", "_"))
+    assert [event.value for event in measured] == [pytest.approx(result["test"])]
+
+
+def test_a_first_run_follows_the_data_that_it_finds(tmp_path):
+    """More epochs and larger steps on the embedded part; what is given on the command line stands."""
+    for source, epochs, lr in (("embedded", 20, 0.05), ("synthetic", 20, 0.05)):
+        cfg = config(tmp_path, f"datamodule.source={source}", *QUICK, *SMALL["mlp"], "test=false")
+        cfg.trainer.max_epochs = config("x").trainer._get_node("max_epochs")._value()
+        cfg.trainer.limit_train_batches = 1
+        _, objects = train(cfg)
+        assert objects["result"]["epochs"] == epochs
+        assert objects["trainer"].optimizers[0].defaults["lr"] == lr
+    assert config("x").trainer.max_epochs == 5
+    assert config("x", "data_kind=embedded", "trainer.max_epochs=3", "model.optimizer.lr=1").trainer.max_epochs == 3
+    assert config("x", "data_kind=embedded", "experiment=mnist_1024").model.optimizer.lr == 0.01
+
+
+def test_compare_trains_conventional_dropout_too(tmp_path):
+    arguments = [*SMALL["mlp"], *QUICK, "compare=true", "datamodule.source=embedded", f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "side by side: MNIST, a part (5,000 images, embedded)" in done.stdout
+    row, baseline = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("", "standard"))
+    assert (row["dropout"], baseline["dropout"]) == ("row", "standard")
+    assert row["rate"] == baseline["rate"] == 0.5
+    gain = row["per_second"] / baseline["per_second"]
+    lines = [line for line in done.stdout.splitlines() if "row pattern, interleaved" in line]
+    assert len(lines) == 1 and f"{gain:.2f}" in lines[0]
+    log = next(tmp_path.glob("*.log")).read_text()
+    assert "data source: MNIST, a part (5,000 images, embedded)" in log
+    assert f"test_acc {row['test']:.6g}" in log
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dropout=standard", "dropout=standard skips nothing"),
+        ("dropout=none", "dropout=none skips nothing"),
+        ("ckpt_path=last", "from the beginning, got ckpt_path=last"),
+    ],
+)
+def test_compare_says_what_cannot_be_compared(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        compare(config(tmp_path, "compare=true", override))
 
 
 @pytest.mark.parametrize("model", ["mlp", "lstm"])

@@ -1,16 +1,28 @@
-"""Pictures of a sweep: quality and speed by rate, and quality by epoch."""
+"""Pictures of a sweep: quality and speed-up by rate, and quality by epoch."""
 
+import itertools
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-Record = dict[str, Any]
+from approxdrop_lightning.application.comparison import BASELINE, Record, label, mean_rate, speed_up
+
+#: Colours by dropout, the same in every picture; other lines take what is left.
+_COLOURS = {"standard": "0.35", "row": "C0", "paper": "C1", "tile": "C2", "dropconnect": "C4", "none": "C5"}
+_MORE_COLOURS = ("C3", "C6", "C8", "C9", "C7")
+_BY_NAME = {"acc": "accuracy (%)", "ppl": "perplexity"}
+_PARTS = {"test": "test", "val": "validation"}
+
+Points = dict[str, dict[float, list[float]]]
 
 
 def plot_summary(records: list[Record], path: Path) -> None:
-    """Metric and throughput against rate, one line per pattern: mean over seeds, bars of one deviation.
+    """Quality and speed-up against rate, one line per dropout: mean over seeds, bars of one standard deviation.
+
+    Speed-up is over conventional dropout of the same sweep; a sweep without it shows the throughput.
 
     Args:
         records: Of jobs that were tested; nothing is drawn if there are none.
@@ -20,28 +32,34 @@ def plot_summary(records: list[Record], path: Path) -> None:
         return
     plt = _pyplot()
     tasks = sorted({(record["metric"], record["unit"]) for record in records})
-    size = (10, 4 * len(tasks))
-    figure, axes = plt.subplots(len(tasks), 2, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(tasks), 2, figsize=(10.5, 0.9 + 3.8 * len(tasks)), squeeze=False, layout="constrained"
+    )
+    handles: dict[str, Any] = {}
     for (metric, unit), (left, right) in zip(tasks, axes, strict=True):
-        chosen = [record for record in records if record["metric"] == metric]
-        speed = f"training {unit} per second"
-        colors = {line: f"C{i}" for i, line in enumerate(dict.fromkeys(record["line"] for record in chosen))}
-        for axis, key, label in ((left, "test", metric), (right, "per_second", speed)):
-            for line, points in _points(chosen, key).items():
-                rates = sorted(points)
-                means = [fmean(points[rate]) for rate in rates]
-                spread = [pstdev(points[rate]) for rate in rates]
-                axis.errorbar(rates, means, yerr=spread, marker="o", capsize=3, label=line, color=colors[line])
-            axis.set(xlabel="dropout rate", ylabel=label)
+        chosen = [record for record in records if (record["metric"], record["unit"]) == (metric, unit)]
+        tests = [_scaled(metric, record["test"]) for record in chosen]
+        gains = [speed_up(record, chosen) for record in chosen]
+        compared = any(gain is not None for gain in gains)
+        quality = _points(chosen, tests)
+        speed = _points(chosen, gains if compared else [record["per_second"] for record in chosen])
+        handles |= _lines(left, quality, chosen)
+        handles |= _lines(right, speed, chosen)
+        left.set(ylabel=_axis_label(metric))
+        _limit(left, metric, tests)
+        right.set(ylabel="times as fast as conventional dropout" if compared else f"training {unit} per second")
+        right.set_ylim(bottom=0)
+        for axis in (left, right):
+            axis.set(xlabel="dropout rate")
+            _rate_axis(axis, {mean_rate(record) for record in chosen})
             axis.grid(alpha=0.3)
-        left.legend()
-    sources = sorted({record["data_source"] for record in records})
-    figure.suptitle(f"data source: {', '.join(sources)}")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+    figure.suptitle(_title(records), fontsize=11)
     _save(figure, path)
 
 
 def plot_curves(records: list[Record], path: Path) -> None:
-    """Validation metric by epoch, one panel per rate, one line per pattern: mean over seeds.
+    """Validation metric by epoch, one panel per rate, one line per dropout: mean over seeds, a band of one deviation.
 
     Args:
         records: Of jobs with a ``curve`` of :func:`.results.curve`; nothing is drawn if there are none.
@@ -51,31 +69,36 @@ def plot_curves(records: list[Record], path: Path) -> None:
         return
     plt = _pyplot()
     tasks = sorted({record["monitor"] for record in records})
-    rates = sorted({_rate(record) for record in records})
-    size = (4 * len(rates), 4 * len(tasks))
+    rates = sorted({mean_rate(record) for record in records})
     figure, axes = plt.subplots(
-        len(tasks), len(rates), figsize=size, squeeze=False, sharey="row", layout="constrained"
-    )
+        len(tasks), len(rates), figsize=(max(5.5, 3.8 * len(rates)), 0.9 + 3.8 * len(tasks)),
+        squeeze=False, sharey="row", layout="constrained",
+    )  # fmt: skip
+    handles: dict[str, Any] = {}
     for monitor, row in zip(tasks, axes, strict=True):
         of_task = [record for record in records if record["monitor"] == monitor]
-        colors = {line: f"C{i}" for i, line in enumerate(dict.fromkeys(record["line"] for record in of_task))}
+        colours = _colours(of_task)
         for rate, axis in zip(rates, row, strict=True):
             values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
             for record in of_task:
-                for epoch, _, value in record["curve"] if _rate(record) == rate else []:
-                    values[record["line"]][epoch + 1].append(value)
+                for epoch, _, value in record["curve"] if mean_rate(record) == rate else []:
+                    values[label(record)][epoch + 1].append(_scaled(monitor, value))
             for line, by_epoch in values.items():
-                axis.plot(
-                    list(by_epoch), [fmean(v) for v in by_epoch.values()], marker=".", label=line, color=colors[line]
-                )
-            axis.set(xlabel="epoch", ylabel=monitor, title=f"dropout rate {rate:g}")
-            if monitor.endswith("ppl"):
-                axis.set_yscale("log")
-                axis.yaxis.set_minor_formatter("{x:.0f}")
-                axis.yaxis.set_major_formatter("{x:.0f}")
-            axis.grid(alpha=0.3, which="both")
-            if values:  # not every pattern is there at every rate
-                axis.legend()
+                epochs, means = list(by_epoch), [fmean(v) for v in by_epoch.values()]
+                spread = [pstdev(v) for v in by_epoch.values()]
+                (handles[line],) = axis.plot(epochs, means, marker=".", label=line, color=colours[line])
+                if any(spread):
+                    low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+                    axis.fill_between(epochs, low, high, color=colours[line], alpha=0.15, linewidth=0)
+            _epoch_axis(axis, max((max(by_epoch) for by_epoch in values.values()), default=1))
+            axis.set(xlabel="epoch", title=f"dropout rate {rate:g}")
+            axis.grid(alpha=0.3)
+        if monitor.endswith("ppl"):
+            _log_axis(row[0])
+        _limit(row[0], monitor, [_scaled(monitor, value) for record in of_task for *_, value in record["curve"]])
+        row[0].set_ylabel(_axis_label(monitor))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+    figure.suptitle(_title(records), fontsize=11)
     _save(figure, path)
 
 
@@ -96,16 +119,98 @@ def _save(figure: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def _rate(record: Record) -> float:
-    """The rate of a job; rates given per layer count by their mean."""
-    rate = record["rate"]
-    return fmean(rate) if isinstance(rate, list) else rate
+def _title(records: list[Record]) -> str:
+    models = ", ".join(sorted({record["model"] for record in records}))
+    sources = ", ".join(sorted({record["data_source"] for record in records}))
+    seeds = len({record["seed"] for record in records})
+    # A dollar sign would begin a formula.
+    return f"{models} on {sources}; {seeds} seed{'s' * (seeds > 1)}".replace("$", r"\$")
 
 
-def _points(records: list[Record], key: str) -> dict[str, dict[float, list[float]]]:
+def _axis_label(metric: str) -> str:
+    part, _, name = metric.partition("/")
+    return f"{_PARTS.get(part, part)} {_BY_NAME.get(name, name)}"
+
+
+def _scaled(metric: str, value: float) -> float:
+    return 100 * value if metric.endswith("acc") else value
+
+
+def _points(records: list[Record], values: Sequence[float | None]) -> Points:
     """Line -> rate -> values, one per seed."""
-    lines: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        if record[key] is not None:
-            lines[record["line"]][_rate(record)].append(record[key])
+    lines: Points = defaultdict(lambda: defaultdict(list))
+    for record, value in zip(records, values, strict=True):
+        if value is not None:
+            lines[label(record)][mean_rate(record)].append(value)
     return lines
+
+
+def _colours(records: list[Record]) -> dict[str, str]:
+    """A colour for each line: that of its dropout, unless another line has it."""
+    chosen: dict[str, str] = {}
+    spare = iter(_MORE_COLOURS * (1 + len(records)))
+    for record in records:
+        if (line := label(record)) not in chosen:
+            own = _COLOURS.get(record["dropout"])
+            chosen[line] = own if own and own not in chosen.values() else next(spare)
+    return chosen
+
+
+def _lines(axis: Any, lines: Points, records: list[Record]) -> dict[str, Any]:
+    """Draw means and deviations; lines stand a little apart, so that equal points are seen. Returns the handles."""
+    colours, drawn = _colours(records), {}
+    rates = sorted({mean_rate(record) for record in records})
+    gap = min((b - a for a, b in itertools.pairwise(rates)), default=0.2)
+    baseline = {label(record) for record in records if record["dropout"] == BASELINE}
+    for i, (line, points) in enumerate(lines.items()):
+        places = sorted(points)
+        shifted = [rate + gap * 0.06 * (i - (len(lines) - 1) / 2) for rate in places]
+        means, spread = ([f(points[rate]) for rate in places] for f in (fmean, pstdev))
+        drawn[line] = axis.errorbar(
+            shifted, means, yerr=spread if any(spread) else None, marker="o", markersize=5, capsize=3, label=line,
+            color=colours[line], linestyle="--" if line in baseline else "-",
+        )  # fmt: skip
+    return drawn
+
+
+def _rate_axis(axis: Any, rates: set[float]) -> None:
+    """Ticks where there are points."""
+    low, high = min(rates), max(rates)
+    margin = 0.12 * (high - low) or 0.1
+    axis.set_xlim(low - margin, high + margin)
+    axis.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
+
+
+def _epoch_axis(axis: Any, last: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlim(0.5, last + 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _log_axis(axis: Any) -> None:
+    """Enough ticks, as plain numbers, for an axis that spans less than a power of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:.0f}")
+
+
+def _limit(axis: Any, metric: str, values: list[float]) -> None:
+    """So much of the axis that a difference of nothing does not fill it; an axis that is cut off has a mark."""
+    low, high = min(values), max(values)
+    least = 2.0 if metric.endswith("acc") else 0.1 * high
+    missing = max(0.0, least - (high - low)) / 2
+    margin = 0.1 * (high - low + 2 * missing)
+    bottom, top = max(0.0, low - missing - margin), high + missing + margin
+    if metric.endswith("acc"):
+        top = min(top, 100.5)
+    elif metric.endswith("ppl"):
+        bottom = max(bottom, 0.95 * low)
+    axis.set_ylim(bottom, top)
+    if bottom > 0 and axis.get_yscale() == "linear":
+        axis.annotate("axis cut", (0.02, 0.015), xycoords="axes fraction", fontsize=7, color="0.4")
+        mark = {"marker": [(-1, -0.5), (1, 0.5)], "markersize": 8, "color": "k", "linestyle": "none", "mew": 1}
+        axis.plot([0, 0], [0, 0.02], transform=axis.transAxes, clip_on=False, **mark)

@@ -12,8 +12,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from approxdrop_lightning.application.results import RESULT_FILE, curve, write_json
-from approxdrop_lightning.application.sweep_plots import Record, plot_curves, plot_summary
+from approxdrop_lightning.application.comparison import Record, comparison_table
+from approxdrop_lightning.application.results import RESULT_FILE, curve, show, write_json
+from approxdrop_lightning.application.sweep_plots import plot_curves, plot_summary
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,10 @@ class SweepSummary(Callback):
         summarise(job.parent)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Say where the summary is."""
+        """Print the jobs side by side, and say where the summary is."""
+        records = _read(Path(config.hydra.sweep.dir))
+        if finished := [record for record in records if record.get("test") is not None]:
+            show(comparison_table(finished))
         log.info("summary of the sweep: %s", Path(config.hydra.sweep.dir).absolute() / "summary.csv")
 
 
@@ -65,29 +69,34 @@ def summarise(folder: Path) -> None:
     read: list[Path] = []
     while read != (found := sorted(folder.glob(f"*/{JOB_FILE}"))):
         read = found
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in found]
-        _name_lines(records)
-        records.sort(key=lambda record: (len(record["job"]), record["job"]))
+        records = _read(folder)
         _write_csv(records, folder / "summary.csv")
         plot_summary([record for record in records if record.get("test") is not None], folder / "summary.png")
         curves = [record | {"curve": curve(folder / record["job"], record.get("monitor", ""))} for record in records]
         plot_curves([record for record in curves if record["curve"]], folder / "curves.png")
 
 
+def _read(folder: Path) -> list[Record]:
+    """What the jobs of a sweep left, in their order, each with its line."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"*/{JOB_FILE}")]
+    _name_lines(records)
+    return sorted(records, key=lambda record: (len(record["job"]), record["job"]))
+
+
 def _name_lines(records: list[Record]) -> None:
     """Name the line of the plot that each job belongs to: its pattern, and any other override that varies."""
-    common = set.intersection(*(set(record["overrides"]) for record in records))
+    common = set.intersection(*(set(record["overrides"]) for record in records)) if records else set()
     for record in records:
         overrides = [text for text in record.pop("overrides") if text not in common]
-        others = [text for text in overrides if text.split("=")[0] not in NOT_A_LINE]
-        record["line"] = " ".join([record["dropout"], *others])
+        record["others"] = [text for text in overrides if text.split("=")[0] not in NOT_A_LINE]
+        record["line"] = " ".join([record["dropout"], *record["others"]])
 
 
 def _write_csv(records: list[Record], path: Path) -> None:
-    columns = dict.fromkeys([*FIRST_COLUMNS, *(key for record in records for key in record)])
+    columns = dict.fromkeys([*FIRST_COLUMNS, *(key for record in records for key in record if key != "others")])
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns))
+        writer = csv.DictWriter(file, list(columns), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(records)
     temporary.replace(path)

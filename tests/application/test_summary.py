@@ -9,6 +9,7 @@ import sys
 import pytest
 from support import ROOT
 
+from approxdrop_lightning.application.comparison import speed_up
 from approxdrop_lightning.application.sweep_summary import JOB_FILE, summarise
 
 PNG = b"\x89PNG"
@@ -68,6 +69,70 @@ def test_plots_both_tasks_and_rates_per_layer(tmp_path):
     assert [row["data_source"] for row in rows(tmp_path)] == ["files", "synthetic"]
 
 
+def figure_of(monkeypatch):
+    """The figures that are written, as they are."""
+    figures = []
+    monkeypatch.setattr(
+        "approxdrop_lightning.application.sweep_plots._save", lambda figure, path: figures.append(figure)
+    )
+    return figures
+
+
+def test_the_picture_shows_quality_and_speed_up_over_conventional_dropout_of_the_sweep(tmp_path, monkeypatch):
+    speeds = {("standard", 0): 10.0, ("standard", 1): 20.0, ("row", 0): 15.0, ("row", 1): 50.0}
+    for job, ((dropout, seed), speed) in enumerate(speeds.items()):
+        add_job(tmp_path, str(job), dropout, seed=seed, **RESULT, test=0.95 + 0.001 * job, per_second=speed)
+    figures = figure_of(monkeypatch)
+    summarise(tmp_path)
+    quality, speed = figures[0].axes
+    assert quality.get_ylabel() == "test accuracy (%)"
+    assert speed.get_ylabel() == "times as fast as conventional dropout"
+    drawn = {bars.get_label(): bars for bars in speed.containers}
+    assert set(drawn) == {"conventional dropout", "row pattern, interleaved"}
+    points, caps, _ = drawn["row pattern, interleaved"]
+    assert list(points.get_ydata()) == [2.0]  # the mean of 1.5 and 2.5, each by its own seed
+    assert [cap.get_ydata()[0] for cap in caps] == [1.5, 2.5]
+    # Sensible limits: speed from zero; two points of accuracy at least, however close the runs are, and a mark.
+    assert speed.get_ylim()[0] == 0
+    assert quality.get_ylim()[1] - quality.get_ylim()[0] >= 2
+    assert any(text.get_text() == "axis cut" for text in quality.texts)
+    assert not speed.texts
+    assert "2 seeds" in figures[0].get_suptitle()
+
+
+def test_without_conventional_dropout_the_picture_shows_throughput(tmp_path, monkeypatch):
+    add_job(tmp_path, "0", **RESULT, test=0.9, per_second=123.0)
+    figures = figure_of(monkeypatch)
+    summarise(tmp_path)
+    _, speed = figures[0].axes
+    assert speed.get_ylabel() == "training samples per second"
+    assert list(speed.containers[0][0].get_ydata()) == [123.0]
+
+
+def test_another_model_or_rate_is_no_baseline():
+    row = {"model": "M", "unit": "samples", "data_source": "x", "dropout": "row", "rate": 0.5, "seed": 3} | {
+        "per_second": 30.0
+    }
+    standard = row | {"dropout": "standard", "per_second": 10.0}
+    assert speed_up(row, [row, standard]) == 3
+    assert speed_up(row, [row, standard | {"seed": 1}, standard | {"seed": 2, "per_second": 20.0}]) == 2
+    for other in ({"rate": 0.3}, {"model": "N"}, {"others": ["model.hidden=[64]"]}, {"data_source": "y"}):
+        assert speed_up(row, [row, standard | other]) is None
+    assert speed_up(row | {"others": ["dropout.max_dp=5"]}, [standard]) == 3
+
+
+def test_one_epoch_has_an_axis_of_epochs(tmp_path, monkeypatch):
+    add_job(tmp_path, "0", **RESULT | {"monitor": "val/acc"}, test=None)
+    (tmp_path / "0" / "metrics.csv").write_text("epoch,step,val/acc\n0,9,0.9\n")
+    figures = figure_of(monkeypatch)
+    summarise(tmp_path)
+    (axis,) = figures[0].axes
+    low, high = axis.get_xlim()
+    assert (low, high) == (0.5, 1.5)
+    assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1]
+    assert axis.get_ylim()[1] - axis.get_ylim()[0] >= 2
+
+
 def test_only_failed_jobs_make_a_csv_and_no_plot(tmp_path):
     add_job(tmp_path, "0", status="failed: ValueError: no")
     summarise(tmp_path)
@@ -80,18 +145,26 @@ def test_curves_are_means_over_seeds(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     drawn = []
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: drawn.append((style["label"], list(x), list(y))))
+    plot = Axes.plot
+
+    def watched(self, x, y, **style):
+        drawn.append((style["label"], list(x), list(y)))
+        return plot(self, x, y, **style)
+
+    monkeypatch.setattr(Axes, "plot", watched)
     for job, (seed, values) in enumerate([(0, (90, 70)), (1, (80, 60, 50))]):
         add_job(tmp_path, str(job), "row", seed=seed, **RESULT | {"monitor": "val/ppl"}, test=None)
         lines = [f"{epoch},{10 * epoch + 9},,{value}" for epoch, value in enumerate(values)]
         (tmp_path / str(job) / "metrics.csv").write_text("\n".join(["epoch,step,train/loss,val/ppl", *lines]))
     summarise(tmp_path)
-    assert drawn == [("row", [1, 2, 3], [85, 65, 50])]
+    assert drawn == [("row pattern, interleaved", [1, 2, 3], [85, 65, 50])]
 
 
 def test_two_job_sweep(tmp_path):
     done = sweep(tmp_path, "dropout.rate=0.3,0.5")
     assert done.returncode == 0, done.stderr
+    assert "side by side: synthetic (rendered digits)" in done.stdout
+    assert done.stdout.count("row pattern, interleaved") == 2
     found = rows(tmp_path)
     assert [(row["status"], row["line"], row["rate"]) for row in found] == [
         ("completed", "row", "0.3"),

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
@@ -29,9 +32,11 @@ class MLPClassifier(LightningModule):
         rate: dropout rate in [0, 1), one for all hidden layers or one for each.
         optimizer: makes the optimizer from the parameters, e.g. ``functools.partial(torch.optim.Adam)``;
             default SGD with learning rate 0.01 and momentum 0.9.
+        schedule: ``"constant"``, or ``"cosine"``: the learning rate falls to zero along half a cosine wave.
 
     Raises:
-        ValueError: if a rate lies outside [0, 1), or the rates are not as many as the hidden layers.
+        ValueError: if a rate lies outside [0, 1), the rates are not as many as the hidden layers, or there is no
+            such schedule.
 
     Example:
         >>> model = MLPClassifier(hidden=(256, 128), rate=[0.2, 0.5])
@@ -44,8 +49,11 @@ class MLPClassifier(LightningModule):
         num_classes: int = 10,
         rate: float | Sequence[float] = 0.5,
         optimizer: OptimizerFactory | None = None,
+        schedule: Literal["constant", "cosine"] = "constant",
     ) -> None:
         super().__init__()
+        if schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule must be 'constant' or 'cosine', got {schedule!r}")
         rates = _rate_per_layer(rate, len(hidden))
         # A function is no value that a checkpoint should hold: it could not be loaded with weights_only.
         self.save_hyperparameters(ignore=["optimizer"])
@@ -83,9 +91,14 @@ class MLPClassifier(LightningModule):
         self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=len(labels))
         self.log(f"{stage}/acc", accuracy, batch_size=len(labels), prog_bar=True)
 
-    def configure_optimizers(self) -> Optimizer:
-        """Whatever ``optimizer`` makes of the parameters."""
-        return self._make_optimizer(self.parameters())
+    def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
+        """Whatever ``optimizer`` makes of the parameters, and the schedule."""
+        optimizer = self._make_optimizer(self.parameters())
+        if self.hparams["schedule"] == "constant":
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def _rate_per_layer(rate: float | Sequence[float], layers: int) -> list[float]:

@@ -1,5 +1,6 @@
 """MLPClassifier: an ordinary module of stock layers."""
 
+import math
 from functools import partial
 
 import pytest
@@ -66,3 +67,19 @@ def test_checkpoint_loads_without_pickled_functions(tmp_path):
     torch.load(tmp_path / "model.ckpt", weights_only=True)
     again = MLPClassifier.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu")
     torch.testing.assert_close(again.state_dict(), model.state_dict())
+
+
+def test_cosine_schedule_falls_to_zero_by_the_step():
+    rates = []
+
+    class Watched(MLPClassifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            rates.append(self.optimizers().param_groups[0]["lr"])
+
+    model = Watched(in_features=4, hidden=(8,), schedule="cosine", optimizer=partial(torch.optim.SGD, lr=0.4))
+    data = DataLoader(TensorDataset(torch.randn(8, 4), torch.randint(10, (8,))), batch_size=2)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    Trainer(max_epochs=2, enable_model_summary=False, **options).fit(model, data)
+    assert rates == pytest.approx([0.2 * (1 + math.cos(math.pi * step / 8)) for step in range(8)])
+    with pytest.raises(ValueError, match="schedule must be 'constant' or 'cosine', got 'linear'"):
+        MLPClassifier(schedule="linear")

@@ -1,0 +1,101 @@
+"""Runs side by side: quality, seconds, and speed-up over conventional dropout."""
+
+from collections import defaultdict
+from statistics import fmean, pstdev
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+Record = dict[str, Any]
+
+BASELINE = "standard"
+#: What a person calls the choices of ``dropout=``.
+NAMES = {
+    "standard": "conventional dropout",
+    "row": "row pattern, interleaved",
+    "paper": "row pattern of the paper",
+    "tile": "tile pattern",
+    "dropconnect": "DropConnect",
+    "none": "no dropout",
+}
+
+
+def label(record: Record) -> str:
+    """The line of a table or picture that a run belongs to: its dropout and whatever else varies in the sweep."""
+    others = [text.removeprefix("dropout.") for text in record.get("others", [])]
+    return ", ".join([NAMES.get(record["dropout"], str(record["dropout"])), *others])
+
+
+def mean_rate(record: Record) -> float:
+    """The rate of a run; rates given per layer count by their mean."""
+    rate = record["rate"]
+    return fmean(rate) if isinstance(rate, list) else rate
+
+
+def speed_up(record: Record, records: list[Record]) -> float | None:
+    """How many times as fast as conventional dropout a run trains, of the same model, rate and other settings.
+
+    The baseline is the run of the same seed, else the mean of all seeds; None if there is none among ``records``.
+    """
+    if not record.get("per_second"):
+        return None
+    alike = [other for other in records if _is_baseline_of(other, record)]
+    of_seed = [other for other in alike if other["seed"] == record["seed"]]
+    speeds = [other["per_second"] for other in of_seed or alike if other.get("per_second")]
+    return record["per_second"] / fmean(speeds) if speeds else None
+
+
+def _is_baseline_of(other: Record, record: Record) -> bool:
+    return other["dropout"] == BASELINE and _setting(other) == _setting(record)
+
+
+def _setting(record: Record) -> tuple[object, ...]:
+    """What two runs must have in common, for one to be the other's baseline."""
+    beside = [text for text in record.get("others", []) if not text.startswith("dropout.")]
+    return record["model"], record["unit"], record["data_source"], str(record["rate"]), *beside
+
+
+def comparison_table(records: list[Record]) -> Table:
+    """One line for each dropout and rate; mean and standard deviation where there are several seeds.
+
+    Args:
+        records: Of finished runs; each is that of :func:`train.result`.
+    """
+    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record["model"], str(record["rate"]), label(record)].append(record)
+    several_models = len({model for model, _, _ in groups}) > 1
+    several_seeds = max(map(len, groups.values())) > 1
+    perplexity = [record["metric"].endswith("ppl") for record in records]
+    quality = "test perplexity" if all(perplexity) else "test score" if any(perplexity) else "test accuracy"
+    columns = ["dropout", "rate", quality, "seconds of training", "times as fast"]
+    table = Table(
+        *(["model"] if several_models else []), *columns, *(["seeds"] if several_seeds else []),
+        title=f"side by side: {escape(', '.join(sorted({record['data_source'] for record in records})))}",
+        title_justify="left",
+    )  # fmt: skip
+    # By rate: what is to be compared stands together.
+    for (model, rate, name), runs in sorted(groups.items(), key=lambda group: (group[0][0], mean_rate(group[1][0]))):
+        ppl = runs[0]["metric"].endswith("ppl")
+        tests = [run["test"] for run in runs if run["test"] is not None]
+        seconds = [run["seconds_per_step"] * run["steps"] for run in runs if run.get("seconds_per_step")]
+        gains = [gain for run in runs if (gain := speed_up(run, records)) is not None]
+        cells = [
+            escape(name),
+            rate,
+            _spread(tests if ppl else [100 * test for test in tests], 2, "" if ppl else "%"),
+            _spread(seconds, 1),
+            _spread(gains, 2),
+        ]
+        table.add_row(
+            *([escape(model)] if several_models else []), *cells, *([str(len(runs))] if several_seeds else [])
+        )
+    return table
+
+
+def _spread(values: list[float], digits: int, unit: str = "") -> str:
+    if not values:
+        return "not measured"
+    spread = f" ± {pstdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}{unit}"
