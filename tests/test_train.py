@@ -299,7 +299,8 @@ def test_every_experiment_makes_its_model(name):
         model = make_model(cfg.model, Data())
     assert model.hparams.rate == cfg.dropout.rate
     assert make_dropout(cfg.dropout).__class__.__name__ == "ApproxDropout"
-    assert ("mlp" if "mnist" in cfg.datamodule._target_ else "lstm") in model.__class__.__name__.lower()
+    of_text = ("LSTMLanguageModel", "TransformerLanguageModel")
+    assert type(model).__name__ in (of_text if "ptb" in cfg.datamodule._target_ else ("MLPClassifier",))
 
 
 def test_published_settings_of_zaremba():

@@ -17,6 +17,11 @@ SMALL = {
         *("datamodule.batch_size=10", "datamodule.unroll=12"),
         *("datamodule.vocabulary=300", "datamodule.fraction=0.1"),
     ],
+    "transformer": [
+        *("model=transformer", "model.hidden_size=64", "model.num_layers=1", "model.num_heads=2"),
+        *("datamodule.batch_size=10", "datamodule.unroll=12", "model.warmup_steps=5"),
+        *("datamodule.vocabulary=300", "datamodule.fraction=0.1"),
+    ],
 }
 
 

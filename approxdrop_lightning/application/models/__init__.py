@@ -1,6 +1,7 @@
-"""Two ordinary LightningModules, written with stock layers; neither knows of the plugin."""
+"""Ordinary LightningModules, written with stock layers; none knows of the plugin."""
 
 from approxdrop_lightning.application.models.lstm import LSTMLanguageModel
 from approxdrop_lightning.application.models.mlp import MLPClassifier
+from approxdrop_lightning.application.models.transformer import TransformerLanguageModel
 
-__all__ = ["LSTMLanguageModel", "MLPClassifier"]
+__all__ = ["LSTMLanguageModel", "MLPClassifier", "TransformerLanguageModel"]
