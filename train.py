@@ -124,10 +124,10 @@ def make_dropout(cfg: DictConfig) -> Callback:
 
 
 def make_model(cfg: DictConfig, datamodule: LightningDataModule) -> LightningModule:
-    """The model; a ``vocab_size`` left open is that of the data."""
-    if "vocab_size" in cfg and cfg.vocab_size is None:
-        return instantiate(cfg, vocab_size=datamodule.vocab_size, _convert_="all")
-    return instantiate(cfg, _convert_="all")
+    """The model; sizes left open are those of the data."""
+    sizes = ("vocab_size", "in_features", "num_hops", "num_classes", "field_sizes")
+    left_open = {name: getattr(datamodule, name) for name in sizes if name in cfg and cfg[name] is None}
+    return instantiate(cfg, **left_open, _convert_="all")
 
 
 def find_checkpoint(ckpt_path: str | None, siblings: Path) -> str | None:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
 
 class ResumableLoader(DataLoader):
@@ -56,3 +57,41 @@ class EpochSampler(Sampler[int]):
         # The CPU generator reads 32 bits of a seed; neighbouring seeds must not share epochs.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**32)
         return iter(torch.randperm(self.size, generator=generator).tolist())
+
+
+class Rows(Dataset[tuple[Tensor, ...]]):
+    """Tensors of as many rows, in memory: a batch is one gather from each, not many small tensors put together."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.tensors)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        chosen = torch.tensor(indices)
+        return tuple(tensor[chosen] for tensor in self.tensors)
+
+
+def row_loader(
+    tensors: tuple[Tensor, ...], batch_size: int, shuffle: bool = False, num_workers: int = 0
+) -> ResumableLoader:
+    """Loader of rows of tensors in memory; the last batch of an epoch may be smaller.
+
+    Args:
+        tensors: Of as many rows each.
+        batch_size: Rows of a batch.
+        shuffle: Whether the order is random, anew in each epoch; it then follows from ``seed_everything``.
+        num_workers: Processes that load.
+    """
+    rows = Rows(*tensors)
+    sampler = EpochSampler(len(rows), torch.initial_seed() % 2**31) if shuffle else SequentialSampler(rows)
+    batches = BatchSampler(sampler, batch_size, drop_last=False)
+    return ResumableLoader(rows, batch_sampler=batches, num_workers=num_workers, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return batch

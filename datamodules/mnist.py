@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 
 from datamodules import synthetic
-from datamodules.loader import EpochSampler, ResumableLoader
+from datamodules.loader import row_loader
 from datamodules.source import EMBEDDED, check_at_least, check_source, data_folder, obtain
 
 Part = tuple[Tensor, Tensor]
@@ -162,35 +162,7 @@ class MNISTDataModule(LightningDataModule):
         return self._loader(self._test)
 
     def _loader(self, part: tuple[Tensor, Tensor], shuffle: bool = False) -> DataLoader:
-        dataset = _Images(*part)
-        sampler = EpochSampler(len(dataset), torch.initial_seed() % 2**31) if shuffle else SequentialSampler(dataset)
-        return ResumableLoader(
-            dataset,
-            batch_sampler=BatchSampler(sampler, self.batch_size, drop_last=False),
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-        )
-
-
-class _Images(Dataset):
-    """A batch is one gather from each tensor, not 128 small tensors put together."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.tensor(indices)
-        return self.images[chosen], self.labels[chosen]
-
-
-def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch
+        return row_loader(part, self.batch_size, shuffle, self.num_workers)
 
 
 def _read_embedded() -> list[Part]:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+_METRICS = {"acc": "accuracy", "auc": "area under the ROC curve", "ppl": "perplexity"}
 RESULT_FILE = "result.json"  # in the folder of the run
 
 
@@ -49,7 +50,7 @@ def show(table: Table) -> None:
 
 def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     unit, perplexity = record["unit"], record["metric"].endswith("ppl")
-    metric = "perplexity" if perplexity else "accuracy"
+    metric = _METRICS[record["metric"].rpartition("/")[2]]
     rows = [
         ("model", record["model"]),
         ("dropout", f"{record['dropout']}, rate {record['rate']}"),

@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from hydra import compose, initialize_config_dir
 
 from approxdrop_lightning.application.config import register
@@ -21,6 +22,14 @@ SMALL = {
         *("model=transformer", "model.hidden_size=64", "model.num_layers=1", "model.num_heads=2"),
         *("datamodule.batch_size=10", "datamodule.unroll=12", "model.warmup_steps=5"),
         *("datamodule.vocabulary=300", "datamodule.fraction=0.1"),
+    ],
+    "sign": [
+        *("model=sign", "model.hidden_size=64", "datamodule.nodes=1500", "datamodule.in_features=24"),
+        *("datamodule.num_classes=5", "datamodule.batch_size=250", "model.optimizer.lr=0.01"),
+    ],
+    "ctr": [
+        *("model=ctr", "model.hidden=[96,64]", "model.embedding_size=4", "datamodule.batch_size=256"),
+        *("datamodule.field_sizes=[3,5,10]", "datamodule.train_size=4000", "datamodule.val_size=1000"),
     ],
 }
 
@@ -42,3 +51,8 @@ def command(*overrides):
 
 def weights(objects):
     return {key: value.cpu() for key, value in objects["model"].state_dict().items()}
+
+
+def last_weights(run_dir):
+    """After the last epoch; the model of a run that was tested has those of the best one."""
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

@@ -1,7 +1,9 @@
 """Ordinary LightningModules, written with stock layers; none knows of the plugin."""
 
+from approxdrop_lightning.application.models.ctr import ClickModel
 from approxdrop_lightning.application.models.lstm import LSTMLanguageModel
 from approxdrop_lightning.application.models.mlp import MLPClassifier
+from approxdrop_lightning.application.models.sign import SIGNClassifier
 from approxdrop_lightning.application.models.transformer import TransformerLanguageModel
 
-__all__ = ["LSTMLanguageModel", "MLPClassifier", "TransformerLanguageModel"]
+__all__ = ["ClickModel", "LSTMLanguageModel", "MLPClassifier", "SIGNClassifier", "TransformerLanguageModel"]

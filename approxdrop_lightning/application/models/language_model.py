@@ -8,6 +8,8 @@ from lightning import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
+from approxdrop_lightning.application.models.checks import check_counts, check_rate
+
 IGNORED = -100  # target of padding: neither trained on nor scored
 
 
@@ -53,11 +55,8 @@ class LanguageModel(LightningModule):
 
     def __init__(self, vocab_size: int, rate: float, **counts: int) -> None:
         super().__init__()
-        for name, value in {"vocab_size": vocab_size, **counts}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-            raise ValueError(f"dropout rate {rate} is outside [0, 1); a language model has one rate for all sites")
+        check_counts(vocab_size=vocab_size, **counts)
+        check_rate(rate)
         self.train_nll = NllPerToken()
         self.val_nll = NllPerToken()
         self.test_nll = NllPerToken()

@@ -1,25 +1,22 @@
 """A multi-layer perceptron for image classification, with conventional dropout."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 
-OptimizerFactory = Callable[[Iterable[Parameter]], Optimizer]
+from approxdrop_lightning.application.models.classifier import Classifier, OptimizerFactory
 
 # The optimizer sees every weight, dropped or not, so it is the first thing that dropout cannot shrink;
 # the fused step is the cheapest that torch has.
 DEFAULT_OPTIMIZER: OptimizerFactory = partial(SGD, lr=0.01, momentum=0.9, fused=True)
 
 
-class MLPClassifier(LightningModule):
+class MLPClassifier(Classifier):
     """Linear, ReLU, dropout for each hidden layer, then one linear layer to the classes.
 
     The paper's network is such a "four-layer MLP" (Song et al. 2019, section 4: input, two hidden layers,
@@ -51,13 +48,12 @@ class MLPClassifier(LightningModule):
         optimizer: OptimizerFactory | None = None,
         schedule: Literal["constant", "cosine"] = "constant",
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer or DEFAULT_OPTIMIZER)
         if schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be 'constant' or 'cosine', got {schedule!r}")
         rates = _rate_per_layer(rate, len(hidden))
         # A function is no value that a checkpoint should hold: it could not be loaded with weights_only.
         self.save_hyperparameters(ignore=["optimizer"])
-        self._make_optimizer = optimizer or DEFAULT_OPTIMIZER
         layers: list[nn.Module] = [nn.Flatten()]
         for width, layer_rate in zip(hidden, rates, strict=True):
             layers += [nn.Linear(in_features, width), nn.ReLU(), nn.Dropout(layer_rate)]
@@ -67,29 +63,6 @@ class MLPClassifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, ...]`` with ``in_features`` values each."""
         return self.net(images)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy of the batch, in nats."""
-        images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
-        self.log("train/loss", loss, batch_size=len(labels))
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log ``val/loss`` (nats) and ``val/acc`` (share of 1)."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log ``test/loss`` (nats) and ``test/acc`` (share of 1)."""
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
-        images, labels = batch
-        logits = self(images)
-        accuracy = (logits.argmax(dim=-1) == labels).float().mean()
-        # With batch_size given, Lightning's mean over the epoch is the mean over samples, exactly.
-        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=len(labels))
-        self.log(f"{stage}/acc", accuracy, batch_size=len(labels), prog_bar=True)
 
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
         """Whatever ``optimizer`` makes of the parameters, and the schedule."""
