@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from approxdrop_lightning.benchmark import contenders, measure
+from approxdrop_lightning.benchmark import contenders, measure, workloads
 from approxdrop_lightning.benchmark.__main__ import COLUMNS, main
 from approxdrop_lightning.ops.row_linear import groups
 from approxdrop_lightning.ops.tile_linear import compact as tiles
@@ -56,6 +56,38 @@ def test_lstm_and_profile(capsys):
     assert "aten::mm" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name", "saved"),
+    [
+        # Feed-forward blocks between two dropouts, and the decoder; nothing of attention is saved.
+        (
+            ["transformer", "--hidden", "64", "--layers", "1", "--steps", "8", "--batch", "6", "--vocabulary", "50"],
+            "transformer 1x64, T=8, B=6, vocabulary 50",
+            (0.3, 0.5),
+        ),
+        (["sign", "--hidden", "64", "--batch", "24"], "SIGN 4x(128-64), batch 24", (0.2, 0.6)),
+        (["ctr", "--hidden", "96", "64", "--batch", "24"], "CTR 24x16-96-64-2, batch 24", (0.5, 0.6)),
+        # The second layer is all that has a dropout before it and, behind its batch norm, none that it sees.
+        (
+            ["ctr", "--hidden", "96", "64", "--batch", "24", "--batch-norm"],
+            "CTR 24x16-96-64-2, batch norm, batch 24",
+            (0.05, 0.1),
+        ),
+    ],
+)
+def test_workloads_of_today(arguments, name, saved, tmp_path):
+    path = tmp_path / "b.csv"
+    unbounded = ["--min-multiplies", "0", "--min-features", "0", "--csv", str(path)]
+    rows = main([*arguments, *SMALL[:-2], "0.5", *unbounded, "--pattern", "row", "shared", "tile"])
+    assert [row["contender"] for row in rows] == ["conventional", "none", "narrow", "row", "shared", "tile"]
+    assert {row["workload"] for row in rows} == {name}
+    by_name = {row["contender"]: row for row in rows}
+    low, high = saved
+    assert low < 1 - 1 / by_name["row"]["ceiling"] < high
+    assert by_name["shared"]["ceiling"] == pytest.approx(by_name["row"]["ceiling"], rel=0.02)
+    assert sum(1 for _ in path.open()) == 1 + len(rows)
+
+
 def test_ops():
     patterns = ["--pattern", "row", "tile", "dropconnect"]
     rows = main(["ops", "--hidden", "64", "--batch", "16", *SMALL, "--steps", "3", *patterns])
@@ -77,7 +109,7 @@ def test_ops():
 )
 def test_a_wrong_gradient_is_not_timed(name, place, layer, monkeypatch):
     torch.manual_seed(0)
-    step = contenders.contender(contenders.mlp([784, 96, 10], 24), name, 0.5, min_features=0, min_multiplies=0)
+    step = contenders.contender(workloads.mlp([784, 96, 10], 24), name, 0.5, min_features=0, min_multiplies=0)
     contenders.verify(step, 0.5, min_features=0, min_multiplies=0)
     right = getattr(*place)
     monkeypatch.setattr(*place, lambda *a: right(*a) * 1.01)

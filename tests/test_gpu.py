@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from approxdrop_lightning import ApproxDropout, RowPattern, TilePattern, functional
-from approxdrop_lightning.benchmark import contenders
+from approxdrop_lightning.benchmark import contenders, workloads
 from approxdrop_lightning.ops.pack import pack_ops, reference
 from approxdrop_lightning.surgery import resample
 
@@ -27,7 +27,7 @@ pytestmark = [
 @pytest.mark.parametrize("pattern", contenders.PATTERNS)
 @pytest.mark.parametrize("rate", [0.3, 0.7])
 def test_a_network_has_the_gradients_of_the_reference(pattern, backend, rate):
-    workload = contenders.mlp([100, 256, 192, 10], 96)
+    workload = workloads.mlp([100, 256, 192, 10], 96)
     options = {"backend": backend, "min_multiplies": 0, "min_features": 0}
     contenders.verify(contenders.contender(workload, pattern, rate, **options), rate, **options)
 
@@ -36,7 +36,7 @@ def test_a_network_has_the_gradients_of_the_reference(pattern, backend, rate):
 @pytest.mark.parametrize("pattern", ["row", "shared", "paper"])
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_a_language_model_has_the_gradients_of_the_reference(pattern, backend, recurrent):
-    workload = contenders.lstm(96, 2, 7, 6, 130)
+    workload = workloads.lstm(96, 2, 7, 6, 130)
     options = {
         "backend": backend, "recurrent": recurrent, "min_multiplies": 0, "min_features": 0, "min_hidden": 0
     }  # fmt: skip
@@ -47,7 +47,7 @@ def test_a_language_model_has_the_gradients_of_the_reference(pattern, backend, r
 @pytest.mark.parametrize("least", [None, 0])
 def test_a_step_waits_for_nothing(pattern, least):
     options = {"backend": "triton", "min_multiplies": least}
-    step = contenders.contender(contenders.mlp([784, 512, 512, 10], 128), pattern, 0.5, **options)
+    step = contenders.contender(workloads.mlp([784, 512, 512, 10], 128), pattern, 0.5, **options)
     for _ in range(3):
         step()
     torch.cuda.set_sync_debug_mode("error")
@@ -125,17 +125,17 @@ def test_tiles_are_chosen_by_timing(monkeypatch):
 @pytest.mark.parametrize("pattern", ["row", "shared", "tile"])
 def test_small_networks_are_masked_and_have_the_gradients_of_the_reference(pattern, recurrent):
     options = {"recurrent": True} if recurrent and pattern != "tile" else {}
-    workload = contenders.lstm(96, 2, 7, 6, 130)
+    workload = workloads.lstm(96, 2, 7, 6, 130)
     step = contenders.contender(workload, pattern, 0.5, **options)
     contenders.verify(step, 0.5, **options)
     step()
     assert pattern == "tile" or not any(site.skips for site in step.report.sites)
-    workload = contenders.mlp([100, 256, 192, 10], 96)
+    workload = workloads.mlp([100, 256, 192, 10], 96)
     contenders.verify(contenders.contender(workload, pattern, 0.5), 0.5)
 
 
 def test_cudnn_is_not_given_weights_in_pieces(recwarn):
-    step = contenders.contender(contenders.lstm(128, 2, 5, 4, 100), "shared", 0.5, min_features=0, min_multiplies=0)
+    step = contenders.contender(workloads.lstm(128, 2, 5, 4, 100), "shared", 0.5, min_features=0, min_multiplies=0)
     for _ in range(3):
         step()
     assert not [w for w in recwarn if "contiguous chunk" in str(w.message)]
@@ -180,7 +180,7 @@ def test_a_default_device_does_not_reach_patterns():
     """Patterns are the host's, whatever is the default."""
     assert torch.get_default_device().type == "cuda"
     assert RowPattern(64, 2, 0, interleave=True).mask(4).device.type == "cpu"
-    step = contenders.contender(contenders.mlp([64, 128, 10], 32), "row", 0.5, min_multiplies=0, min_features=0)
+    step = contenders.contender(workloads.mlp([64, 128, 10], 32), "row", 0.5, min_multiplies=0, min_features=0)
     resample(step.model)
     step()
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from approxdrop_lightning.benchmark import contenders, measure, ops
-from approxdrop_lightning.benchmark.contenders import BASELINES, PATTERNS, Workload
+from approxdrop_lightning.benchmark import contenders, measure, ops, workloads
+from approxdrop_lightning.benchmark.contenders import BASELINES, PATTERNS
+from approxdrop_lightning.benchmark.workloads import Workload
 from approxdrop_lightning.memory import keep_freed_memory
 from approxdrop_lightning.ops.backend import BACKENDS
 from approxdrop_lightning.text_table import text_table
@@ -19,6 +20,10 @@ COLUMNS = (
     "workload", "rate", "contender", "median_ms", "first_quartile_ms", "third_quartile_ms", "to_conventional",
     "to_none", "ceiling", "of_ceiling", "peak_mb",
 )  # fmt: skip
+
+#: What a workload has if nothing is said: widths of its hidden layers, samples of a batch.
+HIDDEN = {"mlp": [2048, 2048], "lstm": [650], "transformer": [256], "sign": [512], "ctr": [1024, 512, 512]}
+BATCH = {"mlp": 128, "lstm": 20, "transformer": 20, "sign": 5000, "ctr": 4096}
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -30,7 +35,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     torch.set_default_dtype(getattr(torch, options.dtype))
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     rows = []
-    kinds = ("mlp", "lstm", "ops") if options.kind == "all" else (options.kind,)
+    kinds = (*BATCH, "ops") if options.kind == "all" else (options.kind,)
     for kind in kinds:
         if kind == "ops":
             rows += ops.rows(options)
@@ -46,19 +51,24 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     return rows
 
 
+def _listed(values: dict[str, int]) -> str:
+    return ", ".join(f"{kind}: {value:,}" for kind, value in values.items())
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m approxdrop_lightning.benchmark",
         description="Whole training steps (draw, forward, loss, backward, optimizer), all contenders taking turns.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("kind", choices=("mlp", "lstm", "ops", "all"))
+    parser.add_argument("kind", choices=(*BATCH, "ops", "all"))
     parser.add_argument(
-        "--hidden", type=int, nargs="+", help="widths of the MLP's hidden layers; the LSTM's hidden size"
+        "--hidden", type=int, nargs="+", help="widths of the hidden layers; one for lstm, transformer and sign"
     )
-    parser.add_argument("--batch", type=int, help="samples per batch (MLP: 128, LSTM: 20)")
-    parser.add_argument("--layers", type=int, default=2, help="LSTM layers")
-    parser.add_argument("--steps", type=int, default=35, help="LSTM time steps")
+    parser.add_argument("--batch", type=int, help=f"samples per batch; if not given {_listed(BATCH)}")
+    parser.add_argument("--layers", type=int, help="layers; if not given lstm: 2, transformer: 4")
+    parser.add_argument("--steps", type=int, help="words of each text; if not given lstm: 35, transformer: 64")
+    parser.add_argument("--batch-norm", action="store_true", help="ctr: a batch norm before each ReLU")
     parser.add_argument("--vocabulary", type=int, default=10_000)
     parser.add_argument("--rate", type=float, nargs="+", default=[0.3, 0.5, 0.7])
     parser.add_argument("--pattern", nargs="*", choices=tuple(PATTERNS), default=["row", "shared"])
@@ -87,11 +97,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _workload(kind: str, options: argparse.Namespace) -> Workload:
     torch.manual_seed(options.seed)
+    hidden, batch = options.hidden or HIDDEN[kind], options.batch or BATCH[kind]
     if kind == "mlp":
-        workload = contenders.mlp([784, *(options.hidden or [2048, 2048]), 10], options.batch or 128)
+        workload = workloads.mlp([784, *hidden, 10], batch)
+    elif kind == "lstm":
+        workload = workloads.lstm(hidden[0], options.layers or 2, options.steps or 35, batch, options.vocabulary)
+    elif kind == "transformer":
+        sizes = options.layers or 4, options.steps or 64
+        workload = workloads.transformer(hidden[0], *sizes, batch, options.vocabulary)
+    elif kind == "sign":
+        workload = workloads.sign(hidden[0], batch)
     else:
-        hidden = (options.hidden or [650])[0]
-        workload = contenders.lstm(hidden, options.layers, options.steps, options.batch or 20, options.vocabulary)
+        workload = workloads.ctr(hidden, batch, options.batch_norm)
     # A default device would slow every call of PyTorch down, and most those that a step has many of.
     workload.batch = (workload.batch[0].to(options.device), workload.batch[1].to(options.device))
     return workload

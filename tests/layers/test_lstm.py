@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from approxdrop_lightning import ApproxLSTM, approximate, resample
-from approxdrop_lightning.benchmark import contenders
+from approxdrop_lightning.benchmark import contenders, workloads
 
 
 def test_recurrent_dropout_has_rows_of_its_own():
@@ -31,7 +31,7 @@ def test_an_lstm_too_small_for_a_gpu_is_the_vendor_s_with_masks(pattern, recurre
         if masked:
             monkeypatch.setattr(ApproxLSTM, "_too_small", lambda *_: True)
         torch.manual_seed(0)
-        workload = contenders.lstm(24, 2, 5, 6, 30)
+        workload = workloads.lstm(24, 2, 5, 6, 30)
         options = {"recurrent": recurrent, "min_features": 0, "min_multiplies": 0, "min_hidden": 0}
         step = contenders.contender(workload, pattern, 0.5, **options)
         found.append([step.loss_and_gradients(), *(p.grad for p in step.model.parameters())])
