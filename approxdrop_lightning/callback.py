@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import textwrap
 from dataclasses import asdict
@@ -14,7 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from approxdrop_lightning.options import CallbackOptions, check_same_sequence, described, takes
 from approxdrop_lightning.report import Report
-from approxdrop_lightning.surgery import Conversion, convert, restore
+from approxdrop_lightning.surgery import Conversion, convert
+
+log = logging.getLogger(__name__)
 
 _TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
@@ -81,6 +84,8 @@ class ApproxDropout(Callback):
                 f"ApproxDropout: {strategy} is not among the tested strategies {', '.join(_TESTED_STRATEGIES)}; "
                 "untested_strategies=True tries it all the same"
             )
+        if self._conversion is not None:  # of a fit whose end another callback's exception has kept from us
+            self.teardown(trainer, pl_module, "fit")
         # Layers that are built in configure_model must exist; it is idempotent by Lightning's contract.
         pl_module.configure_model()
         try:
@@ -130,12 +135,15 @@ class ApproxDropout(Callback):
         """Give the stock layers back; a second fit continues the sequence of patterns."""
         if stage == "fit" and self._conversion is not None:
             self._saved = self.state_dict()
-            restore(pl_module)
-            self._conversion = None
+            conversion, self._conversion = self._conversion, None
+            conversion.restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As at the end: Lightning calls no teardown after an exception that it raises again."""
-        self.teardown(trainer, pl_module, "fit")
+        try:
+            self.teardown(trainer, pl_module, "fit")
+        except Exception as error:  # a warning that was made an error: it must not take the place of the exception
+            log.warning("ApproxDropout: %s", error)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the samplers, the realised rate, and the options that made them."""

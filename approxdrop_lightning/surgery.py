@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,41 +21,35 @@ from approxdrop_lightning.layers import (
     TileLSTM,
     TileSite,
 )
+from approxdrop_lightning.layers.converted import Converted, give_back
 from approxdrop_lightning.multiplies import Count
 from approxdrop_lightning.options import Options
 from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.report import Report, Row
 from approxdrop_lightning.work import Ledger
 
-#: Attribute of a converted model that holds what was done to it. No module, so not a part of the model.
-_RECORD = "_approxdrop"
-#: Attributes that conversion puts on layers; a restored layer has none of them.
-_ATTRIBUTES = (
-    "site", "sites", "recurrent_sites", "sequence", "name", "backend", "work",
-    "defers", "waited", "dropped_by", "read_whole_too",
-)  # fmt: skip
-_STOCK: dict[type, type] = {
-    ApproxDropoutSite: nn.Dropout,
-    ApproxLinear: nn.Linear,
-    ApproxLSTM: nn.LSTM,
-    TileLinear: nn.Linear,
-    TileLSTM: nn.LSTM,
-}
+#: What was done to each converted model. Kept beside the models: no copy and no pickle of one takes it along.
+_CONVERSIONS: weakref.WeakKeyDictionary[nn.Module, Conversion] = weakref.WeakKeyDictionary()
 
 
 class NoEffectWarning(UserWarning):
     """The model has no dropout that could be made to skip work."""
 
 
+class NotRestoredWarning(UserWarning):
+    """The class of a layer could not be put back. It computes as the stock layer all the same."""
+
+
 class Conversion:
     """What was done to a model: its report, samplers and converted layers."""
 
-    def __init__(self, options: Options, seed: int, rank: int = 0) -> None:
+    def __init__(self, model: nn.Module, options: Options, seed: int, rank: int = 0) -> None:
+        self.model = weakref.ref(_key(model))
         self.options, self.seed, self.rank = options, seed, rank
         self.report = Report()
         self.samplers: dict[float, PatternSampler] = {}
-        self.layers: list[nn.Module] = []
-        self.others: list[nn.Module] = []
+        self._layers: list[tuple[str, weakref.ref[nn.Module]]] = []
+        self._others: list[weakref.ref[nn.Module]] = []
         self._count: Count | None = None
 
     def rate(self, own: float) -> float:
@@ -87,12 +84,28 @@ class Conversion:
     def swap(self, module: nn.Module, cls: type, **attributes: Any) -> None:
         """Change a layer's class in place: same object, same parameters, same hooks."""
         module.__class__ = cls
-        for name, value in attributes.items():
+        for name, value in (attributes | {"owner": (weakref.ref(module), weakref.ref(self))}).items():
             # Past nn.Module.__setattr__: nothing of ours may be registered or saved.
             object.__setattr__(module, name, value)
-        self.layers.append(module)
+        self._layers.append(
+            (attributes["name"] if "name" in attributes else attributes["site"].name, weakref.ref(module))
+        )
         if "work" in attributes:
             self.report.work.append(attributes["work"])
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The converted layers that are still there, in the model or in somebody else's hands."""
+        return [layer for _, ref in self._layers if (layer := ref()) is not None]
+
+    @property
+    def others(self) -> list[nn.Module]:
+        """The layers of the model that were not converted."""
+        return [layer for ref in self._others if (layer := ref()) is not None]
+
+    def stays(self, modules: Iterable[nn.Module]) -> None:
+        """Note which layers of the model were not converted."""
+        self._others = [weakref.ref(module) for module in modules if not isinstance(module, Converted)]
 
     def resample(self, fresh: bool = True) -> None:
         """Begin a training step: with the next patterns, or with those of the last step again."""
@@ -114,20 +127,37 @@ class Conversion:
 
     def end(self) -> None:
         """End the training step: layers learn from it."""
-        for layer in self.layers:
-            if isinstance(layer, ApproxLinear) and layer.defers:
-                layer.learn()
         if self._count is not None:
             self._count.stop()
             self._count = None
+        for layer in self.layers:
+            if isinstance(layer, ApproxLinear) and layer.is_live and layer.defers:
+                layer.learn()
 
     def restore(self) -> None:
-        """Give the stock classes back."""
-        self.end()
-        for layer in self.layers:
-            layer.__class__ = _STOCK[type(layer)]
-            for name in _ATTRIBUTES:
-                layer.__dict__.pop(name, None)
+        """Give the stock classes back, whatever else has changed the layers; what cannot be is named in a warning."""
+        model = self.model()
+        if model is not None and _CONVERSIONS.get(model) is self:
+            del _CONVERSIONS[model]
+        failed = []
+        try:
+            self.end()
+        except Exception as error:  # somebody took from a layer what it learns with
+            failed.append(f"what its layers have learned ({error!r})")
+        for name, ref in self._layers:
+            layer = ref()
+            try:
+                if layer is not None:
+                    give_back(layer)
+            except Exception as error:
+                failed.append(f"{name} of the class {type(layer).__name__} ({error})")
+        self._layers = []
+        if failed:
+            warnings.warn(
+                f"not restored: {'; '.join(failed)}. These layers compute as the stock ones all the same",
+                NotRestoredWarning,
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """State of the samplers, by rate."""
@@ -149,9 +179,10 @@ class Conversion:
 
 def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Conversion:
     """Convert a model in place; see :func:`approximate`."""
-    if hasattr(model, _RECORD):
+    if _find(model) is not None:
         raise ValueError("the model is converted already; restore(model) first")
-    conversion = Conversion(options, seed, rank)
+    _release(model)
+    conversion = Conversion(model, options, seed, rank)
     try:
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -171,11 +202,26 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
         for name, module in model.named_modules():
             if type(module) is nn.Linear and "weight" in module._parameters:
                 _convert_linear(conversion, name, module)
-        conversion.others = [m for m in model.modules() if type(m) not in _STOCK]
+        conversion.stays(model.modules())
     else:
         warnings.warn(f"no dropout could be converted:\n{conversion.report}", NoEffectWarning, stacklevel=3)
-    object.__setattr__(model, _RECORD, conversion)
+    _CONVERSIONS[_key(model)] = conversion
     return conversion
+
+
+def _release(model: nn.Module) -> None:
+    """Make stock layers of those that a conversion has left behind.
+
+    Raises:
+        ValueError: A layer belongs to a model that is converted still.
+    """
+    left = [(name, module) for name, module in model.named_modules() if isinstance(module, Converted)]
+    for name, layer in left:
+        if layer.is_live:
+            raise ValueError(f"the layer {name!r} is part of another converted model; restore(that model) first")
+    for _, layer in left:
+        with contextlib.suppress(TypeError):  # of a class that cannot be changed: it is left as it is, by its name
+            give_back(layer)
 
 
 def _convert_dropout(conversion: Conversion, name: str, module: nn.modules.dropout._DropoutNd) -> None:
@@ -268,20 +314,40 @@ def resample(model: nn.Module) -> None:
     Raises:
         ValueError: The model is not converted.
     """
-    _record(model).resample()
+    conversion_of(model).resample()
 
 
 def restore(model: nn.Module) -> None:
     """Give a converted model its ordinary classes back. Parameters are untouched.
 
+    Whatever else has changed the model since: layers that were replaced or removed are stock layers again if somebody
+    holds them; a class that others have derived from that of a converted layer (a parametrization) stays, and derives
+    from the stock class. A class that does not allow it is named in a :class:`NotRestoredWarning`; its layer computes
+    as the stock one.
+
     Raises:
         ValueError: The model is not converted.
     """
-    _record(model).restore()
-    delattr(model, _RECORD)
+    conversion_of(model).restore()
 
 
-def _record(model: nn.Module) -> Conversion:
-    if not hasattr(model, _RECORD):
-        raise ValueError("the model is not converted; approximate(model) first")
-    return getattr(model, _RECORD)
+def _key(model: nn.Module) -> nn.Module:
+    """The model itself, if it is wrapped by ``torch.compile``."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _find(model: nn.Module) -> Conversion | None:
+    """The conversion of a model, or None."""
+    return _CONVERSIONS.get(_key(model))
+
+
+def conversion_of(model: nn.Module) -> Conversion:
+    """The conversion of a model.
+
+    Raises:
+        ValueError: The model is not converted.
+    """
+    conversion = _find(model)
+    if conversion is None:
+        raise ValueError("the model is not converted (a copy of one is not); approximate(model) first")
+    return conversion

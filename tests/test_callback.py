@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from approxdrop_lightning import ApproxDropout
 from approxdrop_lightning.application.models import LSTMLanguageModel, MLPClassifier
+from approxdrop_lightning.layers.converted import Converted
 from datamodules.loader import ResumableLoader
 
 
@@ -477,3 +478,84 @@ def test_the_callback_can_be_copied_before_and_after_fit(tmp_path):
     copy.deepcopy(callback)
     trainer(callback, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     assert copy.deepcopy(callback).realised_rate == callback.realised_rate
+
+
+class Change(Callback):
+    """Changes the model where it is told to."""
+
+    def __init__(self, **changes):
+        for hook, change in changes.items():
+            setattr(self, hook, lambda trainer, pl_module, *_, change=change, **__: change(pl_module))
+
+
+def wide():
+    return MLPClassifier(in_features=20, hidden=(64, 64), num_classes=3, rate=0.5)
+
+
+def fail(module):
+    raise ArithmeticError("of the training's own")
+
+
+def spectral(module):
+    torch.nn.utils.parametrizations.spectral_norm(module.net[4])
+
+
+@pytest.mark.parametrize("where", ["setup", "on_train_start", "on_train_epoch_end"])
+def test_a_layer_that_another_callback_parametrizes_is_trained_and_restored(where, tmp_path):
+    callback, model = ApproxDropout(min_multiplies=0), wide()
+    once = lambda module: spectral(module) if not hasattr(module.net[4], "parametrizations") else None  # noqa: E731
+    trainer(callback, Change(**{where: once}), tmp_path=tmp_path).fit(model, loader())
+    assert callback.report.saved > 0
+    assert type(model.net[4]).__bases__ == (nn.Linear,)
+    assert not any(isinstance(m, Converted) for m in model.modules())
+    trainer(callback, tmp_path=tmp_path).fit(model, loader())
+
+
+def take_away(module):
+    """What the layers learn with, and the class."""
+    del module.net[1].__dict__["dropped_by"]
+    module.net[4].__class__ = nn.Identity
+
+
+@pytest.mark.parametrize("change", [spectral, take_away])
+@pytest.mark.filterwarnings("error::approxdrop_lightning.surgery.NotRestoredWarning")
+def test_restoring_hides_no_exception_and_leaves_nothing_half_converted(change, tmp_path):
+    callback, model = ApproxDropout(min_multiplies=0), wide()
+    with pytest.raises(ArithmeticError, match="of the training's own"):
+        trainer(
+            callback, Change(on_train_batch_end=lambda module: (change(module), fail(module))), tmp_path=tmp_path
+        ).fit(model, loader())
+    assert not any(isinstance(m, Converted) for m in model.modules())
+    model = wide()
+    trainer(callback, tmp_path=tmp_path).fit(model, loader())
+    assert callback.report.saved > 0
+
+
+def test_another_callback_that_fails_in_its_own_end_does_not_leave_the_model_converted_for_good(tmp_path):
+    callback, model = ApproxDropout(min_multiplies=0), wide()
+    first = Change(on_train_batch_end=fail, on_exception=fail)  # then Lightning asks no further callback
+    with pytest.raises(ArithmeticError):
+        trainer(first, callback, tmp_path=tmp_path).fit(model, loader())
+    assert any(isinstance(m, Converted) for m in model.modules())
+    trainer(callback, tmp_path=tmp_path).fit(other := wide(), loader())
+    for module in (model, other):
+        assert not any(isinstance(m, Converted) for m in module.modules())
+    trainer(callback, tmp_path=tmp_path).fit(model, loader())
+
+
+def test_copies_made_in_training_are_stock_and_can_be_trained(tmp_path):
+    """A moving average of the weights, a teacher, the best epoch so far."""
+    copies = []
+    keep = Change(on_train_batch_end=lambda module: copies.append(copy.deepcopy(module.net)))
+    average = Change(on_train_start=lambda module: copies.append(torch.optim.swa_utils.AveragedModel(module.net)))
+    trainer(ApproxDropout(min_multiplies=0), keep, average, tmp_path=tmp_path).fit(wide(), loader())
+    assert len(copies) == 13
+    stock = {type(m) for m in wide().net.modules()}
+    assert all({type(m) for m in net.modules()} <= {*stock, type(copies[0])} for net in copies)
+    for net in (copies[0], copies[-1]):
+        net(torch.randn(4, 1, 4, 5)).sum().backward()
+        model = wide()
+        model.net = net
+        callback = ApproxDropout(min_multiplies=0)
+        trainer(callback, tmp_path=tmp_path).fit(model, loader())
+        assert callback.report.saved > 0

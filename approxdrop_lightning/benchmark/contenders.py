@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +95,8 @@ def verify(step: Step, rate: float, seed: int = 0, **options: Any) -> None:
     Raises:
         AssertionError: They differ by more than rounding does.
     """
-    step = copy.deepcopy(step)
+    # Another one of its kind: the step itself is left as it is.
+    step = contender(step.workload, step.name, rate, seed, **options)
     nothing_is_masked = {"min_hidden": 0, "min_multiplies": 0}
     reference = contender(
         step.workload, step.name, rate, seed, **options | {"backend": "reference"} | nothing_is_masked

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from approxdrop_lightning import functional
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
+from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import (
     POINTWISE,
     RESHAPES,
@@ -30,7 +31,7 @@ from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.work import Ledger
 
 
-class ApproxLinear(nn.Linear):
+class ApproxLinear(Converted, nn.Linear):
     """``nn.Linear`` that computes only the rows of its weight that the following dropout keeps.
 
     In training its output is a :class:`PendingLinear`: elementwise functions are put down, and the product is
@@ -47,6 +48,7 @@ class ApproxLinear(nn.Linear):
         work: Multiplies of its last products.
     """
 
+    stock = nn.Linear
     name: str
     backend: str
     defers: bool
@@ -59,7 +61,7 @@ class ApproxLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         x = input  # the name by which nn.Linear may be called
-        if not (self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled() and self.is_live):
             return super().forward(as_dense(x))
         shape = shape_of(x)
         if shape[-1:] != (self.in_features,):

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from approxdrop_lightning import functional
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
+from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
 from approxdrop_lightning.layers.site import Site
 from approxdrop_lightning.patterns.row import RowPattern
@@ -18,7 +19,7 @@ from approxdrop_lightning.work import Ledger
 _State = tuple[Tensor, Tensor]
 
 
-class ApproxLSTM(nn.LSTM):
+class ApproxLSTM(Converted, nn.LSTM):
     """``nn.LSTM`` with approximate dropout between its layers and on its (compact) input.
 
     Non-recurrent dropout, as Zaremba et al. (2014) place it, and recurrent dropout if asked for. A layer whose input
@@ -37,6 +38,7 @@ class ApproxLSTM(nn.LSTM):
         work: Multiplies of its last products.
     """
 
+    stock = nn.LSTM
     name: str
     backend: str
     sites: list[Site]
@@ -56,7 +58,7 @@ class ApproxLSTM(nn.LSTM):
     @run_eagerly
     def forward(self, input: Tensor | PackedSequence, hx: _State | None = None) -> tuple[Any, _State]:
         """As ``nn.LSTM``: ``[T, B, input]`` (``[B, T, input]`` if ``batch_first``, ``[T, input]`` unbatched)."""
-        if not self.training or isinstance(input, PackedSequence):
+        if not (self.training and self.is_live) or isinstance(input, PackedSequence):
             return super().forward(as_dense(input), hx)
         x = input  # the name by which nn.LSTM may be called
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:

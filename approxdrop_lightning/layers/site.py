@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
+from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly, shape_of
 from approxdrop_lightning.layers.linear import PendingLinear
 from approxdrop_lightning.patterns.row import RowPattern
@@ -166,13 +167,14 @@ class Site:
         return CompactTensor(Kept(shape, pattern, shape[:-1], self, values))
 
 
-class ApproxDropoutSite(nn.Dropout):
+class ApproxDropoutSite(Converted, nn.Dropout):
     """Stands in ``nn.Dropout``'s place; in evaluation it is ``nn.Dropout``.
 
     Attributes:
         site: The site.
     """
 
+    stock = nn.Dropout
     site: Site
 
     @property
@@ -188,7 +190,7 @@ class ApproxDropoutSite(nn.Dropout):
     @run_eagerly
     def forward(self, input: Tensor) -> Tensor:
         """``[..., n]`` to ``[..., n]``."""
-        if not self.training:
+        if not (self.training and self.is_live):
             return super().forward(input)
         dropped = self.site.drop(input)
         if isinstance(dropped, CompactTensor) and not torch.is_grad_enabled():

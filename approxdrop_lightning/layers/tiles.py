@@ -7,6 +7,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
 from approxdrop_lightning.layers.lstm import ApproxLSTM
 from approxdrop_lightning.layers.tiled_tensor import TiledTensor
@@ -17,7 +18,7 @@ def _is_marked(x: Tensor) -> TypeGuard[TiledTensor]:
     return isinstance(x, TiledTensor) and x.is_marked
 
 
-class TileLinear(nn.Linear):
+class TileLinear(Converted, nn.Linear):
     """``nn.Linear`` that drops weights of its own, by tiles, where its input comes from a site.
 
     In evaluation it is ``nn.Linear``.
@@ -27,6 +28,7 @@ class TileLinear(nn.Linear):
         work: Multiplies of its last products.
     """
 
+    stock = nn.Linear
     name: str
     work: Ledger
 
@@ -34,11 +36,12 @@ class TileLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         x = input  # the name by which nn.Linear may be called
-        if self.training and _is_marked(x) and x.shape[-1] == self.in_features:
+        training = self.training and self.is_live
+        if training and _is_marked(x) and x.shape[-1] == self.in_features:
             return x.linear(self.weight, self.bias, self.name, self.work)
         x = as_dense(x)
         y = super().forward(x)
-        if self.training and torch.is_grad_enabled():
+        if training and torch.is_grad_enabled():
             self.work.note(None, None, x.numel() * self.out_features)
         return y
 
@@ -49,6 +52,8 @@ class TileLSTM(ApproxLSTM):
     The input product of all steps is one product with kept tiles, and the recurrence runs over ready-made gate
     inputs; without ``sequence`` the vendor's kernel runs with the masked weight. Recurrent weights are not dropped.
     """
+
+    stock = nn.LSTM
 
     def _layer(self, layer: int, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         if not _is_marked(x):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from approxdrop_lightning import TilePattern, approximate, resample, restore
 from approxdrop_lightning.layers import TileLinear, TileLSTM
 from approxdrop_lightning.patterns.tile import BernoulliPattern
+from approxdrop_lightning.surgery import conversion_of
 
 TILE = {"pattern": "tile", "tile_size": 2, "min_features": 0, "min_hidden": 0, "seed": 0}
 
@@ -169,7 +170,7 @@ def test_activation_checkpointing_computes_again_with_the_same_patterns(kind, in
             if fresh:
                 resample(model)
             else:
-                model._approxdrop.resample(fresh=False)
+                conversion_of(model).resample(fresh=False)
             model.zero_grad()
             x.grad = None
             out = model(x) * 1.0
@@ -202,7 +203,7 @@ def test_the_same_patterns_serve_the_batches_of_one_optimizer_step():
     report = approximate(model, **TILE)
     step(model, torch.randn(5, 20))
     patterns = [row.site.last_patterns for row in report]
-    model._approxdrop.resample(fresh=False)
+    conversion_of(model).resample(fresh=False)
     model(torch.randn(9, 20)).sum().backward()
     assert [row.site.last_patterns for row in report] == patterns
     step(model, torch.randn(5, 20))
@@ -220,8 +221,8 @@ def test_under_torch_compile_values_are_right():
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, x = mlp(), torch.randn(13, 20)
-    approximate(model, **TILE)
     eager = copy.deepcopy(model)
+    approximate(model, **TILE), approximate(eager, **TILE)
     compiled = torch.compile(model, backend="eager")
     for _ in range(12):
         resample(model), resample(eager)

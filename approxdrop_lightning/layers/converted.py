@@ -1,0 +1,79 @@
+"""What the classes of converted layers have in common: they give way to the stock class."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, ClassVar
+
+from torch import nn
+
+#: Arguments of some instance of each stock class, which takes its state later: without memory and random numbers.
+_ANY: dict[type[nn.Module], tuple[Any, ...]] = {
+    nn.Dropout: (),
+    nn.Linear: (1, 1, True, "meta"),
+    nn.LSTM: (1, 1, 1, True, False, 0.0, False, 0, "meta"),
+}
+
+
+class Converted:
+    """A stock layer under another class, for as long as a conversion has it.
+
+    A layer of which no conversion knows (any more) computes what the stock layer computes: one whose class somebody
+    put back after the conversion had ended, or whose model is gone. Copies and pickles are stock layers: the patterns
+    of a conversion are drawn for its own layers only.
+    """
+
+    #: The class of PyTorch in whose place the layer stands.
+    stock: ClassVar[type[nn.Module]]
+    #: The layer and its conversion. Weak, so that nothing lives longer for it; the former tells a copy.
+    owner: tuple[weakref.ref[Any], weakref.ref[Any]] | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the layer is part of a conversion that has not ended."""
+        return self.owner is not None and self.owner[0]() is self and self.owner[1]() is not None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the stock layer, by which copies and pickles are made."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, state, *rest = reduced
+        if isinstance(state, dict):
+            ours = attributes(type(self))
+            state = {name: value for name, value in state.items() if name not in ours}
+        if "stock" in vars(type(self)):  # else it is a class of others' that derives from ours
+            # Not by `__newobj__`, which picklers refuse for another class than the object's.
+            make, arguments = self.stock, _ANY[self.stock]
+        return (make, arguments, state, *rest)
+
+
+def attributes(cls: type) -> set[str]:
+    """Names that conversion puts on layers of a class; a stock layer has none of them."""
+    bases = (base for base in cls.__mro__ if issubclass(base, Converted))
+    return {name for base in bases for name in vars(base).get("__annotations__", {})}
+
+
+def give_back(layer: nn.Module | Converted) -> None:
+    """Make a converted layer the stock one.
+
+    If others have put a class of theirs in the place of ours since (as ``torch.nn.utils.parametrize`` does), theirs
+    stays, and derives from the stock class from now on.
+
+    Raises:
+        TypeError: Python does not let that class have other bases. The layer computes as the stock one all the same.
+    """
+    cls = type(layer)
+    if not issubclass(cls, Converted):
+        return
+    for name in attributes(cls):
+        layer.__dict__.pop(name, None)
+    if "stock" in vars(cls):
+        layer.__class__ = cls.stock
+        return
+    for base in cls.__mro__:
+        ours = [b for b in base.__bases__ if "stock" in vars(b) and issubclass(b, Converted)]
+        if "stock" in vars(base) or not ours:
+            continue
+        base.__bases__ = tuple(b.stock if b in ours else b for b in base.__bases__)
+        for b in ours:  # "ParametrizedApproxLinear"
+            base.__name__ = base.__name__.replace(b.__name__, b.stock.__name__)
+            base.__qualname__ = base.__qualname__.replace(b.__name__, b.stock.__name__)
