@@ -29,6 +29,9 @@ class ApproxDropout(Callback):
     place; for each batch patterns are drawn; when training ends, the stock layers are back. Validation, test and
     predict are those of the unconverted model, and so is the ``state_dict`` at any time.
 
+    One object may serve several fits: a model with the same sites (names and rates) goes on with the sequence of
+    patterns and the realised rate, any other begins anew.
+
     {options}
 
     Raises:
@@ -49,6 +52,8 @@ class ApproxDropout(Callback):
         self.report: Report | None = None
         self._conversion: Conversion | None = None
         self._saved: dict[str, Any] | None = None
+        # Names and rates of the fit that left the state; None: it is a checkpoint's.
+        self._saved_sites: list[tuple[str, float]] | None = None
         self._dropped, self._steps = 0.0, 0
         self._before = (0.0, 0)  # of both, at the beginning of the epoch
         self._reported = False
@@ -95,8 +100,19 @@ class ApproxDropout(Callback):
         except ValueError as error:
             raise MisconfigurationException(f"ApproxDropout: {error}") from error
         self.report, self._reported = self._conversion.report, False
+        if self._saved_sites not in (None, self._sites(self._conversion)):
+            self._forget()  # what an earlier fit of another model has left is no checkpoint
         if self._saved is not None:
             self._continue(self._conversion, self._saved)
+
+    @staticmethod
+    def _sites(conversion: Conversion) -> list[tuple[str, float]]:
+        return [(site.name, site.rate) for site in conversion.report.sites]
+
+    def _forget(self) -> None:
+        self._saved = self._saved_sites = None
+        self._dropped, self._steps = 0.0, 0
+        self._before = (0.0, 0)
 
     def _seed(self) -> int:
         if self.options.seed is not None:
@@ -132,9 +148,9 @@ class ApproxDropout(Callback):
             pl_module.log("dropout/realised_rate", (self._dropped - self._before[0]) / steps)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the stock layers back; a second fit continues the sequence of patterns."""
+        """Give the stock layers back; a second fit of a model with the same sites continues the sequence."""
         if stage == "fit" and self._conversion is not None:
-            self._saved = self.state_dict()
+            self._saved, self._saved_sites = self.state_dict(), self._sites(self._conversion)
             conversion, self._conversion = self._conversion, None
             conversion.restore()
 
@@ -159,16 +175,19 @@ class ApproxDropout(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the very same sequence of patterns."""
-        self._saved = state_dict or None
+        self._saved, self._saved_sites = state_dict or None, None
         if self._conversion is not None and self._saved is not None:
             self._continue(self._conversion, self._saved)
 
     def _continue(self, conversion: Conversion, state: dict[str, Any]) -> None:
+        fresh = conversion.state_dict()
         try:
             check_same_sequence(state["options"], self.options)
             conversion.load_state_dict(state["samplers"])
             self._dropped, self._steps = float(state["dropped"]), int(state["steps"])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:  # the last: of a generator
+            conversion.load_state_dict(fresh)  # nothing of it stays, neither for this fit nor for a later one
+            self._forget()
             what = f"{error} is missing: another version wrote it" if isinstance(error, KeyError) else error
             raise MisconfigurationException(
                 f"ApproxDropout: the checkpoint's patterns do not fit this run: {what}; "

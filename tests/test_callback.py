@@ -199,6 +199,70 @@ def test_fit_twice_goes_on_with_the_sequence(tmp_path):
     assert first.patterns + second.patterns == longer.patterns
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: MLPClassifier(in_features=20, hidden=(64, 64), num_classes=3, rate=0.3),
+        lambda: MLPClassifier(in_features=20, hidden=(64,), num_classes=3, rate=0.5),
+        lambda: MLPClassifier(in_features=20, hidden=(64, 64, 64), num_classes=3, rate=[0.5, 0.3, 0.5]),
+    ],
+    ids=["another rate", "fewer sites", "more rates"],
+)
+def test_one_callback_serves_the_fits_of_several_models(other, tmp_path):
+    """As in cross-validation: a model with other sites begins as with a new callback."""
+    callback = ApproxDropout(min_multiplies=0, seed=1)
+    trainer(callback, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    found, expected = Record(callback), Record(fresh := ApproxDropout(min_multiplies=0, seed=1))
+    trainer(callback, found, tmp_path=tmp_path).fit(other(), loader())
+    trainer(fresh, expected, tmp_path=tmp_path).fit(other(), loader())
+    assert found.patterns == expected.patterns
+    assert callback.realised_rate == fresh.realised_rate
+    assert callback.report.saved > 0
+    assert callback._steps == fresh._steps == 12
+
+
+def test_the_folds_of_one_model_do_not_repeat_their_patterns(tmp_path):
+    callback = ApproxDropout(min_multiplies=0, seed=1)
+    folds = [Record(callback) for _ in range(3)]
+    for fold in folds:
+        trainer(callback, fold, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    patterns = [tuple(step) for fold in folds for step in fold.patterns]
+    assert len(set(patterns)) == len(patterns) == 18
+
+
+def test_a_checkpoint_that_was_refused_leaves_nothing_behind(tmp_path):
+    """Half of it fits: the rates are the same, the epoch's counters are not there."""
+    path = edited(tmp_path, lambda state: state.pop("steps"))
+    callback = ApproxDropout(min_multiplies=0, seed=1)
+    with pytest.raises(MisconfigurationException, match="'steps' is missing"):
+        trainer(callback, tmp_path=tmp_path).fit(mlp(), loader(), ckpt_path=path)
+    found, expected = Record(callback), Record(fresh := ApproxDropout(min_multiplies=0, seed=1))
+    trainer(callback, found, tmp_path=tmp_path).fit(mlp(), loader())
+    trainer(fresh, expected, tmp_path=tmp_path).fit(mlp(), loader())
+    assert found.patterns == expected.patterns
+
+
+def test_a_checkpoint_counts_for_more_than_an_earlier_fit(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, "x", save_top_k=-1)
+    trainer(first := ApproxDropout(min_multiplies=0, seed=1), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(
+        mlp(), loader()
+    )
+    callback = ApproxDropout(min_multiplies=0, seed=2)
+    trainer(callback, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    straight, resumed = Record(first), Record(callback)
+    trainer(first, straight, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    trainer(callback, resumed, tmp_path=tmp_path, max_epochs=2).fit(
+        mlp(), loader(), ckpt_path=checkpoint.best_model_path
+    )
+    assert resumed.patterns == straight.patterns
+    with pytest.raises(MisconfigurationException, match="do not fit this run"):  # and is not begun anew in silence
+        trainer(callback, tmp_path=tmp_path).fit(
+            MLPClassifier(in_features=20, hidden=(64, 64), num_classes=3, rate=0.3),
+            loader(),
+            ckpt_path=checkpoint.best_model_path,
+        )
+
+
 def test_checkpoint_loads_without_the_callback_and_back(tmp_path):
     seed_everything(0)
     checkpoint = ModelCheckpoint(tmp_path, "with", save_last=False)
