@@ -1,14 +1,16 @@
 """How fast the training steps run: samples and tokens per second."""
 
+import dataclasses
+import math
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.throughput import Throughput
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 
 class ThroughputLogger(Callback):
@@ -23,6 +25,10 @@ class ThroughputLogger(Callback):
     Logged at the Trainer's logging interval, per device, averaged over the last ``window_size`` steps:
     ``throughput/samples_per_sec`` and, with ``unit="tokens"``, ``throughput/tokens_per_sec``. The means over
     all measured steps of the last fit are in :attr:`summary`.
+
+    A batch may be a tensor or an array, or tuples, lists, mappings and dataclasses of them, with whatever else among
+    them. What has no ``batch_dim`` (a scalar, a text) is passed over, and a list of texts has as many samples as
+    texts. Steps of a batch in which nothing can be counted are not measured; the first one is warned of.
 
     Args:
         unit: what an item of a batch is. ``"samples"``: counted by the size of the first tensor's
@@ -63,7 +69,9 @@ class ThroughputLogger(Callback):
         self.unit = unit
         self.batch_dim = batch_dim
         self.warmup_steps = warmup_steps
-        self._throughput = Throughput(window_size=window_size)
+        self._window_size = window_size
+        self._window: deque[tuple[float, int, int]] = deque(maxlen=window_size)
+        self._warned = False
         self._reset()
 
     @property
@@ -72,7 +80,7 @@ class ThroughputLogger(Callback):
 
         Keys: ``samples_per_sec``, ``tokens_per_sec`` (with ``unit="tokens"``), ``steps``, ``seconds``.
         """
-        if not self._steps:
+        if not self._seconds:
             return {}
         rates = {"samples_per_sec": self._samples / self._seconds}
         if self.unit == "tokens":
@@ -97,27 +105,43 @@ class ThroughputLogger(Callback):
         self._seen += 1
         if self._seen <= self.warmup_steps:
             return
-        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        counted = _count(batch, self.batch_dim)
+        if counted is None:
+            self._warn(batch)
+            return
         self._seconds += elapsed
         self._steps += 1
-        self._samples += tensors[0].size(self.batch_dim)
-        tokens = None
-        if self.unit == "tokens":
-            tokens = self._tokens = self._tokens + tensors[-1].numel()
-        self._throughput.update(time=self._seconds, batches=self._steps, samples=self._samples, lengths=tokens)
+        self._samples += counted[0]
+        self._tokens += counted[1]
+        self._window.append((self._seconds, self._samples, self._tokens))
         # The Trainer's logger connector sets the attribute, unseen by type checkers.
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(pl_module)
 
     def _log(self, pl_module: LightningModule) -> None:
         """Log the rates of the window, as soon as it is full."""
-        rates = self._throughput.compute()
-        for name, key in (("samples", "device/samples_per_sec"), ("tokens", "device/items_per_sec")):
-            if key in rates:
-                pl_module.log(f"throughput/{name}_per_sec", rates[key], batch_size=1)
+        if len(self._window) < self._window_size:
+            return
+        seconds, samples, tokens = (
+            last - first for first, last in zip(self._window[0], self._window[-1], strict=True)
+        )
+        if seconds <= 0:  # a clock that is too coarse
+            return
+        pl_module.log("throughput/samples_per_sec", samples / seconds, batch_size=1)
+        if self.unit == "tokens":
+            pl_module.log("throughput/tokens_per_sec", tokens / seconds, batch_size=1)
+
+    def _warn(self, batch: Any) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"ThroughputLogger: nothing in a batch of the type {type(batch).__name__} has a dimension "
+                f"batch_dim={self.batch_dim} to count samples by; such steps are not measured",
+                stacklevel=2,
+            )
 
     def _reset(self) -> None:
-        self._throughput.reset()
+        self._window.clear()
         self._seen = self._steps = self._samples = self._tokens = 0
         self._seconds = self._started = 0.0
 
@@ -125,3 +149,30 @@ class ThroughputLogger(Callback):
 def _wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def _count(batch: Any, batch_dim: int) -> tuple[int, int] | None:
+    """Samples of a batch, and elements of its last tensor; None if nothing in it can be counted."""
+    shapes = [shape for shape in _shapes(batch) if -len(shape) <= batch_dim < len(shape)]
+    if not shapes:
+        return None
+    return shapes[0][batch_dim], math.prod(shapes[-1])
+
+
+def _shapes(x: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes of the tensors and arrays in a batch, in order; a list of texts is as long as it is."""
+    shape = getattr(x, "shape", None)
+    if isinstance(shape, tuple):
+        if all(isinstance(size, int) for size in shape):  # those of nested tensors may be symbols
+            yield shape
+    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+        for field in dataclasses.fields(x):
+            yield from _shapes(getattr(x, field.name, None))
+    elif isinstance(x, Mapping):
+        for value in x.values():
+            yield from _shapes(value)
+    elif isinstance(x, list | tuple):
+        if x and all(isinstance(value, str | bytes) for value in x):
+            yield (len(x),)
+        for value in x:
+            yield from _shapes(value)

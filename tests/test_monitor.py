@@ -1,5 +1,11 @@
 """ThroughputLogger: what is counted, what is not."""
 
+import warnings
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer
@@ -107,6 +113,72 @@ def test_each_fit_starts_anew(tmp_path, clock):
     for _ in range(2):
         fit(tmp_path, clock, throughput, [torch.zeros(5, 1)] * 4)
         assert throughput.summary["steps"] == 2
+
+
+@dataclass
+class Pair:
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+Named = namedtuple("Named", ["weight", "inputs"])
+SEVEN = torch.zeros(7, 3)
+BATCHES = {
+    "a dataclass": Pair(SEVEN, torch.zeros(7)),
+    "dataclasses in a dictionary": {"pair": Pair(SEVEN, torch.zeros(7))},
+    "a named tuple with a number first": Named(0.5, SEVEN),
+    "NumPy arrays": (np.zeros((7, 3)), np.zeros(7)),
+    "a NumPy scalar first": [np.float32(1), np.zeros((7, 3))],
+    "a scalar tensor first": {"weight": torch.tensor(1.0), "x": SEVEN},
+    "numbers and None first": (3, None, 0.5, SEVEN),
+    "texts beside it": (["one"] * 7, SEVEN),
+    "texts only": ["one"] * 7,
+    "texts in a dictionary": {"id": 3, "text": ("one",) * 7},
+    "a mapping": UserDict(ids=SEVEN),
+    "packed": nn.utils.rnn.PackedSequence(SEVEN, torch.ones(1, dtype=torch.int64)),
+    "no rows": None,
+}
+
+
+@pytest.mark.parametrize("unit", ["samples", "tokens"])
+@pytest.mark.parametrize("what", BATCHES)
+def test_batches_of_all_kinds_are_counted(what, unit, clock, monkeypatch):
+    """By the callback's own hooks: Lightning's loop is not in question."""
+    monkeypatch.setattr(monitor, "_wait_for", lambda device: None)
+    batch, throughput = BATCHES[what], ThroughputLogger(unit=unit, warmup_steps=0, window_size=2)
+    if what == "no rows":  # beside one with seven
+        steps, expected = [(torch.zeros(0, 3), torch.zeros(0)), (SEVEN, torch.zeros(7))] * 2, 3.5
+    else:
+        steps, expected = [batch] * 4, 7
+    trainer, module, logged = SimpleNamespace(global_step=0, log_every_n_steps=1), SimpleNamespace(), []
+    trainer.strategy = SimpleNamespace(root_device=None)
+    module.log = lambda name, value, **_: logged.append((name, value))
+    throughput.on_train_start(trainer, module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i, step in enumerate(steps):
+            throughput.on_train_batch_start(trainer, module, step, i)
+            clock.now += 1.0
+            throughput.on_train_batch_end(trainer, module, None, step, i)
+    assert throughput.summary["samples_per_sec"] == expected
+    assert next(value for name, value in logged if name == "throughput/samples_per_sec") == 7
+    assert ("tokens_per_sec" in throughput.summary) == (unit == "tokens")
+
+
+@pytest.mark.parametrize("batch", [None, (), {}, 3, "text", torch.tensor(1.0), [None, 0.5], object()])
+def test_steps_that_cannot_be_counted_are_left_out_with_one_warning(batch, tmp_path, clock):
+    throughput = ThroughputLogger(warmup_steps=0, window_size=2)
+    with pytest.warns(UserWarning, match="nothing in a batch of the type .* has a dimension batch_dim=0") as seen:
+        fit(tmp_path, clock, throughput, [batch, torch.zeros(4, 1), batch, torch.zeros(4, 1)])
+    assert sum("ThroughputLogger" in str(warning.message) for warning in seen) == 1
+    assert throughput.summary == {"samples_per_sec": 2.0, "steps": 2, "seconds": 4.0}
+
+
+def test_a_batch_of_too_few_dimensions_is_named_with_the_dimension(tmp_path, clock):
+    throughput = ThroughputLogger(batch_dim=1, warmup_steps=0)
+    with pytest.warns(UserWarning, match="type Tensor has a dimension batch_dim=1"):
+        fit(tmp_path, clock, throughput, [torch.zeros(5)] * 2)
+    assert throughput.summary == {}
 
 
 @pytest.mark.parametrize("arguments", [{"unit": "words"}, {"warmup_steps": -1}, {"window_size": 1}])
