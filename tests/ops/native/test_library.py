@@ -44,25 +44,20 @@ def train(cache, **environment):
 
 
 @needs_compiler
-def test_compiled_once_and_done_without_where_there_is_no_compiler_or_cache(tmp_path):
+def test_compiled_once_and_done_without_where_there_is_no_compiler(tmp_path):
     compiled, value = train(tmp_path)
     assert compiled
     (library,) = (tmp_path / "approxdrop_lightning").iterdir()  # and nothing half-written beside it
     made = library.stat().st_mtime_ns
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
     with ThreadPoolExecutor(2) as pool:  # each is a process
         again = pool.submit(train, tmp_path)
         without = [
             pool.submit(train, tmp_path, PATH=""),
             pool.submit(train, tmp_path, APPROXDROP_NATIVE="0"),
-            pool.submit(train, blocked),
         ]
-    assert [run.result() for run in without] == [(False, pytest.approx(value, rel=1e-5))] * 3
+    assert [run.result() for run in without] == [(False, pytest.approx(value, rel=1e-5))] * 2
     again.result()
     assert library.stat().st_mtime_ns == made
-    library.write_bytes(b"damaged")
-    assert train(tmp_path) == (False, pytest.approx(value, rel=1e-5))
 
 
 @needs_compiler
