@@ -236,7 +236,7 @@ class RowPattern:
             return known
         rows = self.row_groups(leading_shape)
         index = torch.cat([(r.index[:, None] * self.n + c).view(-1) for r, c in zip(rows, self.cells(), strict=True)])
-        self._flat_indices.clear()  # one batch shape per pattern, but for rare cases
+        self._flat_indices.clear()  # a pattern rarely sees batches of several shapes
         self._flat_indices[leading_shape] = index
         return index
 

@@ -58,7 +58,7 @@ class PatternSampler:
     Args:
         distribution: Probabilities over ``(dp, keep)``.
         interleave: Whether rows of the batch take the cells of a pattern in turn.
-        shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
+        shuffle: Whether each pattern permutes the units before dividing them into cells.
         block_size: Most units that are permuted together, >= 1; see :func:`fitting_block_size`. Ignored without
             ``shuffle``.
         seed: Seed of the private generator.

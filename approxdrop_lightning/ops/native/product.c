@@ -172,8 +172,7 @@ int products(const Product *list, int64_t count, int threads) {
         panels += (width_of(list + i) + COLUMNS - 1) / COLUMNS * ((height_of(list + i) + HEIGHT - 1) / HEIGHT);
         room += indices(list + i);
     }
-    // Several tasks for each thread, since a machine's cores are not equally free; but a slab of `a` is packed anew
-    // for each.
+    // Several tasks for each thread, since cores may be unequally loaded, but not many: each packs its slab of `a` again.
     int64_t per_task = panels / (4 * threads) / PANELS * PANELS;
     per_task = per_task < PANELS ? PANELS : least(per_task, 8 * PANELS);
     Plan *plans = malloc(sizeof(Plan) * count + sizeof(int64_t) * room);

@@ -23,7 +23,7 @@ typedef int32_t i8 __attribute__((vector_size(32)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i8){__VA_ARGS__})
 #endif
 
-// Entries of the depth by which reading is announced: kept ones lie where the processor does not expect them.
+// Prefetch distance along the depth: the hardware prefetcher cannot predict where kept entries lie.
 #define AHEAD 16
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
