@@ -10,7 +10,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 def least_saved(device: torch.device, dtype: torch.dtype) -> int:
     """Fewest multiplies that a dropout must save in one product to outweigh its overhead.
 
-    Measured with whole training steps on 2 CPU cores (README, Results) and on an H100 (docs/gpu_model.md).
+    Measured with whole training steps on 2 CPU cores (docs/results.md, Speed) and on an H100 (docs/gpu_model.md).
     """
     if device.type == "cpu":
         return 20_000_000
