@@ -19,8 +19,8 @@ PATTERNS = ("row", "tile", "dropconnect")
 _DEPRECATED = ("block_size", "scale")
 #: What decides, besides the rates and the seed, which patterns are drawn.
 _OF_THE_SEQUENCE = (
-    "pattern", "interleave", "shuffle", "block_size", "orders", "max_dp", "keep", "concentration", "search",
-    "recurrent", "tile_size",
+    "pattern", "interleave", "shuffle", "block_size", "orders", "group_rows", "max_dp", "keep", "concentration",
+    "search", "recurrent", "tile_size",
 )  # fmt: skip
 
 
@@ -40,8 +40,10 @@ class Options:
         backend: ``"auto"``, ``"compact"``, ``"triton"`` or ``"reference"`` (masked and dense: the definition).
         interleave: Whether the rows of a batch take the cells of a pattern in turn; otherwise they share one mask.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
-        orders: Most orders of the units that the rows of a batch of sequences (``[T, B, n]``) take in turn, >= 1:
-            more of them make the gradient less noisy. Small batches have fewer. Needs ``interleave`` and ``shuffle``.
+        orders: Most orders of the units that the rows of a batch take in turn, >= 1: more of them make the gradient
+            less noisy. Small batches have fewer. Needs ``interleave`` and ``shuffle``.
+        group_rows: Fewest rows that several orders may leave a group, >= 1. Fewer rows make more masks, which high
+            rates and learning rates want; more rows make faster products.
         max_dp: Largest period, an integer >= 1 and at least ``1 / (1 - rate)``.
         keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number.
         concentration: 0: the most random distribution (the paper's); large: the dropped share hardly varies.
@@ -64,6 +66,7 @@ class Options:
     interleave: bool = True
     shuffle: bool = True
     orders: int = 8
+    group_rows: int = 16
     max_dp: int = MAX_DP
     keep: str = KEEP
     concentration: float = CONCENTRATION
@@ -107,7 +110,7 @@ class Options:
     def __post_init__(self) -> None:
         check_choice("pattern", self.pattern, PATTERNS)
         check_choice("scale", self.scale, ("rate", "dp"))
-        least = {"block_size": 1, "orders": 1, "tile_size": 1, "min_features": 0, "min_hidden": 0}
+        least = {"block_size": 1, "orders": 1, "group_rows": 1, "tile_size": 1, "min_features": 0, "min_hidden": 0}
         if self.min_multiplies is not None:
             least["min_multiplies"] = 0
         for name, low in least.items():
@@ -139,6 +142,7 @@ class Options:
             rank=rank,
             tile_size=self.tile_size,
             orders=self.orders,
+            group_rows=self.group_rows,
         )
 
 
@@ -173,7 +177,8 @@ class CallbackOptions(Options):
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of those allowed."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        choices = " or ".join(map(repr, allowed)) if len(allowed) == 2 else f"one of {', '.join(map(repr, allowed))}"
+        raise ValueError(f"{name} must be {choices}, got {value!r}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -185,9 +190,19 @@ def check_flag(name: str, value: object) -> None:
 def check_same_sequence(saved: dict[str, Any], options: Options) -> None:
     """Check that a saved sequence of patterns can go on; an option that its version did not have is left out.
 
+    Warns:
+        UserWarning: It was drawn by another rule.
+
     Raises:
         ValueError: An option that decides which patterns are drawn has another value.
     """
+    if saved and "group_rows" not in saved:
+        warnings.warn(
+            "the checkpoint is of a version that drew several orders of the units for sequences only: the sequence "
+            "of (dp, keep) goes on, the masks are not those that version would have drawn",
+            UserWarning,
+            stacklevel=2,
+        )
     for name in _OF_THE_SEQUENCE:
         value = getattr(options, name)
         if saved.get(name, value) != value:

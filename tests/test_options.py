@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from support.runs_of_train import config
 
 from approxdrop_lightning import ApproxDropout, approximate
-from approxdrop_lightning.options import CallbackOptions, Options, defaults
+from approxdrop_lightning.options import CallbackOptions, Options, check_same_sequence, defaults
 
 NAMES = list(defaults(CallbackOptions))
 
@@ -70,3 +70,12 @@ def test_all_but_the_rate_are_keywords():
 
 def test_fields_and_defaults_agree():
     assert {f.name for f in fields(Options)} == {*defaults(Options), "block_size", "scale"}
+
+
+def test_a_checkpoint_of_another_rule_of_orders_says_so():
+    saved = {"orders": 8, "max_dp": 10}
+    with pytest.warns(UserWarning, match="several orders of the units for sequences only"):
+        check_same_sequence(saved, Options())
+    check_same_sequence(saved | {"group_rows": 16}, Options())
+    with pytest.raises(ValueError, match="group_rows was 8, now it is 16"):
+        check_same_sequence(saved | {"group_rows": 8}, Options())

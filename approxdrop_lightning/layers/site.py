@@ -13,16 +13,11 @@ from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly, shape_of
 from approxdrop_lightning.layers.linear import PendingLinear
 from approxdrop_lightning.patterns.row import RowPattern
-from approxdrop_lightning.patterns.sampler import PatternSampler
+from approxdrop_lightning.patterns.sampler import NARROW_BLOCK, PatternSampler
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 from approxdrop_lightning.policy import least_saved
 
 Pattern = RowPattern | TilePattern | BernoulliPattern
-
-#: Blocks of fewer units, of a layer too narrow for larger ones, cost more to read for each of several orders than is
-#: saved where most units are kept: at .3 an LSTM of 256 ran at 0.9, one of 512, in blocks of 8, at 1.1
-#: (``benchmark lstm --hidden 256 --vocabulary 2000 --consecutive 1 --min-features 0``).
-_NARROW = 8
 
 
 class Site:
@@ -101,7 +96,7 @@ class Site:
         n = pattern.n
         if n < self.min_features:
             return f"{n} features are too few to gain (min_features={self.min_features})"
-        if self.min_features and pattern.overlaps and pattern.n_orders > 1 and pattern.block_size < _NARROW:
+        if self.min_features and pattern.overlaps and pattern.n_orders > 1 and pattern.block_size < NARROW_BLOCK:
             return f"{n} features are too few to gain at a rate below .5 (min_features=0 skips all the same)"
         return None
 

@@ -29,12 +29,18 @@ def fitting_block_size(n: int, dp: int, block_size: int) -> int:
     return block_size
 
 
-def least_rows(block_size: int) -> int:
+#: Blocks of fewer units, of a layer too narrow for larger ones, cost more to read for each of several orders than is
+#: saved where most units are kept: at .3 an LSTM of 256 ran at 0.9, one of 512, in blocks of 8, at 1.1
+#: (``benchmark lstm --hidden 256 --vocabulary 2000 --consecutive 1 --min-features 0``).
+NARROW_BLOCK = 8
+
+
+def least_rows(block_size: int, group_rows: int) -> int:
     """Fewest rows of a group where the batch takes several orders of the units in turn: fewer make products slow.
 
-    Twice as many if the block size is no multiple of :data:`WIDE_BLOCK`.
+    ``group_rows``, and twice as many if the block size is no multiple of :data:`WIDE_BLOCK`.
     """
-    return 24 if block_size % WIDE_BLOCK == 0 else 48
+    return group_rows if block_size % WIDE_BLOCK == 0 else 2 * group_rows
 
 
 def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
@@ -66,6 +72,7 @@ class PatternSampler:
             none waits for another, but different patterns.
         orders: Most orders of the units that the rows of a batch take in turn, >= 1; see :meth:`pattern`. Without
             ``interleave`` and ``shuffle`` it is not used.
+        group_rows: Fewest rows of a group that several orders may leave, >= 1; see :func:`least_rows`.
         tile_size: Largest side of a tile, >= 1; see :func:`fitting_tile_size`.
     """
 
@@ -79,6 +86,7 @@ class PatternSampler:
         rank: int = 0,
         tile_size: int = 32,
         orders: int = 1,
+        group_rows: int = 16,
     ) -> None:
         self.distribution = distribution
         self.interleave = interleave
@@ -86,6 +94,7 @@ class PatternSampler:
         self.block_size = block_size
         self.tile_size = tile_size
         self.orders = orders
+        self.group_rows = group_rows
         self.rank = rank
         self._steps = torch.Generator("cpu").manual_seed(seed)
         # Reseeded from `_steps` at each step: processes cannot drift apart, and a step's patterns do not depend on
@@ -110,11 +119,10 @@ class PatternSampler:
     def pattern(self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = ()) -> RowPattern:
         """Draw a pattern of ``n`` units with the step's ``(dp, keep)``; with ``shared`` one for all rows.
 
-        For the rows of sequences, which have two leading dimensions or more, it has as many orders of the units as
-        leave each group :func:`least_rows` of them, but one at least and ``orders`` at most. Language models need
-        them, images do not (docs/results.md).
+        An interleaved pattern has as many orders of the units as leave each group :func:`least_rows` rows of the
+        batch, but one at least and ``orders`` at most; docs/results.md shows what they are for.
         """
-        rows = math.prod(leading_shape) if len(leading_shape) > 1 else 0
+        rows = math.prod(leading_shape) if leading_shape else 0
         interleave = self.interleave and not shared
         if self.keep == self.dp:
             return RowPattern(n, 1, 0)
@@ -125,7 +133,10 @@ class PatternSampler:
         n_blocks = -(-n // block_size)
         order = torch.randperm(n_blocks, generator=self._patterns, device="cpu")
         pattern = RowPattern.unchecked(n, self.dp, offset, self.keep, interleave, order, block_size)
-        orders = min(self.orders, rows // (pattern.n_groups * least_rows(block_size))) if interleave else 1
+        least = pattern.n_groups * least_rows(block_size, self.group_rows)
+        orders = min(self.orders, rows // least) if interleave else 1
+        if len(leading_shape) == 1 and pattern.overlaps and block_size < NARROW_BLOCK:
+            orders = 1  # of samples; sequences of so narrow layers are masked
         if orders < 2:
             return pattern
         further = [torch.randperm(n_blocks, generator=self._patterns, device="cpu") for _ in range(orders - 1)]

@@ -192,14 +192,17 @@ def test_blocks_fit_the_layer():
 
 def test_large_batches_take_several_orders_of_the_units_in_turn():
     sampler = make(0.5, gamma=float("inf"), interleave=True, shuffle=True, block_size=4, orders=3)  # dp = 2
-    found = {rows: sampler.pattern(64, leading_shape=(rows, 1)).n_orders for rows in (0, 1, 191, 192, 288, 10_000)}
-    assert found == {0: 1, 1: 1, 191: 1, 192: 2, 288: 3, 10_000: 3}
+    found = {rows: sampler.pattern(64, leading_shape=(rows, 1)).n_orders for rows in (0, 1, 127, 128, 192, 10_000)}
+    assert found == {0: 1, 1: 1, 127: 1, 128: 2, 192: 3, 10_000: 3}
     wide = make(
         0.5, gamma=float("inf"), interleave=True, shuffle=True, block_size=16, orders=3
     )  # cheaper: more of them
-    found = {rows: wide.pattern(128, leading_shape=(rows, 1)).n_orders for rows in (95, 96, 144)}
-    assert found == {95: 1, 96: 2, 144: 3}
-    assert sampler.pattern(64, leading_shape=(10_000,)).n_orders == 1  # rows of images
+    found = {rows: wide.pattern(128, leading_shape=(rows, 1)).n_orders for rows in (63, 64, 96)}
+    assert found == {63: 1, 64: 2, 96: 3}
+    assert sampler.pattern(64, leading_shape=(128,)).n_orders == 2  # samples take turns as words do
+    assert sampler.pattern(64).n_orders == 1  # of a batch that is not known
+    fewer = make(0.5, gamma=float("inf"), interleave=True, shuffle=True, block_size=16, orders=8, group_rows=8)
+    assert fewer.pattern(128, leading_shape=(128,)).n_orders == 8
     a = sampler.pattern(64, leading_shape=(100, 100))
     assert a.n_groups == 6
     assert len({tuple(line.tolist()) for line in a.mask(6)}) == 6
