@@ -118,7 +118,12 @@ class ApproxDropout(Callback):
         if self.options.seed is not None:
             return self.options.seed
         everything = os.environ.get("PL_GLOBAL_SEED")
-        return int(everything) if everything else torch.initial_seed()
+        if not everything:
+            return torch.initial_seed()
+        try:
+            return int(everything)
+        except ValueError:
+            raise ValueError(f"the environment's PL_GLOBAL_SEED must be an integer, got {everything!r}") from None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draw this batch's patterns."""

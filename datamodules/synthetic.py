@@ -28,7 +28,7 @@ def digits(seed: int, train: int = 12_000, test: int = 2_000) -> tuple[Part, Par
     fonts = [ImageFont.load_default(size) for size in range(14, 27, 2)]
     labels = [dice.randrange(10) for _ in range(train + test)]
     images = torch.stack([_digit(label, dice, fonts) for label in labels])
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed % 2**64))
     images = (images + 35 * noise).clamp(0, 255)
     targets = torch.tensor(labels)
     return (images[:train], targets[:train]), (images[train:], targets[train:])
@@ -71,7 +71,7 @@ class WordSource:
     @classmethod
     def make(cls, seed: int, vocabulary: int = 1000, successors: int = 8, memory: float = 0.7) -> "WordSource":
         """Make the source of a seed."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % 2**64)
         successors = min(successors, vocabulary)
         start = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
         start /= start.sum()
@@ -97,7 +97,7 @@ class WordSource:
 
     def text(self, length: int, seed: int) -> Tensor:
         """Draw a text, int64 ``[length]``, from the stationary distribution on."""
-        dice = torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        dice = torch.rand(length, generator=torch.Generator().manual_seed(seed % 2**64), dtype=torch.float64)
         cumulative = self.transitions.cumsum(1)
         words = torch.empty(length, dtype=torch.int64)
         word = int(torch.searchsorted(self.stationary.cumsum(0), dice[0]).clamp(max=len(self.start) - 1))

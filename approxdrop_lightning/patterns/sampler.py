@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from bisect import bisect_right
 from itertools import accumulate
 from typing import Any
@@ -67,7 +68,7 @@ class PatternSampler:
         shuffle: Whether each pattern permutes the units before dividing them into cells.
         block_size: Most units that are permuted together, >= 1; see :func:`fitting_block_size`. Ignored without
             ``shuffle``.
-        seed: Seed of the private generator.
+        seed: Seed of the private generator, any integer; its remainder modulo 2**64 counts.
         rank: Rank of this process. Processes with the same seed draw the same ``(dp, keep)`` at each step, so that
             none waits for another, but different patterns.
         orders: Most orders of the units that the rows of a batch take in turn, >= 1; see :meth:`pattern`. Without
@@ -96,7 +97,8 @@ class PatternSampler:
         self.orders = orders
         self.group_rows = group_rows
         self.rank = rank
-        self._steps = torch.Generator("cpu").manual_seed(seed)
+        # PyTorch takes 64 bits, and negative seeds for the upper half of them: that is what the remainder is, too.
+        self._steps = torch.Generator("cpu").manual_seed(operator.index(seed) % 2**64)
         # Reseeded from `_steps` at each step: processes cannot drift apart, and a step's patterns do not depend on
         # how many patterns earlier steps drew.
         self._patterns = torch.Generator("cpu")

@@ -18,6 +18,35 @@ def make(rate=0.6, seed=0, keep="one", gamma=0.0, **options):
     return PatternSampler(PatternDistribution.search(rate, 10, keep=keep, concentration=gamma), seed=seed, **options)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**31, 2**32 + 7, 2**63 - 1, 2**63, 2**64 - 1, -1, -5, -(2**63)])
+def test_a_seed_that_pytorch_takes_is_that_of_pytorch(seed):
+    """Sequences of earlier versions stay as they were."""
+    expected = torch.Generator().manual_seed(seed)
+    torch.rand((), generator=expected, dtype=torch.float64), torch.randint(2**31, (), generator=expected)
+    assert torch.equal(make(seed=seed).state_dict()["steps"], expected.get_state())
+
+
+@pytest.mark.parametrize("seed", [2**64, 2**64 + 5, -(2**63) - 1, 10**30, -(10**30)])
+def test_any_other_integer_is_a_seed_too(seed):
+    sampler = make(seed=seed)
+    assert torch.equal(sampler.state_dict()["steps"], make(seed=seed % 2**64).state_dict()["steps"])
+    with pytest.raises(TypeError):
+        make(seed=0.5)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64 - 1])
+def test_several_rates_at_the_last_seed(seed):
+    """Each rate has a sampler of its own, of the next seed."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 64), nn.Dropout(0.3), nn.Linear(64, 8))
+    report = approximate(model, min_multiplies=0, min_features=0)
+    resample(model)
+    model(torch.randn(4, 8)).sum().backward()
+    assert report.saved > 0
+    first, second = (site.sampler.state_dict()["steps"] for site in report.sites)
+    assert not torch.equal(first, second)
+
+
 def test_periods_are_drawn_as_distributed():
     sampler, draws = make(), 20_000
     counts = dict.fromkeys(sampler.distribution.support, 0)
