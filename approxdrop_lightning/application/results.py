@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _METRICS = {"acc": "accuracy", "auc": "area under the ROC curve", "ppl": "perplexity"}
 RESULT_FILE = "result.json"  # in the folder of the run
@@ -36,7 +37,8 @@ def print_table(record: dict[str, Any]) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in _rows(record):
-        table.add_row(name, value)
+        # As text: brackets and colons in a path are no markup.
+        table.add_row(name, value if isinstance(value, Text) else Text(value))
     show(table)
 
 
@@ -48,10 +50,10 @@ def show(table: Table) -> None:
     console.print(table)
 
 
-def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(record: dict[str, Any]) -> list[tuple[str, str | Text]]:
     unit, perplexity = record["unit"], record["metric"].endswith("ppl")
     metric = _METRICS[record["metric"].rpartition("/")[2]]
-    rows = [
+    rows: list[tuple[str, str | Text]] = [
         ("model", record["model"]),
         ("dropout", f"{record['dropout']}, rate {record['rate']}"),
         (f"best validation {metric}", _number(record["best_validation"], perplexity)),
@@ -94,7 +96,7 @@ def _realised(record: dict[str, Any]) -> str:
     return f"{value:.4f}"
 
 
-def _source(source: str) -> str:
+def _source(source: str) -> str | Text:
     if "synthetic" not in source:
         return source
-    return f"[bold red]{source.upper()}: not real data, the numbers say little[/]"
+    return Text(f"{source.upper()}: not real data, the numbers say little", style="bold red")

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from approxdrop_lightning.application.results import RESULT_FILE, curve, show
 
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     rows = compare(runs, options.baseline, options.within)
     table = Table("model", "rate", "dropout", "seeds that reach it", "epochs", "seconds", "times the baseline's")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as text: brackets in a name are no markup
     show(table)
     return rows
 

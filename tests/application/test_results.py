@@ -1,0 +1,29 @@
+"""The result table: what stands in it is text, whatever it looks like."""
+
+import pytest
+
+from approxdrop_lightning.application.results import print_table
+
+RECORD = {
+    "model": "MLPClassifier", "dropout": "row", "rate": [0.2, 0.5], "seed": 0, "metric": "test/acc",
+    "best_validation": 0.5, "test": 0.5, "unit": "samples", "per_second": 1.0, "realised_rate": 0.5,
+    "data_source": "files", "best_perplexity": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "folder", ["/runs/[mnist]/a", "/runs/[/y]", "/runs/[bold]x[/bold]", "/runs/:smile:/\\[red]", "/runs/[link=x]"]
+)
+def test_a_path_is_printed_as_it_is(folder, capsys):
+    print_table(
+        RECORD | {"log_dir": folder, "best_checkpoint": f"{folder}/[1].ckpt", "data_source": f"files ({folder})"}
+    )
+    printed = capsys.readouterr().out
+    assert printed.count(folder) == 3
+    assert f"{folder}/[1].ckpt" in printed
+    assert "[0.2, 0.5]" in printed
+
+
+def test_synthetic_data_is_named_loudly_and_as_it_is(capsys):
+    print_table(RECORD | {"log_dir": "a", "best_checkpoint": "", "data_source": "synthetic [/x]"})
+    assert "SYNTHETIC [/X]: not real data" in capsys.readouterr().out
