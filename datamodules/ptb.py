@@ -270,7 +270,7 @@ def _cut_padded(text: Tensor, streams: int) -> tuple[Tensor, Tensor]:
 def _words(file: Path) -> list[str]:
     opener = bz2.open if file.suffix == ".bz2" else open
     try:
-        with opener(file, "rt", encoding="utf-8") as lines:
+        with opener(file, "rt", encoding="utf-8-sig") as lines:  # a byte-order mark is no word
             return [word for line in lines for word in (*line.split(), END)]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from error

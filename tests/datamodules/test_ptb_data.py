@@ -57,6 +57,16 @@ def own(folder, **options):
     return data
 
 
+def test_a_byte_order_mark_is_no_word(tmp_path):
+    plain, marked = own(write(tmp_path / "plain")), write(tmp_path / "marked")
+    for path in marked.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    found = own(marked)
+    assert found.vocab == plain.vocab
+    assert found.num_tokens == plain.num_tokens
+    assert torch.equal(found._test[0][0], plain._test[0][0])
+
+
 @real_data
 def test_the_published_counts():
     data = PTBDataModule(REAL.parent, source="files")
