@@ -6,18 +6,20 @@ What can be chosen stands in ``conf/train.yaml`` and the folders beside it.
 """
 
 import logging
+import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.utils import instantiate
+from hydra.utils import instantiate, to_absolute_path
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from approxdrop_lightning import keep_freed_memory
-from approxdrop_lightning.application import config
+from approxdrop_lightning.application import config, errors
 from approxdrop_lightning.application.checkpoint import is_whole
 from approxdrop_lightning.application.comparison import BASELINE, comparison_table
 from approxdrop_lightning.application.results import RESULT_FILE, print_table, show, write_json
@@ -46,6 +48,7 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
         FileNotFoundError: if ``cfg.ckpt_path`` names no checkpoint.
     """
     _check_writable(Path(cfg.run_dir))
+    _resolve_paths(cfg)
     ckpt_path = find_checkpoint(cfg.ckpt_path, Path(cfg.run_dir).absolute().parent)
     if cfg.dropout.name == "none" and cfg.dropout.rate != 0:
         log.warning("dropout=none: the rate %s is ignored, nothing is dropped", cfg.dropout.rate)
@@ -76,8 +79,13 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
 
     try:
         trainer.fit(model, datamodule, ckpt_path=ckpt_path, weights_only=True)
-    except BaseException:  # Ctrl-C arrives here as SystemExit
-        log.error("stopped at step %d; checkpoints and logs are in %s", trainer.global_step, cfg.run_dir)
+    except BaseException as error:  # Ctrl-C arrives here as SystemExit
+        if not errors.is_expected(error) or isinstance(error, FloatingPointError):  # else nothing was trained
+            log.error(
+                "stopped at step %d; %s",
+                trainer.global_step,
+                errors.how_to_go_on(Path(cfg.run_dir), cfg.compare and cfg.dropout.name == BASELINE),
+            )
         raise
     metrics = _numbers(trainer)
     # No checkpoint callback in somebody's config, no validation, no epoch left to a resumed run: no best.
@@ -215,6 +223,16 @@ def _record(cfg: DictConfig, record: dict[str, Any], trainer: Trainer) -> None:
             logger.save()
 
 
+def _resolve_paths(cfg: DictConfig) -> None:
+    """Relative paths are meant from where the program was started, also where Hydra changes the folder of a job."""
+    data = cfg.datamodule
+    if "data_dir" in data:
+        data.data_dir = data.data_dir or os.environ.get("APPROXDROP_DATA") or "data"
+    for part, name in ((data, "data_dir"), (data, "text"), (cfg, "ckpt_path")):
+        if part.get(name) and part[name] != "last":
+            part[name] = to_absolute_path(os.path.expanduser(part[name]))
+
+
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -231,7 +249,13 @@ def _numbers(trainer: Trainer, prefix: str = "") -> Metrics:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Train and print the result table; return the validation metric, for Hydra's sweepers."""
-    metrics, objects = compare(cfg) if cfg.compare else train(cfg)
+    try:
+        metrics, objects = compare(cfg) if cfg.compare else train(cfg)
+    except Exception as error:
+        if (message := errors.one_line(error)) is None:
+            raise
+        log.error("%s", message)
+        sys.exit(1)
     if objects["trainer"].is_global_zero:
         print_table(objects["result"])
         if "baseline" in objects:
@@ -240,4 +264,6 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    if (extra := errors.missing_extra(sys.argv[1:])) is not None:
+        sys.exit(f"train.py: {extra}")
     main()

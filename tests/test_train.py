@@ -201,7 +201,12 @@ def test_ctrl_c_leaves_checkpoints_and_log(tmp_path):
         process.kill()
     text = output.decode()
     assert process.returncode == 1, text
-    assert f"checkpoints and logs are in {tmp_path}" in text
+    assert f"checkpoints and logs are in {tmp_path}: " in text
+    saved = torch.load(tmp_path / "checkpoints" / "interrupted.ckpt", weights_only=True)["global_step"]
+    assert f"stopped at step {saved};" in text and f"interrupted.ckpt (step {saved})" in text
+    command_to_go_on = text.split("To go on:\n")[1].splitlines()[0]
+    assert "model.hidden=[96,64]" in command_to_go_on and f"ckpt_path={tmp_path}" in command_to_go_on
+    assert "Traceback" not in text
     torch.load(last, weights_only=False)
     rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").open()))
     assert any(row["val/acc"] for row in rows)
@@ -227,7 +232,8 @@ def test_a_crash_leaves_the_state_of_its_step(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("model", "dropout"), [("mlp", "row"), ("lstm", "paper"), ("mlp", "dropconnect")])
 def test_command_line_prints_the_result_table(tmp_path, model, dropout):
-    arguments = [*SMALL[model], *QUICK, f"dropout={dropout}", SYNTHETIC, f"hydra.run.dir={tmp_path}"]
+    folder = tmp_path / "[mnist]" / "[" / "y]"  # no markup: it must be printed as it is
+    arguments = [*SMALL[model], *QUICK, f"dropout={dropout}", SYNTHETIC, f"hydra.run.dir='{folder}'"]
     done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = (
@@ -236,16 +242,44 @@ def test_command_line_prints_the_result_table(tmp_path, model, dropout):
         "realised dropout rate",
         "SYNTHETIC",
         "seed",
-        "epoch00.ckpt",
+        f"{folder}/checkpoints/epoch00.ckpt",
     )
     for expected in rows:
         assert expected in done.stdout
     assert ("best possible perplexity" in done.stdout) == (model == "lstm")
 
 
+def test_a_resumed_run_of_another_rate_ends_in_one_line(tmp_path):
+    train(config(tmp_path / "half", *SMALL["mlp"], *QUICK, SYNTHETIC, "test=false"))
+    overrides = [*SMALL["mlp"], *QUICK, SYNTHETIC, f"ckpt_path={tmp_path / 'half'}", "dropout.rate=0.3"]
+    arguments = command(*overrides, f"hydra.run.dir={tmp_path / 'run'}")
+    for full in ("0", "1"):
+        environment = os.environ | {"HYDRA_FULL_ERROR": full}
+        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        output = done.stdout + done.stderr
+        assert done.returncode == 1
+        assert ("Traceback" in output) == (full == "1")
+        if full == "0":
+            (line,) = [line for line in output.splitlines() if "rates ['0.5'], the model has ['0.3']" in line]
+            assert "[ERROR]" in line and output.count("[ERROR]") == 1
+
+
+def test_relative_paths_are_meant_from_where_the_program_was_started(tmp_path):
+    arguments = [
+        "hydra.job.chdir=true",
+        f"hydra.run.dir={tmp_path}",
+        "data_dir=nowhere/data",
+        "datamodule.source=files",
+    ]
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"looked in {ROOT / 'nowhere/data'}" in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
+        (["dropout.rate=abc"], InstantiationException, "rate=abc is neither"),
         (["dropout.rate=1.0"], InstantiationException, r"1.0 is outside \[0, 1\)"),
         (["dropout.rate=-0.5", "dropout=standard"], InstantiationException, r"-0.5 is outside \[0, 1\)"),
         (["dropout.rate=0.95"], MisconfigurationException, "smallest max_dp that serves is 20"),

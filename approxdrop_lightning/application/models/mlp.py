@@ -75,10 +75,12 @@ class MLPClassifier(Classifier):
 
 
 def _rate_per_layer(rate: float | Sequence[float], layers: int) -> list[float]:
+    if isinstance(rate, str):  # a sequence, too
+        raise ValueError(f"rate={rate} is neither a number in [0, 1) nor a list of them")
     rates = list(rate) if isinstance(rate, Sequence) else [rate] * layers
     if len(rates) != layers:
         raise ValueError(f"{len(rates)} dropout rates {rates} for {layers} hidden layers: give 1 or {layers}")
     for value in rates:
-        if not 0 <= value < 1:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise ValueError(f"dropout rate {value} is outside [0, 1)")
     return rates

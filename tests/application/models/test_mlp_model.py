@@ -34,6 +34,18 @@ def test_refuses_a_rate_outside_the_interval(rate):
         MLPClassifier(hidden=(8, 8), rate=rate)
 
 
+@pytest.mark.parametrize("rate", ["abc", "0.5"])
+def test_a_text_is_no_list_of_rates(rate):
+    with pytest.raises(ValueError, match=rf"^rate={rate} is neither a number in \[0, 1\) nor a list of them"):
+        MLPClassifier(hidden=(8, 8, 8), rate=rate)
+
+
+@pytest.mark.parametrize("value", ["a", None, True])
+def test_what_is_no_number_among_the_rates_is_named(value):
+    with pytest.raises(ValueError, match=rf"dropout rate {value} is outside \[0, 1\)"):
+        MLPClassifier(hidden=(8, 8), rate=[0.5, value])
+
+
 def test_refuses_a_number_of_rates_that_does_not_fit():
     with pytest.raises(ValueError, match=r"3 dropout rates .* for 2 hidden layers"):
         MLPClassifier(hidden=(8, 8), rate=[0.1, 0.2, 0.3])
