@@ -27,4 +27,4 @@ __all__ = [
     "restore",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place; pyproject.toml reads it

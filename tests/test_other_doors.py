@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 
@@ -14,6 +15,7 @@ from packaging.requirements import Requirement
 from support import ROOT
 from torch import nn
 
+import approxdrop_lightning
 from approxdrop_lightning import approximate, resample, restore
 
 
@@ -126,10 +128,20 @@ def build(tmp_path_factory, kind, name):
     return next(out.glob(name))
 
 
+def test_the_source_distribution_holds_the_application_and_its_data(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    for wanted in ("train.py", "conf/train.yaml", "datamodules/mnist.py", "examples/plain_loop.py",
+                   "datamodules/embedded/mnist_part.npz", "datamodules/embedded/austen.train.txt.bz2",
+                   "datamodules/embedded/README.md"):  # fmt: skip
+        assert wanted in names
+    assert approxdrop_lightning.__version__ in sdist.name
+
+
 def test_the_wheel_holds_the_package_and_nothing_of_the_application(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in ("approxdrop_lightning/callback.py", "approxdrop_lightning/py.typed",
-                   "approxdrop_lightning/ops/native/kernels.c",
+                   "approxdrop_lightning/ops/native/copies.c",
                    "approxdrop_lightning/conf/callbacks/approx_dropout.yaml",
                    "hydra_plugins/approxdrop_lightning/__init__.py"):  # fmt: skip
         assert wanted in names
