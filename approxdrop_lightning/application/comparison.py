@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +19,28 @@ NAMES = {
     "dropconnect": "DropConnect",
     "none": "no dropout",
 }
+
+
+class Metric(NamedTuple):
+    """How a person reads a metric: its name, what its values are multiplied by, the unit, and decimals."""
+
+    name: str
+    factor: float = 1.0
+    unit: str = ""
+    digits: int = 4
+
+
+METRICS = {
+    "acc": Metric("accuracy", 100.0, "%", 2),
+    "ppl": Metric("perplexity", digits=2),
+    "auc": Metric("area under the ROC curve"),
+}
+
+
+def metric_of(name: str) -> Metric:
+    """That of a name such as ``test/acc``."""
+    last = name.rpartition("/")[2]
+    return METRICS.get(last, Metric(last))
 
 
 def label(record: Record) -> str:
@@ -67,8 +89,8 @@ def comparison_table(records: list[Record]) -> Table:
         groups[record["model"], str(record["rate"]), label(record)].append(record)
     several_models = len({model for model, _, _ in groups}) > 1
     several_seeds = max(map(len, groups.values())) > 1
-    perplexity = [record["metric"].endswith("ppl") for record in records]
-    quality = "test perplexity" if all(perplexity) else "test score" if any(perplexity) else "test accuracy"
+    metrics = sorted({metric_of(record["metric"]).name for record in records})
+    quality = f"test {metrics[0] if len(metrics) == 1 else 'score'}"
     columns = ["dropout", "rate", quality, "seconds of training", "times as fast"]
     table = Table(
         *(["model"] if several_models else []), *columns, *(["seeds"] if several_seeds else []),
@@ -77,14 +99,14 @@ def comparison_table(records: list[Record]) -> Table:
     )  # fmt: skip
     # By rate: what is to be compared stands together.
     for (model, rate, name), runs in sorted(groups.items(), key=lambda group: (group[0][0], mean_rate(group[1][0]))):
-        ppl = runs[0]["metric"].endswith("ppl")
-        tests = [run["test"] for run in runs if run["test"] is not None]
+        metric = metric_of(runs[0]["metric"])
+        tests = [metric.factor * run["test"] for run in runs if run["test"] is not None]
         seconds = [run["seconds_per_step"] * run["steps"] for run in runs if run.get("seconds_per_step")]
         gains = [gain for run in runs if (gain := speed_up(run, records)) is not None]
         cells = [
             escape(name),
             rate,
-            _spread(tests if ppl else [100 * test for test in tests], 2, "" if ppl else "%"),
+            _spread(tests, metric.digits, metric.unit),
             _spread(seconds, 1),
             _spread(gains, 2),
         ]

@@ -8,12 +8,11 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from approxdrop_lightning.application.comparison import BASELINE, Record, label, mean_rate, speed_up
+from approxdrop_lightning.application.comparison import BASELINE, Record, label, mean_rate, metric_of, speed_up
 
 #: Colours by dropout, the same in every picture; other lines take what is left.
 _COLOURS = {"standard": "0.35", "row": "C0", "paper": "C1", "tile": "C2", "dropconnect": "C4", "none": "C5"}
 _MORE_COLOURS = ("C3", "C6", "C8", "C9", "C7")
-_BY_NAME = {"acc": "accuracy (%)", "ppl": "perplexity"}
 _PARTS = {"test": "test", "val": "validation"}
 
 Points = dict[str, dict[float, list[float]]]
@@ -128,12 +127,13 @@ def _title(records: list[Record]) -> str:
 
 
 def _axis_label(metric: str) -> str:
-    part, _, name = metric.partition("/")
-    return f"{_PARTS.get(part, part)} {_BY_NAME.get(name, name)}"
+    part = metric.partition("/")[0]
+    shown = metric_of(metric)
+    return f"{_PARTS.get(part, part)} {shown.name}" + (f" ({shown.unit})" if shown.unit else "")
 
 
 def _scaled(metric: str, value: float) -> float:
-    return 100 * value if metric.endswith("acc") else value
+    return metric_of(metric).factor * value
 
 
 def _points(records: list[Record], values: Sequence[float | None]) -> Points:
@@ -201,11 +201,12 @@ def _log_axis(axis: Any) -> None:
 def _limit(axis: Any, metric: str, values: list[float]) -> None:
     """So much of the axis that a difference of nothing does not fill it; an axis that is cut off has a mark."""
     low, high = min(values), max(values)
-    least = 2.0 if metric.endswith("acc") else 0.1 * high
+    percent = metric_of(metric).unit == "%"
+    least = 2.0 if percent else 0.1 * high if metric.endswith("ppl") else 0.02
     missing = max(0.0, least - (high - low)) / 2
     margin = 0.1 * (high - low + 2 * missing)
     bottom, top = max(0.0, low - missing - margin), high + missing + margin
-    if metric.endswith("acc"):
+    if percent:
         top = min(top, 100.5)
     elif metric.endswith("ppl"):
         bottom = max(bottom, 0.95 * low)
