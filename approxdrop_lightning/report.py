@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -112,8 +113,8 @@ class Report:
         """All sites."""
         return [row.site for row in self.rows if row.site is not None]
 
-    def __str__(self) -> str:
-        rows = [
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
             (
                 r.name,
                 "?" if r.rate is None else f"{r.rate:g}" + ("" if r.own_rate is None else f" (own: {r.own_rate:g})"),
@@ -124,8 +125,20 @@ class Report:
             )
             for r in self.rows
         ]
-        total = f"saved in expectation: {self.saved:.0%} of the model's multiplies"
-        return f"{text_table(_COLUMNS, rows)}\n{total}"
+
+    @property
+    def _total(self) -> str:
+        return f"saved in expectation: {self.saved:.0%} of the model's multiplies"
+
+    def __str__(self) -> str:
+        return f"{text_table(_COLUMNS, self._cells())}\n{self._total}"
+
+    def _repr_html_(self) -> str:
+        """The table as a notebook shows it."""
+        lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in _COLUMNS)}</tr>"]
+        for row in self._cells():
+            lines.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>")
+        return f"<table>{''.join(lines)}</table><p>{html.escape(self._total)}</p>"
 
 
 def _executed(before: Site | None, after: Site | None) -> float:

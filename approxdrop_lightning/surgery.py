@@ -194,7 +194,9 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
                 reason = f"dropout inside {type(module).__name__} is left as it is"
                 conversion.left(f"{name} ({what})", module.dropout, reason)
         for name, place in functional_dropouts(model):
-            conversion.left(f"{name or 'the model'} ({place})", None, "a function, not a module")
+            conversion.left(
+                f"{name or 'the model'} ({place})", None, "a function call; nn.Dropout in its place would be found"
+            )
     except ValueError:  # a rate of the model's that no pattern serves
         conversion.restore()
         raise

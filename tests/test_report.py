@@ -111,3 +111,13 @@ def test_the_report_counts_what_is_saved_in_expectation(rate):
     assert report.saved == pytest.approx(1 - sum(executed) / 300, abs=max(4 * spread, 1e-9))
     assert report.saved_by(report["2"]) == pytest.approx(rate * (60 * 240 + 240 * 120) / dense)
     assert report.saved_by(report["4"]) == pytest.approx(rate * (240 * 120 + 120 * 60) / dense)
+
+
+def test_a_notebook_shows_the_table_with_names_as_text():
+    model = nn.ModuleDict({"<b>": nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))})
+    report = approximate(model)
+    shown = report._repr_html_()
+    assert shown.count("<tr>") == 2 and shown.count("<th>") == 6
+    assert "<td>&lt;b&gt;.1</td><td>0.5</td>" in shown and "<b>" not in shown
+    assert "not known before the first training batch" in shown
+    assert "saved in expectation: 0%" in shown
