@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,12 +14,15 @@ from approxdrop_lightning import functional
 from approxdrop_lightning.layers.lazy_tensor import (
     KEEPS_ZERO,
     RESHAPES,
+    Autocast,
     LazyTensor,
     has_tensor,
     reshaped_leading,
     saving_as_where,
     saving_hooks,
+    settle,
 )
+from approxdrop_lightning.ops.derivative import vjp
 from approxdrop_lightning.patterns.row import RowPattern
 
 _SCALES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__}
@@ -28,6 +31,7 @@ _SCALES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Te
 class Reader(Protocol):
     """The site, as seen from here: told who reads what it has dropped from."""
 
+    name: str
     backend: str
 
     def read_kept(self, name: str) -> None:
@@ -48,9 +52,9 @@ class Kept:
         pattern: What is kept of the ``n`` units.
         rows: Leading shape by which the pattern groups the rows; a later view may show another one.
         site: The site that drops; it is told who reads.
-        given: Kept values as :func:`approxdrop_lightning.functional.pack` returns them, scaled.
+        given: Kept values as :func:`approxdrop_lightning.functional.pack` returns them.
         packed: Whether it is these; else it is the dense tensor to drop from, packed only if a consumer asks.
-        scale: Factor of the kept entries of the dense tensor.
+        scale: Factor of the kept entries of what is given.
     """
 
     def __init__(
@@ -64,9 +68,10 @@ class Kept:
         scale: float = 1.0,
     ) -> None:
         self.shape, self.pattern, self.rows, self.site = shape, pattern, rows, site
-        self._given, self._packed, self._scale = given, packed, scale
+        self.given, self.scale = given, scale
         self._values = given if packed else None
         self.dtype, self.device = given.dtype, given.device
+        self._version = given._version
         self._hooks = saving_hooks()
 
     @property
@@ -75,37 +80,186 @@ class Kept:
         return self._values is not None
 
     @property
+    def may_change(self) -> bool:
+        return self._values is None
+
+    @property
+    def has_changed(self) -> bool:
+        return self.given._version != self._version
+
+    @property
+    def packing(self) -> tuple[Any, ...]:
+        """How the values are packed: pattern, rows, backend and the shape that is shown."""
+        return self.pattern, self.rows, self.site.backend, self.shape
+
+    @property
     def values(self) -> Tensor:
         """Kept values, scaled."""
         if self._values is None:
+            self._check()
             with saving_as_where(self._hooks):
-                values = functional.pack(self._given, self.pattern, self.site.backend)
-                self._values = values if self._scale == 1.0 else values * self._scale
+                values = functional.pack(self.given, self.pattern, self.site.backend)
+                self._values = values if self.scale == 1.0 else values * self.scale
         return self._values
 
-    def inputs(self) -> tuple[Tensor]:
-        return (self._given,)
+    def _check(self) -> None:
+        if self.has_changed:
+            raise RuntimeError(
+                f"{self.site.name}: its output is read for the first time after its input was changed in place; "
+                "read it before that"
+            )
 
     def compute(self) -> Tensor:
         with saving_as_where(self._hooks):
-            if self._packed:
-                dense = functional.unpack(self._given, self.pattern, self.rows, self.site.backend)
-            else:
-                given = self._given
-                dense = given * self.pattern.mask(
-                    *self.rows, dtype=given.dtype, value=self._scale, device=given.device
-                )
-            return dense.view(self.shape)
+            if self._values is not None:
+                return unpacked(self._values, self.packing)
+            self._check()
+            return masked(self.given, self.pattern, self.rows, self.scale).view(self.shape)
 
     def with_values(self, values: Tensor, shape: tuple[int, ...]) -> Kept:
         """The same pattern with other values, shown in another shape."""
         return Kept(shape, self.pattern, self.rows, self.site, values)
 
 
+def masked(dense: Tensor, pattern: RowPattern, rows: tuple[int, ...], scale: float) -> Tensor:
+    """A dense tensor with dropped entries zeroed and kept ones scaled."""
+    return dense * pattern.mask(*rows, dtype=dense.dtype, value=scale, device=dense.device).view(dense.shape)
+
+
+def unpacked(values: Tensor, packing: tuple[Any, ...]) -> Tensor:
+    """The dense tensor of kept values."""
+    pattern, rows, backend, shape = packing
+    return functional.unpack(values, pattern, rows, backend).view(shape)
+
+
+class _Mask(torch.autograd.Function):
+    """A dropped-out tensor in the graph: of the dense tensor that it was dropped from."""
+
+    @staticmethod
+    def forward(ctx: Any, cls: type, held: Kept, given: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.mask = held.pattern, held.rows, held.scale
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        settle()
+        return None, None, None if grad is None else masked(grad, *ctx.mask)
+
+
+class _Keep(torch.autograd.Function):
+    """A dropped-out tensor in the graph, and its values: of those of a pending output, and of that output itself.
+
+    Gradients go back to the values, or where somebody wants that of the pending output, to that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cls: type, held: Kept, values: Tensor, source: LazyTensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.packing, ctx.scale, ctx.source = held.packing, held.scale, source.place
+        shown: Tensor = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+        return shown, values * held.scale
+
+    @staticmethod
+    def backward(ctx: Any, dense: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        settle()
+        if dense is not None:
+            pattern, _, backend, _ = ctx.packing
+            packed = functional.pack(dense, pattern, backend)
+            grad = packed if grad is None else grad + packed.view(grad.shape)
+        if grad is None:
+            return None, None, None, None
+        grad = grad * ctx.scale
+        if ctx.source.is_wanted:
+            return None, None, None, unpacked(grad, ctx.packing)
+        return None, None, grad, None
+
+
+class _Derive(torch.autograd.Function):
+    """A dropped-out tensor in the graph: a function of another one, or its values in another shape."""
+
+    @staticmethod
+    def forward(ctx: Any, cls: type, held: Kept, function: Any, source: LazyTensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.function, ctx.packing = function, source.held.packing
+        if function is not None:
+            ctx.save_for_backward(source.held.values)
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        settle()
+        if grad is None:
+            return None, None, None, None
+        if ctx.function is None:
+            return None, None, None, grad.reshape(ctx.packing[-1])
+        func, args, kwargs = ctx.function
+        (values,) = ctx.saved_tensors
+        dense = unpacked(values, ctx.packing)
+        return None, None, None, *vjp(lambda x: func(x, *args, **kwargs), (dense,), (True,), grad)
+
+
+class _Past(torch.autograd.Function):
+    """What a layer made of kept values, past the dropped-out tensor that holds them.
+
+    Where somebody wants that tensor's gradient, it is computed by what the layer would have made of the dense tensor.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Callable[..., Any], source: LazyTensor, n_results: int, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.layer, ctx.packing, ctx.place, ctx.n_results = layer, source.held.packing, source.place, n_results
+        ctx.autocast = Autocast(source.held.device.type)
+        ctx.save_for_backward(source.held.values, *tensors[n_results:])
+        # New names of the results: autograd takes those of inputs for views, which nobody may change in place.
+        return tuple(result.detach() for result in tensors[:n_results])  # type: ignore[union-attr]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n_others = len(ctx.needs_input_grad) - 3 - ctx.n_results
+        if not ctx.place.is_wanted:
+            return None, None, None, *grads, *[None] * n_others
+        values, *others = ctx.saved_tensors
+        wanted = (ctx.needs_input_grad[1], *ctx.needs_input_grad[3 + ctx.n_results :])
+        with ctx.autocast.context():
+            source, *found = vjp(ctx.layer, (unpacked(values, ctx.packing), *others), wanted, grads)
+        return None, source, None, *[None] * ctx.n_results, *found
+
+
 class CompactTensor(LazyTensor):
-    """Output of dropout. Consumers read what it holds; everybody else sees zeros filled in."""
+    """Output of dropout. Consumers read what it holds; everybody else sees zeros filled in.
+
+    Args:
+        held: What it holds.
+        view_of: As of :class:`.LazyTensor`.
+        made_of: Likewise.
+        function: What it was derived by, as ``(function, arguments, keywords)``.
+        source: The pending output that it was dropped from; what is held are its kept values, yet to be scaled.
+    """
 
     held: Kept
+
+    @classmethod
+    def _show(cls, held: Kept, above: LazyTensor | None, **how: Any) -> LazyTensor:
+        if above is not None:
+            return _Derive.apply(cls, held, how.get("function"), above)
+        source: LazyTensor | None = how.get("source")
+        if source is None:
+            return _Mask.apply(cls, held, held.given)
+        source.place.use()
+        shown, held._values = _Keep.apply(cls, held, held.given, source)
+        held.given, held.scale = held._values, 1.0
+        return shown
+
+    def _dense_from_above(self) -> Tensor:
+        place = self.place.above
+        while place is not None:
+            if place.tensor is not None:
+                return self._as_function_of_itself()
+            place = place.above
+        return self.held.compute()
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.linear:
@@ -113,12 +267,13 @@ class CompactTensor(LazyTensor):
         if func in _SCALES and len(args) == 1 and isinstance(args[0], (int, float)) and not kwargs:
             # inf and 0 divisors make NaN of a dropped zero: let the dense tensor show it.
             if math.isfinite(args[0]) and (args[0] != 0 or func not in (torch.div, Tensor.div, Tensor.__truediv__)):
-                return self._with(func(self.held.values, *args))
+                return self._with(func, args, {})
         elif func in KEEPS_ZERO and not has_tensor((*args, *kwargs.values())) and not kwargs.get("inplace"):
-            return self._with(func(self.held.values, *args, **kwargs))
+            return self._with(func, args, kwargs)
         elif func in RESHAPES:
             shape = reshaped_leading(func, self.held.shape, args, kwargs)
             if shape is not None:
+                self.place.use()
                 return CompactTensor(self.held.with_values(self.held.values, shape), view_of=self)
         return NotImplemented
 
@@ -132,8 +287,10 @@ class CompactTensor(LazyTensor):
     def _read_by(self, name: str) -> None:
         self.held.site.read_whole(name)
 
-    def _with(self, values: Tensor) -> CompactTensor:
-        return CompactTensor(self.held.with_values(values, self.held.shape))
+    def _with(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompactTensor:
+        self.place.use()
+        held = self.held.with_values(func(self.held.values, *args, **kwargs), self.held.shape)
+        return CompactTensor(held, made_of=self, function=(func, args, kwargs))
 
     def linear(
         self,
@@ -147,4 +304,19 @@ class CompactTensor(LazyTensor):
         y = functional.row_linear(
             held.values, weight, bias, held.pattern, backend=held.site.backend, leading_shape=held.rows
         )
-        return y.view(*held.shape[:-1], weight.shape[0])
+        return self.passed_by(F.linear, [y.view(*held.shape[:-1], weight.shape[0])], weight, bias)[0]
+
+    def passed_by(
+        self, layer: Callable[..., Any], results: Sequence[Tensor], *others: Tensor | None
+    ) -> Sequence[Tensor]:
+        """What a layer has made of the kept values and of other tensors, in the graph.
+
+        Args:
+            layer: Makes the same of the dense tensor and the others.
+            results: What it made.
+            *others: The others.
+        """
+        self.place.use()
+        if not self.held.values.requires_grad:
+            return results
+        return _Past.apply(layer, self, len(results), *results, *others)

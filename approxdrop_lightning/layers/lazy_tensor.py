@@ -15,7 +15,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 
@@ -43,7 +42,14 @@ _METADATA = frozenset(
                  "is_quantized", "is_meta", "is_nested")
 ) | {Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__,
      Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel}  # fmt: skip
-
+#: About the gradient of the tensor, or about its node.
+_OF_THE_GRAPH = {Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook} | {
+    getter
+    for name in ("grad", "grad_fn", "retains_grad", "output_nr", "_backward_hooks")
+    for getter in (getattr(Tensor, name).__get__, getattr(Tensor, name).__set__)
+}
+#: They go back to inputs, which are the argument of this position or of the name.
+_BACKWARD = {torch.autograd.grad: 1, torch.autograd.backward: 5, Tensor.backward: 4}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -76,6 +82,27 @@ def _identity(x: Any) -> Any:
     return x
 
 
+class Autocast:
+    """The state of ``torch.autocast`` for a device, as it is when this is made."""
+
+    __slots__ = ("dtype", "enabled", "kind")
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.dtype, self.enabled = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is so still, or again."""
+        return (torch.get_autocast_dtype(self.kind), torch.is_autocast_enabled(self.kind)) == (
+            self.dtype,
+            self.enabled,
+        )
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """For the duration it is so again."""
+        return contextlib.nullcontext() if self.is_current else torch.autocast(self.kind, self.dtype, self.enabled)
+
+
 class Held(Protocol):
     """What a lazy tensor holds instead of its values."""
 
@@ -83,74 +110,167 @@ class Held(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        """Tensors that the values are computed from."""
+    @property
+    def may_change(self) -> bool:
+        """Whether a change elsewhere would change the values that are yet to be computed."""
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether there was one."""
 
     def compute(self) -> Tensor:
-        """The dense tensor, as a differentiable function of the inputs."""
+        """The dense tensor, as a differentiable function of what it is computed from."""
 
 
-class _Show(torch.autograd.Function):
-    """Makes the lazy tensor a function of what it holds, for callers that take no detour by Python.
+class Place:
+    """The place of a lazy tensor in the graph of autograd.
 
-    A gradient arrives here only through such a caller (a custom ``autograd.Function``, a backward hook); all
-    others go on with what is held.
+    Sites and layers that know a lazy tensor read what it holds, so a gradient passes it by. Yet it is a node of the
+    graph, beside that way. If somebody wants its gradient (a hook, ``retain_grad``, ``torch.autograd.grad``), be it
+    after the forward pass, the backward pass takes the way through the node: there the masked, dense derivative is
+    computed, as in the stock model.
+
+    Args:
+        above: Place of the lazy tensor that it was made of, if any.
     """
 
-    @staticmethod
-    def forward(ctx: Any, cls: type, held: Held, *inputs: Tensor | None) -> Tensor:
-        ctx.held = held
-        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+    __slots__ = ("_asked", "_tensor", "above", "extended", "used")
+
+    def __init__(self, tensor: LazyTensor, above: Place | None) -> None:
+        self._tensor, self.above = weakref.ref(tensor), above
+        #: Whether it has been passed by, and whether others have been derived from it.
+        self.used = self.extended = False
+        self._asked = False
+
+    @property
+    def tensor(self) -> LazyTensor | None:
+        """The lazy tensor, if somebody holds it still."""
+        return self._tensor()
+
+    def use(self) -> None:
+        """Note that what is held is read past the tensor."""
+        place: Place | None = self
+        while place is not None and not place.used:
+            place.used = True
+            place = place.above
+
+    def ask(self) -> None:
+        """Note that somebody wants the gradient."""
+        self._asked = True
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody wants the gradient of this tensor or of one above it."""
+        place: Place | None = self
+        while place is not None:
+            if place._asked:
+                return True
+            tensor = place._tensor()
+            if tensor is not None:
+                with torch._C.DisableTorchFunctionSubclass():
+                    if tensor.retains_grad:  # by Tensor.backward(inputs=...), which asks nobody
+                        return True
+            place = place.above
+        return False
+
+
+class _Values(torch.autograd.Function):
+    """Dense values of a lazy tensor, as a function of the tensor itself: their gradient is one of its node."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.held.inputs()
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        with torch.enable_grad():
-            dense = ctx.held.compute()
-        found = torch.autograd.grad(dense, [inputs[i] for i in wanted], grad, allow_unused=True)
-        grads: list[Tensor | None] = [None] * len(inputs)
-        for i, gradient in zip(wanted, found, strict=True):
-            grads[i] = gradient
-        return None, None, *grads
+    def forward(ctx: Any, lazy: Tensor, values: Tensor) -> Tensor:
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class _Storage:
     """What views of one lazy tensor have in common: the dense values, once somebody has asked for them."""
 
+    __slots__ = ("dense", "version", "views")
+
     def __init__(self) -> None:
         self.dense: Tensor | None = None
-        self._views: list[weakref.ref[LazyTensor]] = []
-
-    def add(self, view: LazyTensor) -> None:
-        self._views = [ref for ref in self._views if ref() is not None] + [weakref.ref(view)]
+        self.version = 0
+        self.views: list[weakref.ref[LazyTensor]] = []
 
     @property
     def shared(self) -> bool:
         """Whether a change in place would be seen by more than one tensor."""
-        return sum(ref() is not None for ref in self._views) > 1
+        return len(self.views) > 1 and sum(ref() is not None for ref in self.views) > 1
+
+    @property
+    def changed(self) -> bool:
+        """Whether the dense values were changed in place."""
+        return self.dense is not None and self.dense._version != self.version
+
+
+#: Lazy tensors whose values a change elsewhere might change, as long as somebody holds them.
+_waiting: list[weakref.ref[LazyTensor]] = []
+_MANY = 4096
+
+
+def settle() -> None:
+    """Compute the values that are still waiting and that somebody holds: parameters are about to change.
+
+    Called when a backward pass begins and when a step ends. Most often nobody holds any.
+    """
+    global _waiting
+    refs, _waiting = _waiting, []
+    for ref in refs:
+        tensor = ref()
+        if tensor is not None and tensor.is_lazy and tensor.held.may_change and not tensor.held.has_changed:
+            tensor.dense()
+
+
+def _wait(ref: weakref.ref[LazyTensor]) -> None:
+    global _waiting
+    if len(_waiting) > _MANY:  # no backward pass, no step: somebody only evaluates
+        _waiting = [ref for ref in _waiting if ref() is not None]
+    _waiting.append(ref)
 
 
 class LazyTensor(torch.Tensor):
-    """Base of the tensors that hold less than they show. A subclass defines ``_apply``.
+    """Base of the tensors that hold less than they show. A subclass defines ``_show`` and ``_apply``.
 
     Args:
         held: What it holds.
         view_of: The lazy tensor of which it shows the same values in another shape, if any.
+        made_of: The lazy tensor that it was derived from, if any.
+        **how: For the subclass.
     """
 
     held: Any
+    place: Place
     _storage: _Storage
+    _own_dense: Tensor | None
+    _view_of: weakref.ref[LazyTensor] | None
 
     @staticmethod
-    def __new__(cls, held: Held, view_of: LazyTensor | None = None) -> LazyTensor:
-        return _Show.apply(cls, held, *held.inputs())
+    def __new__(
+        cls, held: Held, view_of: LazyTensor | None = None, made_of: LazyTensor | None = None, **how: Any
+    ) -> LazyTensor:
+        return cls._show(held, view_of if made_of is None else made_of, **how)
 
-    def __init__(self, held: Held, view_of: LazyTensor | None = None) -> None:
+    def __init__(
+        self, held: Held, view_of: LazyTensor | None = None, made_of: LazyTensor | None = None, **how: Any
+    ) -> None:
         self.held = held
+        above = view_of if made_of is None else made_of
+        self.place = Place(self, None if above is None else above.place)
         self._storage = _Storage() if view_of is None else view_of._storage
-        self._storage.add(self)
+        self._storage.views.append(self.place._tensor)
+        self._own_dense = None
+        self._view_of = None if view_of is None else view_of.place._tensor
+        if held.may_change:
+            _wait(self.place._tensor)
+
+    @classmethod
+    def _show(cls, held: Any, above: LazyTensor | None, **how: Any) -> LazyTensor:
+        """The new tensor, as a node of the graph: a function of the one above it, if there is one."""
+        raise NotImplementedError
 
     @property
     def is_lazy(self) -> bool:
@@ -165,13 +285,44 @@ class LazyTensor(torch.Tensor):
 
     def dense(self) -> Tensor:
         """The ordinary tensor. Computed once: whatever changes it in place is seen by all later readers."""
-        storage = self._storage
-        if storage.dense is None:
+        if self._own_dense is None:
+            storage, with_history = self._storage, torch.is_grad_enabled()
             # The first to look may stand under no_grad (a metric), the next one may be the loss.
             with torch.inference_mode(False), torch.enable_grad():
-                storage.dense = self.held.compute()
-        dense = storage.dense
-        return dense if dense.shape == self.held.shape else dense.view(self.held.shape)
+                base = None if self._view_of is None else self._view_of()
+                if storage.dense is None and base is not None:
+                    base.dense()
+                if storage.dense is None:
+                    storage.dense = self._computed(with_history)
+                    storage.version = storage.dense._version
+                # One and the same for all who ask: hooks that one of them sets belong to what others read.
+                dense = storage.dense
+                self._own_dense = dense if dense.shape == self.held.shape else dense.view(self.held.shape)
+        return self._own_dense
+
+    def _computed(self, with_history: bool) -> Tensor:
+        # One who looks without gradients may be a function with a backward of its own, whose gradient comes to the
+        # node of this tensor.
+        if self.place.used or not with_history:
+            return self._as_function_of_itself()
+        return self._dense_from_above()
+
+    def _as_function_of_itself(self) -> Tensor:
+        self.place.use()
+        with torch.no_grad():
+            values = self.held.compute()
+        return _Values.apply(self, values)
+
+    def _dense_from_above(self) -> Tensor:
+        """The dense tensor as a function of those that it was derived from, as far as somebody holds them."""
+        return self.held.compute()
+
+    def in_graph(self) -> Tensor:
+        """The tensor that hooks belong to: the dense one, or this one if what it holds has been read past it."""
+        if self.place.used and not self._storage.changed:
+            self.place.ask()
+            return self
+        return self.dense()
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Result of ``func(self, *args, **kwargs)`` without the dense tensor, or NotImplemented."""
@@ -189,6 +340,8 @@ class LazyTensor(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in _OF_THE_GRAPH or func in _BACKWARD:
+            return cls._ask_the_graph(func, args, kwargs)
         first = args[0] if args else None
         if isinstance(first, LazyTensor) and first._acts:
             result = first._apply(func, args[1:], kwargs)
@@ -202,15 +355,31 @@ class LazyTensor(torch.Tensor):
 
         return func(*tree_map(read, args), **tree_map(read, kwargs))
 
+    @staticmethod
+    def _ask_the_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Functions about gradients: they mean the node that gradients reach."""
+
+        def node(x: Any) -> Any:
+            return x.in_graph() if isinstance(x, LazyTensor) else x
+
+        inputs = _BACKWARD.get(func)
+        args = tuple(
+            tree_map(node if inputs is None or inputs == i else as_dense, argument) for i, argument in enumerate(args)
+        )
+        kwargs = {name: tree_map(node if name == "inputs" else as_dense, value) for name, value in kwargs.items()}
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # a static method there
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Reached past ``__torch_function__``, below autograd: plain values, history is kept by :class:`_Show`."""
+        """Reached past ``__torch_function__``, below autograd: plain values; the node keeps the history."""
 
         def values(x: Any) -> Any:
             if not isinstance(x, LazyTensor):
                 return x
+            x.place.use()
             return (x.held.compute() if x.is_lazy else x.dense()).detach()
 
         return func(*tree_map(values, args), **tree_map(values, kwargs or {}))

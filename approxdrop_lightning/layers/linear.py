@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import (
     POINTWISE,
     RESHAPES,
+    Autocast,
     LazyTensor,
     as_dense,
     has_tensor,
@@ -25,8 +25,10 @@ from approxdrop_lightning.layers.lazy_tensor import (
     run_eagerly,
     saving_as_where,
     saving_hooks,
+    settle,
     shape_of,
 )
+from approxdrop_lightning.ops.derivative import vjp
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.work import Ledger
 
@@ -97,6 +99,81 @@ class ApproxLinear(Converted, nn.Linear):
             self.defers = False
 
 
+class _Product:
+    """What the nodes of pending outputs compute the masked derivative from; it holds no tensor.
+
+    Args:
+        autocast: Of the call.
+        shape: Of the output.
+        packed: How the layer's input is packed, as :attr:`.Kept.packing` says; None if it is dense.
+    """
+
+    __slots__ = ("autocast", "before", "own", "packed", "shape")
+
+    def __init__(self, autocast: Autocast, shape: tuple[int, ...], packed: tuple[Any, ...] | None) -> None:
+        self.autocast, self.shape, self.packed = autocast, shape, packed
+        #: Functions of the outputs that this one was derived from, and those put down since.
+        self.before: tuple[Any, ...] = ()
+        self.own: tuple[Any, ...] = ()
+
+    def followed_by(self, shape: tuple[int, ...], function: Any = None) -> _Product:
+        """For the output that a function, or a reshaping, makes of this one."""
+        other = _Product(self.autocast, shape, self.packed)
+        other.before, other.own = self.before + self.own, () if function is None else (function,)
+        return other
+
+    def input(self, x: Tensor) -> Tensor:
+        """The dense input of the layer."""
+        if self.packed is None:
+            return x
+        pattern, rows, backend, shape = self.packed
+        return functional.unpack(x, pattern, rows, backend).view(shape)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The dense output, as far as the outputs go that this one was derived from."""
+        with self.autocast.context():
+            return run_chain(self.before, F.linear(x, weight, bias))
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What this output makes of it."""
+        with self.autocast.context():
+            return run_chain(self.own, y.view(self.shape))
+
+
+def run_chain(chain: tuple[Any, ...], y: Tensor) -> Tensor:
+    """The functions of a chain, one after the other."""
+    for func, args, kwargs in chain:
+        y = func(y, *args, **kwargs)
+    return y
+
+
+class _Node(torch.autograd.Function):
+    """A pending output in the graph: of input, weight and bias, or of the pending output it was derived from."""
+
+    @staticmethod
+    def forward(ctx: Any, cls: type, held: Pending, *above: Tensor | None) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.formula = held.formula
+        ctx.root = held.node
+        if ctx.root is None:
+            held.node = ctx
+            ctx.save_for_backward(held.read_input(), *above[1:])
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        settle()
+        wanted = ctx.needs_input_grad[2:]
+        if grad is None:
+            return None, None, *[None] * len(wanted)
+        formula: _Product = ctx.formula
+        x, weight, bias = (ctx.root or ctx).saved_tensors
+        x = formula.input(x)
+        if ctx.root is None:
+            return None, None, *vjp(lambda *a: formula.finish(formula.product(*a)), (x, weight, bias), wanted, grad)
+        return None, None, *vjp(formula.finish, (formula.product(x, weight, bias),), wanted, grad)
+
+
 class Pending:
     """What a :class:`PendingLinear` holds.
 
@@ -115,40 +192,68 @@ class Pending:
         self.name, self.backend, self._work = layer.name, layer.backend, layer.work
         # Those of the call: torch.func.functional_call, for one, puts others in their place for its duration.
         self.weight, self.bias = layer.weight, layer.bias
-        source = x.held if isinstance(x, LazyTensor) else x  # past the detour of a lazy tensor's attributes
-        self.device = source.device
-        kind = self.device.type
-        self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        self.dtype = self._autocast[1] if self._autocast[2] else source.dtype
+        compact = x.held if isinstance(x, CompactTensor) else None
+        self.device = x.device if compact is None else compact.device
+        self.autocast = Autocast(self.device.type)
+        dtype = x.dtype if compact is None else compact.dtype
+        self.dtype = self.autocast.dtype if self.autocast.enabled else dtype
+        #: The node of the product, and what it and those of derived outputs compute.
+        self.node: Any = None
+        self.formula = _Product(self.autocast, shape, None if compact is None else compact.packing)
         self._hooks = saving_hooks()
         self._versions = self._input_versions()
 
-    def _input_versions(self) -> list[int]:
-        return [t._version for t in self.inputs() if t is not None]
+    def _input_versions(self) -> tuple[int, int, int]:
+        bias = 0 if self.bias is None else self.bias._version
+        return self.read_input()._version, self.weight._version, bias
 
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        x = self.x.held.values if isinstance(self.x, CompactTensor) else self.x
-        return x, self.weight, self.bias
+    def read_input(self) -> Tensor:
+        """What the product reads: the dense input, or its kept values."""
+        return self.x.held.values if isinstance(self.x, CompactTensor) else self.x
+
+    @property
+    def above(self) -> tuple[Tensor | None, ...]:
+        """What the output is a function of."""
+        return self.x, self.weight, self.bias
+
+    @property
+    def may_change(self) -> bool:
+        return True
+
+    @property
+    def has_changed(self) -> bool:
+        return self._versions != self._input_versions()
 
     def derived(self, **changed: Any) -> Pending:
         """The same product, in another shape or with another chain."""
-        other = copy.copy(self)
-        vars(other).update(changed)
+        other = object.__new__(Pending)
+        vars(other).update(vars(self), **changed)
         return other
 
     def followed_by(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pending | None:
         """With one more function at the end of the chain; None if it is called in another autocast than the layer."""
-        kind = self.device.type
-        if self._autocast != (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)):
+        if not self.autocast.is_current:
             return None
         dtype = self.dtype
-        if self._autocast[2]:  # which takes some functions to float32
+        if self.autocast.enabled:  # which takes some functions to float32
             dtype = func(torch.empty(0, dtype=dtype, device=self.device), *args, **kwargs).dtype
-        return self.derived(chain=(*self.chain, (func, args, kwargs)), dtype=dtype)
+        function = (func, args, kwargs)
+        return self.derived(
+            chain=(*self.chain, function), dtype=dtype, formula=self.formula.followed_by(self.shape, function)
+        )
+
+    def reshaped(self, shape: tuple[int, ...]) -> Pending:
+        """In another shape."""
+        return self.derived(shape=shape, formula=self.formula.followed_by(shape))
 
     def compute(self) -> Tensor:
         with self._context():
-            return self._finish(self._dense_product())
+            return run_chain(self.chain, self._dense_product())
+
+    def compute_from(self, dense: Tensor, chain: tuple[Any, ...]) -> Tensor:
+        """The dense tensor, from that of an output that this one was derived from, whose chain is given."""
+        with self._context():
+            return run_chain(self.chain[len(chain) :], dense.view(self.shape))
 
     def _dense_product(self) -> Tensor:
         self._note(after=None)
@@ -168,23 +273,19 @@ class Pending:
         before = self.x.held.site if isinstance(self.x, CompactTensor) and self.x.is_lazy else None
         self._work.note(before, after, self.multiplies)
 
-    @contextlib.contextmanager
-    def _context(self) -> Iterator[None]:
+    def _context(self) -> contextlib.AbstractContextManager[Any]:
         """As it was when the layer was called."""
-        if self._versions != self._input_versions():
+        if self.has_changed:
             raise RuntimeError(
                 f"{self.name}: its output is read for the first time after its input or parameters were "
                 "changed in place; read it before that"
             )
-        kind, dtype, enabled = self._autocast
-        same = (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) == (dtype, enabled)
-        with saving_as_where(self._hooks), contextlib.nullcontext() if same else torch.autocast(kind, dtype, enabled):
-            yield
-
-    def _finish(self, y: Tensor) -> Tensor:
-        for func, args, kwargs in self.chain:
-            y = func(y, *args, **kwargs)
-        return y
+        if self.autocast.is_current:
+            return saving_as_where(self._hooks)
+        context = contextlib.ExitStack()
+        context.enter_context(saving_as_where(self._hooks))
+        context.enter_context(self.autocast.context())
+        return context
 
     def kept_values(self, pattern: RowPattern, site: Any) -> Tensor:
         """Values of the units that a site's pattern keeps, packed; the others are not computed."""
@@ -208,7 +309,7 @@ class Pending:
             else:
                 # Rows fall into other groups than those of the input: take that side's saving, then select.
                 values = functional.pack(self._dense_product(), pattern, self.backend)
-            return self._finish(values)
+            return run_chain(self.chain, values)
 
     def _one_grouping(self, compact: Kept, pattern: RowPattern) -> bool:
         """Whether one product can serve the patterns of input and output."""
@@ -222,23 +323,45 @@ class PendingLinear(LazyTensor):
 
     held: Pending
 
+    @classmethod
+    def _show(cls, held: Pending, above: LazyTensor | None, **how: Any) -> LazyTensor:
+        return _Node.apply(cls, held, *(held.above if above is None else (above,)))
+
+    def __init__(self, held: Pending, view_of: LazyTensor | None = None, made_of: LazyTensor | None = None) -> None:
+        super().__init__(held, view_of, made_of)
+        if isinstance(held.x, CompactTensor) and self.place.above is None:
+            self.place.above = held.x.place
+            held.x.place.use()
+
+    def _dense_from_above(self) -> Tensor:
+        place = self.place.above
+        while place is not None:
+            tensor = place.tensor
+            if isinstance(tensor, PendingLinear) and tensor.held.node is self.held.node:
+                return self.held.compute_from(tensor.dense(), tensor.held.chain)
+            place = place.above
+        return self.held.compute()
+
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         held = self.held
         if func in POINTWISE and not has_tensor((*args, *kwargs.values())):
             in_place = kwargs.get("inplace", False)
-            if in_place and self._storage.shared:
+            if in_place and (self._storage.shared or self.place.extended or self.place.used):
                 return NotImplemented
             longer = held.followed_by(func, args, {**kwargs, "inplace": False} if in_place else kwargs)
             if longer is None or (in_place and longer.dtype != held.dtype):
                 return NotImplemented
             if in_place:
                 held.chain = longer.chain
+                held.formula.own += longer.formula.own
                 return self
-            return PendingLinear(longer)
+            self.place.extended = True
+            return PendingLinear(longer, made_of=self)
         if func in RESHAPES:
             shape = reshaped_leading(func, held.shape, args, kwargs)
             if shape is not None:
-                return PendingLinear(held.derived(shape=shape), view_of=self)
+                self.place.extended = True
+                return PendingLinear(held.reshaped(shape), view_of=self)
         return NotImplemented
 
     def _read_by(self, name: str) -> None:

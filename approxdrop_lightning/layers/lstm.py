@@ -101,26 +101,30 @@ class ApproxLSTM(Converted, nn.LSTM):
             dropped = None
         self.work.note(held and held.site, None, rows * x.shape[-1] * 4 * self.hidden_size)
         self.work.note(dropped, None, rows * self.hidden_size * 4 * self.hidden_size)
-        if held is not None:
-            held.site.read_kept(self._reader(layer))
         if dropped is not None or (held is not None and held.pattern.interleave):
             bias = biases[0] + biases[1] if biases else None
-            if held is None:
-                gates = functional.row_linear(as_dense(x), weight_ih, bias, backend=self.backend)
+            if isinstance(x, CompactTensor) and held is not None:
+                gates = x.linear(weight_ih, bias, self._reader(layer))
             else:
-                gates = functional.row_linear(
-                    held.values, weight_ih, bias, held.pattern, backend=self.backend, leading_shape=held.rows
-                ).view(*x.shape[:-1], -1)
+                gates = functional.row_linear(as_dense(x), weight_ih, bias, backend=self.backend)
             if dropped is None:
                 return self._sequence(gates, state, weight_hh)
             dropped.read_kept(self.name)
             pattern = dropped.pattern(self.hidden_size, shared=True)
             return self._sequence(gates, state, weight_hh, pattern, dropped.scale)
-        if held is not None:
-            x = held.values.view(*held.shape[:-1], held.pattern.n_kept)
-        return self._vendor(
-            as_dense(x), state, [weight_ih, weight_hh, *biases], None if held is None else held.pattern
-        )
+        weights = [weight_ih, weight_hh, *biases]
+        if not isinstance(x, CompactTensor) or held is None:
+            return self._vendor(as_dense(x), state, weights)
+        held.site.read_kept(self._reader(layer))
+        values = held.values.view(*held.shape[:-1], held.pattern.n_kept)
+        y, (h, c) = self._vendor(values, state, weights, held.pattern)
+
+        def of_the_dense(x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+            y, (h, c) = self._vendor(x, (h0, c0), list(weights))
+            return y, h, c
+
+        y, h, c = x.passed_by(of_the_dense, (y, h, c), *state, *weights)
+        return y, (h, c)
 
     def _too_small(self, site: Any, rows: int, weight: Tensor) -> bool:
         """Whether the vendor's kernel had better run the layer: on a GPU our recurrence is launch after launch."""

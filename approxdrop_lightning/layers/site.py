@@ -158,8 +158,8 @@ class Site:
         if pending is None:  # a mask or packed, as its readers wish
             return CompactTensor(Kept(shape, pattern, shape[:-1], self, as_dense(x), packed=False, scale=self.scale))
         self.producers.add(pending.layer.name)
-        values = pending.kept_values(pattern, self) * self.scale
-        return CompactTensor(Kept(shape, pattern, shape[:-1], self, values))
+        held = Kept(shape, pattern, shape[:-1], self, pending.kept_values(pattern, self), scale=self.scale)
+        return CompactTensor(held, source=x)
 
 
 class ApproxDropoutSite(Converted, nn.Dropout):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     reshaped_leading,
     saving_as_where,
     saving_hooks,
+    settle,
 )
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 from approxdrop_lightning.work import Ledger
@@ -27,6 +29,7 @@ Use = dict[tuple[str, int, int], TilePattern | BernoulliPattern]
 class WeightDropper(Protocol):
     """The site, as seen from here."""
 
+    name: str
     backend: str
     rate: float
 
@@ -57,42 +60,102 @@ class Marked:
     """
 
     def __init__(self, source: Tensor, site: WeightDropper, use: Use) -> None:
-        self.source, self.site, self.use = source, site, use
+        # A name of its own: the gradient of what the layers read is that of the tensor that is marked.
+        self.source, self.site, self.use = source.view_as(source), site, use
         self.shape, self.dtype, self.device = tuple(source.shape), source.dtype, source.device
         self.with_history = torch.is_grad_enabled()
         self._hooks = saving_hooks()
 
-    def inputs(self) -> tuple[Tensor]:
-        return (self.source,)
+        self._version = self.source._version
+
+    @property
+    def may_change(self) -> bool:
+        return False  # nothing is computed but a product with a mask that may never be drawn
+
+    @property
+    def has_changed(self) -> bool:
+        return self.source._version != self._version
 
     def compute(self) -> Tensor:
         """Conventional dropout of the units."""
-        n = self.shape[-1]
-        pattern = self.site.units(self.use, self.source.numel() // n, n)
+        self.check()
         with saving_as_where(self._hooks):
-            mask = pattern.mask(self.source.device).view(self.shape).to(self.source.dtype)
-            return self.source * (mask / (1 - self.site.rate))
+            return self.source * self.mask()
+
+    def check(self) -> None:
+        """Raise if the input was changed since."""
+        if self.has_changed:
+            raise RuntimeError(
+                f"{self.site.name}: its output is read for the first time after its input was changed in place; "
+                "read it before that"
+            )
+
+    def mask(self) -> Tensor:
+        """Of the units, scaled."""
+        n = self.shape[-1]
+        pattern = self.site.units(self.use, math.prod(self.shape) // n, n)
+        return pattern.mask(self.device).view(self.shape).to(self.dtype) / (1 - self.site.rate)
+
+
+class _Units(torch.autograd.Function):
+    """A marked tensor in the graph, for those who see its units dropped and read it past Python."""
+
+    @staticmethod
+    def forward(ctx: Any, cls: type, held: Marked, source: Tensor) -> Tensor:
+        ctx.mask = held.mask
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        settle()
+        return None, None, grad * ctx.mask()
 
 
 class TiledTensor(LazyTensor):
     """Input of a layer that is to drop weights. Such layers read the values; everybody else sees units dropped."""
 
     held: Marked
+    #: Whether its dense values are a function of its node.
+    _of_itself = False
+
+    @classmethod
+    def _show(cls, held: Marked, above: LazyTensor | None, **how: Any) -> LazyTensor:
+        return _Units.apply(cls, held, held.source)
 
     @property
     def is_marked(self) -> bool:
         """Whether a layer may drop weights.
 
-        Not if the dense values were changed in place: it must see them. And not under ``no_grad`` if the mark was set
-        without: re-entrant checkpointing hands the dense tensor on when it computes such a layer again.
+        Not if the dense values were changed in place: it must see them. And not at the border of re-entrant
+        checkpointing, neither where it computes such a layer again, handing the dense tensor on, without gradients,
+        nor where what was marked without them has been given a history.
         """
-        dense = self._storage.dense
-        changed = dense is not None and dense._version > 0
-        return not changed and (torch.is_grad_enabled() or not self.held.with_history)
+        if self._storage.changed or self._handed_on:
+            return False
+        return torch.is_grad_enabled() or not self.held.with_history
+
+    @property
+    def _handed_on(self) -> bool:
+        """Whether it was made without gradients, and somebody else gave it a history."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.requires_grad and not self.held.with_history
 
     @property
     def _acts(self) -> bool:
         return self.is_marked
+
+    def _computed(self, with_history: bool) -> Tensor:
+        if self._handed_on or not with_history:
+            self._of_itself = True
+            return self._as_function_of_itself()
+        return self.held.compute()
+
+    def in_graph(self) -> Tensor:
+        if self._of_itself and not (self._handed_on or self._storage.changed):
+            return self
+        if self.is_lazy or (self.place.used and not self._of_itself):
+            return self.held.source  # layers read it, or will
+        return self.dense()
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.linear and (args[0] if args else kwargs["weight"]).dim() == 2:
@@ -111,7 +174,7 @@ class TiledTensor(LazyTensor):
         self, weight: Tensor, bias: Tensor | None = None, reader: str = "F.linear", work: Ledger | None = None
     ) -> Tensor:
         """``F.linear(self, weight, bias)`` with weights dropped; ``work`` is told its multiplies."""
-        source, site = self.held.source, self.held.site
+        source, site = self._read(), self.held.site
         pattern = site.weights(self.held.use, reader, weight)
         skipped = site.read_by(reader, weight)
         if work is not None and torch.is_grad_enabled():
@@ -120,8 +183,15 @@ class TiledTensor(LazyTensor):
             source, weight, bias, pattern, site.scale, site.backend if skipped else "reference"
         )
 
+    def _read(self) -> Tensor:
+        """What is marked, for a layer that drops weights of its own."""
+        self.held.check()
+        self.place.use()
+        return self.held.source
+
     def masked_weight(self, weight: Tensor, reader: str, why: str) -> Tensor:
         """The weight of a product that is computed densely, for the reason given: dropped weights are zero in it."""
+        self._read()
         site = self.held.site
         site.read_by(reader, weight, dense=why)
         return functional.masked_weight(weight, site.weights(self.held.use, reader, weight), site.scale)

@@ -1,0 +1,70 @@
+"""Derivatives of what is computed past autograd: of any order, and under the transforms of ``torch.func``.
+
+The backward passes of this package compute with kept values and cannot be differentiated. Where somebody asks for
+more than a gradient they give way to the derivative of the masked form, which consists of PyTorch's own functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Whether code runs under a transform of ``torch.func`` or with forward-mode derivatives."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def must_be_differentiable() -> bool:
+    """Whether a backward pass, in which this is asked, must itself be differentiable, or is batched."""
+    return torch.is_grad_enabled() or is_transformed()
+
+
+def vjp(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    grads: Tensor | Sequence[Tensor | None] | None,
+) -> list[Tensor | None]:
+    """Gradients of the inputs of a function, within a backward pass.
+
+    Args:
+        function: Takes the inputs; returns a tensor or several.
+        inputs: Its arguments; no history of theirs is followed.
+        wanted: For each of them, whether its gradient is.
+        grads: Gradients of what it returns, one for each; None where there is none.
+
+    Returns:
+        As many as inputs, None for one that is not wanted. They are differentiable if the backward pass is to be.
+    """
+    twice = torch.is_grad_enabled()
+
+    def alone(x: Tensor | None, want: bool) -> Tensor | None:
+        if x is None or not x.is_floating_point():
+            return x
+        # A name of its own for each: what else leads from one of them to another is not the function's.
+        return x.view_as(x) if twice and x.requires_grad else x.detach().requires_grad_(want)
+
+    with torch.enable_grad():
+        sources = [alone(x, want) for x, want in zip(inputs, wanted, strict=True)]
+        results = function(*sources)
+        results = [results] if isinstance(results, Tensor) else list(results)
+        given = [grads] if grads is None or isinstance(grads, Tensor) else list(grads)
+        pairs = [(y, g) for y, g in zip(results, given, strict=True) if g is not None and y.requires_grad]
+        asked = {i: x for i, (x, want) in enumerate(zip(sources, wanted, strict=True)) if want and x is not None}
+        found: list[Tensor | None] = [None] * len(sources)
+        if pairs and asked:
+            gradients = torch.autograd.grad(
+                [y for y, _ in pairs],
+                list(asked.values()),
+                [g for _, g in pairs],
+                create_graph=twice,
+                allow_unused=True,
+            )
+            for i, gradient in zip(asked, gradients, strict=True):
+                found[i] = gradient
+    return found
