@@ -22,7 +22,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     saving_hooks,
     settle,
 )
-from approxdrop_lightning.ops.derivative import vjp
+from approxdrop_lightning.ops.derivative import must_be_differentiable, vjp
 from approxdrop_lightning.patterns.row import RowPattern
 
 _SCALES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__}
@@ -89,8 +89,8 @@ class Kept:
 
     @property
     def packing(self) -> tuple[Any, ...]:
-        """How the values are packed: pattern, rows, backend and the shape that is shown."""
-        return self.pattern, self.rows, self.site.backend, self.shape
+        """How the values are packed: pattern, rows and the shape that is shown."""
+        return self.pattern, self.rows, self.shape
 
     @property
     def values(self) -> Tensor:
@@ -112,7 +112,8 @@ class Kept:
     def compute(self) -> Tensor:
         with saving_as_where(self._hooks):
             if self._values is not None:
-                return unpacked(self._values, self.packing)
+                dense = functional.unpack(self._values, self.pattern, self.rows, self.site.backend)
+                return dense.view(self.shape)
             self._check()
             return masked(self.given, self.pattern, self.rows, self.scale).view(self.shape)
 
@@ -127,9 +128,9 @@ def masked(dense: Tensor, pattern: RowPattern, rows: tuple[int, ...], scale: flo
 
 
 def unpacked(values: Tensor, packing: tuple[Any, ...]) -> Tensor:
-    """The dense tensor of kept values."""
-    pattern, rows, backend, shape = packing
-    return functional.unpack(values, pattern, rows, backend).view(shape)
+    """The dense tensor of kept values, by functions that can be differentiated at will."""
+    pattern, rows, shape = packing
+    return functional.unpack(values, pattern, rows, "reference").view(shape)
 
 
 class _Mask(torch.autograd.Function):
@@ -150,7 +151,7 @@ class _Mask(torch.autograd.Function):
 class _Keep(torch.autograd.Function):
     """A dropped-out tensor in the graph, and its values: of those of a pending output, and of that output itself.
 
-    Gradients go back to the values, or where somebody wants that of the pending output, to that.
+    Gradients go back to the values; where somebody wants that of the pending output, or derivatives of them, to that.
     """
 
     @staticmethod
@@ -164,13 +165,12 @@ class _Keep(torch.autograd.Function):
     def backward(ctx: Any, dense: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         settle()
         if dense is not None:
-            pattern, _, backend, _ = ctx.packing
-            packed = functional.pack(dense, pattern, backend)
+            packed = functional.pack(dense, ctx.packing[0], "reference")
             grad = packed if grad is None else grad + packed.view(grad.shape)
         if grad is None:
             return None, None, None, None
         grad = grad * ctx.scale
-        if ctx.source.is_wanted:
+        if must_be_differentiable(grad) or ctx.source.is_wanted:
             return None, None, None, unpacked(grad, ctx.packing)
         return None, None, grad, None
 
@@ -200,32 +200,64 @@ class _Derive(torch.autograd.Function):
 
 
 class _Past(torch.autograd.Function):
-    """What a layer made of kept values, past the dropped-out tensor that holds them.
-
-    Where somebody wants that tensor's gradient, it is computed by what the layer would have made of the dense tensor.
-    """
+    """What a layer has made in a way that autograd cannot follow everywhere; see :func:`past`."""
 
     @staticmethod
     def forward(
-        ctx: Any, layer: Callable[..., Any], source: LazyTensor, n_results: int, *tensors: Tensor | None
+        ctx: Any,
+        layer: Callable[..., Any],
+        n_results: int,
+        source: Tensor,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.layer, ctx.packing, ctx.place, ctx.n_results = layer, source.held.packing, source.place, n_results
-        ctx.autocast = Autocast(source.held.device.type)
-        ctx.save_for_backward(source.held.values, *tensors[n_results:])
+        ctx.layer, ctx.n_results = layer, n_results
+        ctx.packing, ctx.place, read = None, None, source
+        if isinstance(source, CompactTensor):
+            ctx.packing, ctx.place, read = source.held.packing, source.place, source.held.values
+        ctx.autocast = Autocast(read.device.type)
+        ctx.save_for_backward(read, *tensors[n_results:])
         # New names of the results: autograd takes those of inputs for views, which nobody may change in place.
         return tuple(result.detach() for result in tensors[:n_results])  # type: ignore[union-attr]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        n_others = len(ctx.needs_input_grad) - 3 - ctx.n_results
-        if not ctx.place.is_wanted:
-            return None, None, None, *grads, *[None] * n_others
-        values, *others = ctx.saved_tensors
-        wanted = (ctx.needs_input_grad[1], *ctx.needs_input_grad[3 + ctx.n_results :])
+        wanted = ctx.needs_input_grad[2:3] + ctx.needs_input_grad[3 + ctx.n_results :]
+        if not must_be_differentiable(*grads) and (ctx.place is None or not ctx.place.is_wanted):
+            return None, None, None, *grads, *[None] * (len(wanted) - 1)
+        read, *others = ctx.saved_tensors
+        if ctx.packing is not None:
+            read = unpacked(read, ctx.packing)
         with ctx.autocast.context():
-            source, *found = vjp(ctx.layer, (unpacked(values, ctx.packing), *others), wanted, grads)
-        return None, source, None, *[None] * ctx.n_results, *found
+            source, *found = vjp(ctx.layer, (read, *others), wanted, grads)
+        return None, None, source, *[None] * ctx.n_results, *found
+
+
+def past(
+    layer: Callable[..., Any],
+    source: Tensor,
+    results: Sequence[Tensor],
+    others: Sequence[Tensor | None],
+) -> Sequence[Tensor]:
+    """What a layer has made of a tensor's kept values, past the tensor that holds them, as a part of the graph.
+
+    Where somebody wants that tensor's gradient, or derivatives of the gradients, they are computed by what the layer
+    would have made of the dense one.
+
+    Args:
+        layer: Makes the results of the dense tensor and the others, in functions of PyTorch.
+        source: The tensor; an ordinary one if the layer has read it as it is.
+        results: What the layer has made.
+        others: The other tensors that it has read.
+
+    Returns:
+        The results.
+    """
+    if isinstance(source, CompactTensor):
+        source.place.use()
+    if not any(result.requires_grad for result in results):
+        return results
+    return _Past.apply(layer, len(results), source, *results, *others)
 
 
 class CompactTensor(LazyTensor):
@@ -304,19 +336,4 @@ class CompactTensor(LazyTensor):
         y = functional.row_linear(
             held.values, weight, bias, held.pattern, backend=held.site.backend, leading_shape=held.rows
         )
-        return self.passed_by(F.linear, [y.view(*held.shape[:-1], weight.shape[0])], weight, bias)[0]
-
-    def passed_by(
-        self, layer: Callable[..., Any], results: Sequence[Tensor], *others: Tensor | None
-    ) -> Sequence[Tensor]:
-        """What a layer has made of the kept values and of other tensors, in the graph.
-
-        Args:
-            layer: Makes the same of the dense tensor and the others.
-            results: What it made.
-            *others: The others.
-        """
-        self.place.use()
-        if not self.held.values.requires_grad:
-            return results
-        return _Past.apply(layer, self, len(results), *results, *others)
+        return past(F.linear, self, [y.view(*held.shape[:-1], weight.shape[0])], [weight, bias])[0]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from approxdrop_lightning import functional
-from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
+from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept, unpacked
 from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import (
     POINTWISE,
@@ -28,7 +28,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     settle,
     shape_of,
 )
-from approxdrop_lightning.ops.derivative import vjp
+from approxdrop_lightning.ops.derivative import is_transformed, vjp
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.work import Ledger
 
@@ -63,7 +63,7 @@ class ApproxLinear(Converted, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         x = input  # the name by which nn.Linear may be called
-        if not (self.training and torch.is_grad_enabled() and self.is_live):
+        if not (self.training and torch.is_grad_enabled() and self.is_live) or is_transformed():
             return super().forward(as_dense(x))
         shape = shape_of(x)
         if shape[-1:] != (self.in_features,):
@@ -124,10 +124,7 @@ class _Product:
 
     def input(self, x: Tensor) -> Tensor:
         """The dense input of the layer."""
-        if self.packed is None:
-            return x
-        pattern, rows, backend, shape = self.packed
-        return functional.unpack(x, pattern, rows, backend).view(shape)
+        return x if self.packed is None else unpacked(x, self.packed)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The dense output, as far as the outputs go that this one was derived from."""

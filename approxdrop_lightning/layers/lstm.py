@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from approxdrop_lightning import functional
-from approxdrop_lightning.layers.compact_tensor import CompactTensor
+from approxdrop_lightning.layers.compact_tensor import CompactTensor, past
 from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
 from approxdrop_lightning.layers.site import Site
+from approxdrop_lightning.ops.derivative import is_transformed, outside_of_transforms
+from approxdrop_lightning.ops.lstm import reference
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.work import Ledger
 
@@ -95,36 +100,46 @@ class ApproxLSTM(Converted, nn.LSTM):
         if held is not None and held.pattern.interleave and not self.sequence and dropped is None:
             held.site.read_whole(f"{self.name} (hidden size below min_hidden)")
             x, held = as_dense(x), None
-        if dropped is not None and self._too_small(dropped, rows, weight_hh):
-            kept = dropped.pattern(self.hidden_size, shared=True)
-            weight_hh = weight_hh * kept.mask(1, dtype=weight_hh.dtype, value=dropped.scale, device=weight_hh.device)
-            dropped = None
+        recurrent = None
+        if dropped is not None:
+            with outside_of_transforms() if is_transformed() else contextlib.nullcontext():
+                recurrent = dropped.pattern(self.hidden_size, shared=True)
+        if dropped is not None and recurrent is not None and self._masks(dropped, rows, weight_hh):
+            weight_hh = masked_columns(weight_hh, recurrent, dropped.scale)
+            dropped = recurrent = None
         self.work.note(held and held.site, None, rows * x.shape[-1] * 4 * self.hidden_size)
         self.work.note(dropped, None, rows * self.hidden_size * 4 * self.hidden_size)
-        if dropped is not None or (held is not None and held.pattern.interleave):
-            bias = biases[0] + biases[1] if biases else None
-            if isinstance(x, CompactTensor) and held is not None:
-                gates = x.linear(weight_ih, bias, self._reader(layer))
-            else:
-                gates = functional.row_linear(as_dense(x), weight_ih, bias, backend=self.backend)
-            if dropped is None:
-                return self._sequence(gates, state, weight_hh)
+        if held is not None:
+            held.site.read_kept(self._reader(layer))
+        if dropped is not None:
             dropped.read_kept(self.name)
-            pattern = dropped.pattern(self.hidden_size, shared=True)
-            return self._sequence(gates, state, weight_hh, pattern, dropped.scale)
-        weights = [weight_ih, weight_hh, *biases]
-        if not isinstance(x, CompactTensor) or held is None:
-            return self._vendor(as_dense(x), state, weights)
-        held.site.read_kept(self._reader(layer))
+        elif held is None:
+            return self._vendor(as_dense(x), state, [weight_ih, weight_hh, *biases])
+        scale = 1.0 if dropped is None else dropped.scale
+        if held is None or held.pattern.interleave or recurrent is not None:
+            bias = biases[0] + biases[1] if biases else None
+            if held is None:
+                x = as_dense(x)
+                gates = functional.row_linear(x, weight_ih, bias, backend=self.backend)
+            else:
+                gates = functional.row_linear(
+                    held.values, weight_ih, bias, held.pattern, backend=self.backend, leading_shape=held.rows
+                ).view(*held.shape[:-1], -1)
+            return self._sequence(gates, state, weight_hh, recurrent, scale, x, (weight_ih, *biases))
         values = held.values.view(*held.shape[:-1], held.pattern.n_kept)
+        weights = [weight_ih, weight_hh, *biases]
         y, (h, c) = self._vendor(values, state, weights, held.pattern)
 
         def of_the_dense(x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
             y, (h, c) = self._vendor(x, (h0, c0), list(weights))
             return y, h, c
 
-        y, h, c = x.passed_by(of_the_dense, (y, h, c), *state, *weights)
+        y, h, c = past(of_the_dense, x, (y, h, c), (*state, *weights))
         return y, (h, c)
+
+    def _masks(self, site: Any, rows: int, weight: Tensor) -> bool:
+        """Whether a dropout is a mask: of a product too small, and under transforms, which see nothing else."""
+        return is_transformed() or self._too_small(site, rows, weight)
 
     def _too_small(self, site: Any, rows: int, weight: Tensor) -> bool:
         """Whether the vendor's kernel had better run the layer: on a GPU our recurrence is launch after launch."""
@@ -144,13 +159,42 @@ class ApproxLSTM(Converted, nn.LSTM):
         gates: Tensor,
         state: _State,
         weight_hh: Tensor,
-        pattern: RowPattern | None = None,
-        scale: float = 1.0,
+        pattern: RowPattern | None,
+        scale: float,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        ih: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, _State]:
-        """The recurrence of a layer over its gate inputs."""
-        gates = gates.transpose(0, 1) if self.batch_first else gates
-        y, h, c = functional.lstm_sequence(gates, *state, weight_hh, pattern, scale)
-        return (y.transpose(0, 1) if self.batch_first else y), (h, c)
+        """The recurrence of a layer over its gate inputs, which it has made of ``x``.
+
+        Args:
+            gates: The gate inputs.
+            state: Of the layer, before its first step.
+            weight_hh: Recurrent weight.
+            pattern: Of its inputs, or None.
+            scale: Of the kept ones.
+            x: Input of the layer.
+            weights: ``weight_ih`` and the biases, if there are any.
+            ih: What has been dropped of ``weight_ih``.
+        """
+        steps = gates.transpose(0, 1) if self.batch_first else gates
+        y, h, c = functional.lstm_sequence(steps, *state, weight_hh, pattern, scale)
+
+        def masked(
+            x: Tensor, h0: Tensor, c0: Tensor, weight_hh: Tensor, weight_ih: Tensor, *biases: Tensor
+        ) -> tuple[Tensor, ...]:
+            weight_ih = weight_ih if ih is None else ih(weight_ih)
+            gates = F.linear(x, weight_ih, biases[0] + biases[1] if biases else None)
+            if pattern is not None:
+                weight_hh = masked_columns(weight_hh, pattern, scale)
+            y, h, c = reference.sequence(
+                gates.transpose(0, 1) if self.batch_first else gates, h0, c0, weight_hh, None
+            )
+            return (y.transpose(0, 1) if self.batch_first else y), h, c
+
+        y = y.transpose(0, 1) if self.batch_first else y
+        y, h, c = past(masked, x, (y, h, c), (*state, weight_hh, *weights))
+        return y, (h, c)
 
     def _vendor(
         self, x: Tensor, state: _State, weights: list[Tensor], pattern: RowPattern | None = None
@@ -161,3 +205,8 @@ class ApproxLSTM(Converted, nn.LSTM):
             x, hx, functional.lstm_weights(pattern, *weights), self.bias, 1, 0.0, True, False, self.batch_first
         )
         return y, (h[0], c[0])
+
+
+def masked_columns(weight: Tensor, pattern: RowPattern, scale: float) -> Tensor:
+    """A weight with the columns that a shared pattern drops zeroed, and the others scaled."""
+    return weight * pattern.mask(1, dtype=weight.dtype, value=scale, device=weight.device)

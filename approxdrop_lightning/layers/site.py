@@ -12,6 +12,7 @@ from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
 from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly, shape_of
 from approxdrop_lightning.layers.linear import PendingLinear
+from approxdrop_lightning.ops.derivative import batch_of_transforms, is_transformed, outside_of_transforms
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.sampler import NARROW_BLOCK, PatternSampler
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
@@ -143,6 +144,8 @@ class Site:
         shape = shape_of(x)
         if not shape or 0 in shape:
             return as_dense(x) * self.scale
+        if is_transformed():
+            return self._under_transforms(as_dense(x))
         pattern = self.pattern(shape[-1], leading_shape=shape[:-1])
         pending = x.held if isinstance(x, PendingLinear) and x.is_lazy else None
         if pending is not None:
@@ -160,6 +163,15 @@ class Site:
         self.producers.add(pending.layer.name)
         held = Kept(shape, pattern, shape[:-1], self, pending.kept_values(pattern, self), scale=self.scale)
         return CompactTensor(held, source=x)
+
+    def _under_transforms(self, x: Tensor) -> Tensor:
+        """Dropout by a mask: transforms of ``torch.func`` see nothing else."""
+        batch, of_the_level = batch_of_transforms()
+        leading = (*batch, *x.shape[:-1])
+        with outside_of_transforms():
+            pattern = self.pattern(x.shape[-1], leading_shape=leading)
+            mask = pattern.mask(*leading, dtype=x.dtype, value=self.scale, device=x.device)
+        return x * of_the_level(mask)
 
 
 class ApproxDropoutSite(Converted, nn.Dropout):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from approxdrop_lightning.layers.lazy_tensor import as_dense
 from approxdrop_lightning.layers.site import Site
 from approxdrop_lightning.layers.tiled_tensor import Marked, TiledTensor, Use
+from approxdrop_lightning.ops.derivative import batch_of_transforms, is_transformed, outside_of_transforms
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 
 
@@ -54,6 +56,13 @@ class TileSite(Site):
             return as_dense(x)
         if x.dim() == 0 or x.numel() == 0:
             return as_dense(x) * self.scale
+        if is_transformed():  # which see plain tensors only: units are dropped
+            batch, of_the_level = batch_of_transforms()
+            shape = (*batch, *x.shape)
+            with outside_of_transforms():
+                units = self.units(self._next(Use, lambda use: True), math.prod(shape[:-1]), shape[-1])
+                mask = units.mask(x.device).view(shape).to(x.dtype) / (1 - self.rate)
+            return as_dense(x) * of_the_level(mask)
         return TiledTensor(Marked(as_dense(x), self, self._next(Use, lambda use: True)))
 
     def weights(self, use: Use, reader: str, weight: Tensor) -> TilePattern | BernoulliPattern:

@@ -192,6 +192,10 @@ class TiledTensor(LazyTensor):
     def masked_weight(self, weight: Tensor, reader: str, why: str) -> Tensor:
         """The weight of a product that is computed densely, for the reason given: dropped weights are zero in it."""
         self._read()
+        self.held.site.read_by(reader, weight, dense=why)
+        return self.masked(weight, reader)
+
+    def masked(self, weight: Tensor, reader: str) -> Tensor:
+        """The weight of a reader, zero where it is dropped, and scaled."""
         site = self.held.site
-        site.read_by(reader, weight, dense=why)
         return functional.masked_weight(weight, site.weights(self.held.use, reader, weight), site.scale)

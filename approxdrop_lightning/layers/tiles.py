@@ -64,7 +64,11 @@ class TileLSTM(ApproxLSTM):
         too_small = self._too_small(x.held.site, x.shape[0] * x.shape[1], weight_hh)
         if self.sequence and not too_small:
             gates = x.linear(weight_ih, biases[0] + biases[1] if biases else None, reader, self.work)
-            return self._sequence(gates, state, weight_hh)
+
+            def dropped(weight: Tensor) -> Tensor:
+                return x.masked(weight, reader)
+
+            return self._sequence(gates, state, weight_hh, None, 1.0, x.held.source, [weight_ih, *biases], dropped)
         self.work.note(None, None, x.numel() * len(weight_ih))
         weight_ih = x.masked_weight(
             weight_ih,

@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from approxdrop_lightning.ops.derivative import is_transformed
+
 BACKENDS = ("auto", "reference", "compact", "triton")
 
 
@@ -26,7 +28,8 @@ def choose_backend(backend: str, tiles_of: Tensor | None = None) -> str:
     """Resolve ``"auto"`` and check that the backend can be imported.
 
     ``"auto"`` is ``"compact"``, except for tiles of 16-bit types on CUDA, where it is ``"triton"``: for rows, vendor
-    products over gathered operands beat the Triton kernels in all cases but one (docs/gpu_model.md).
+    products over gathered operands beat the Triton kernels in all cases but one (docs/gpu_model.md). Under transforms
+    of ``torch.func`` and in forward mode every backend is ``"reference"``.
 
     Args:
         backend: ``"auto"``, ``"reference"``, ``"compact"`` or ``"triton"``.
@@ -39,7 +42,9 @@ def choose_backend(backend: str, tiles_of: Tensor | None = None) -> str:
         ImportError: ``"triton"`` is asked for and not installed.
         ValueError: The backend is unknown.
     """
-    if check_backend(backend) == "auto":
+    if check_backend(backend) != "reference" and is_transformed():
+        return "reference"
+    if backend == "auto":
         backend = "triton" if _tiles_gain(tiles_of) else "compact"
     if backend == "triton" and not has_triton():
         raise ImportError(

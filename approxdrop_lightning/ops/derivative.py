@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+
+#: For what is drawn by a generator of one's own: transforms would take it for random numbers of theirs.
+outside_of_transforms = temporarily_clear_interpreter_stack
 
 
 def is_transformed() -> bool:
@@ -19,9 +23,34 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def must_be_differentiable() -> bool:
-    """Whether a backward pass, in which this is asked, must itself be differentiable, or is batched."""
-    return torch.is_grad_enabled() or is_transformed()
+def batch_of_transforms() -> tuple[tuple[int, ...], Callable[[Tensor], Tensor]]:
+    """Samples over which ``torch.vmap(..., randomness="different")`` maps what runs now, level by level.
+
+    Returns:
+        Their numbers, of the outer level first; and what makes of a tensor that has these as its first dimensions one
+        whose samples go to those of each level.
+    """
+    functorch = torch._C._functorch
+    found = []
+    for interpreter in functorch.get_interpreter_stack() or []:
+        if interpreter.key() == functorch.TransformType.Vmap:
+            level = functorch.CVmapInterpreterPtr(interpreter)
+            if level.randomness() == functorch.RandomnessType.Different:
+                found.append((level.batchSize(), level.level()))
+
+    def by_level(x: Tensor) -> Tensor:
+        for _, level in found:
+            x = functorch._add_batch_dim(x, 0, level)
+        return x
+
+    return tuple(size for size, _ in found), by_level
+
+
+def must_be_differentiable(*grads: Tensor | None) -> bool:
+    """Whether a backward pass, which asks this, must itself be differentiable, or is for a batch of gradients."""
+    if torch.is_grad_enabled() or is_transformed():
+        return True
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
 
 
 def vjp(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from approxdrop_lightning.ops.backend import has_triton
-from approxdrop_lightning.ops.lstm import compact
+from approxdrop_lightning.ops.derivative import is_transformed
+from approxdrop_lightning.ops.lstm import compact, reference
 
 
 def sequence(
@@ -24,6 +25,8 @@ def sequence(
     Returns:
         ``(h, h_T, c_T)`` of shapes ``[T, B, H]``, ``[B, H]`` and ``[B, H]``.
     """
+    if is_transformed():
+        return reference.sequence(gates, h0, c0, weight, kept)
     if _has_kernels(gates):
         from approxdrop_lightning.ops.lstm import lstm_ops
 

@@ -6,12 +6,13 @@ elsewhere PyTorch gathers copies and multiplies them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from approxdrop_lightning.ops.derivative import is_transformed, must_be_differentiable, vjp
 from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.copies import put, take
 from approxdrop_lightning.ops.row_linear import groups, reference
@@ -28,8 +29,9 @@ class _Pack(torch.autograd.Function):
         return groups.pack(x, pattern)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if must_be_differentiable(grad):
+            return reference.unpack(grad, ctx.pattern, ctx.leading_shape), None
         return groups.unpack(grad, ctx.pattern, ctx.leading_shape), None
 
 
@@ -40,8 +42,9 @@ class _Unpack(torch.autograd.Function):
         return groups.unpack(values, pattern, leading_shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if must_be_differentiable(grad):
+            return reference.pack(grad, ctx.pattern).view(ctx.shape), None, None
         return groups.pack(grad, ctx.pattern).view(ctx.shape), None, None
 
 
@@ -59,14 +62,18 @@ class _RowLinear(torch.autograd.Function):
         layer = linear_between(in_pattern, out_pattern, leading_shape, weight)
         y = layer.product(x, weight, bias)
         ctx.layer, ctx.bias = layer, bias is not None
+        ctx.patterns = in_pattern, out_pattern, leading_shape
         ctx.save_for_backward(x, weight)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layer: GroupedLinear = ctx.layer
         x, weight = ctx.saved_tensors
+        if must_be_differentiable(grad):
+            bias = weight.new_zeros(len(weight)) if ctx.bias else None
+            masked = partial(_masked_row_linear, ctx.patterns, tuple(grad.shape))
+            return *vjp(masked, (x, weight, bias), ctx.needs_input_grad[:3], grad), None, None, None
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = layer.input_grad(grad, weight).view(x.shape)
@@ -75,6 +82,12 @@ class _RowLinear(torch.autograd.Function):
         if ctx.bias and ctx.needs_input_grad[2]:
             db = layer.bias_grad(grad)
         return dx, dw, db, None, None, None
+
+
+def _masked_row_linear(
+    patterns: tuple[Any, ...], shape: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    return reference.row_linear(x, weight, bias, *patterns).view(shape)
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
@@ -123,8 +136,10 @@ class _SelectColumns(torch.autograd.Function):
         return take(weight, Units.every(len(weight)), pattern.units(0))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if must_be_differentiable(grad):
+            columns = ctx.pattern.units(0).on(grad.device)
+            return grad.new_zeros(ctx.shape).index_copy(1, columns, grad), None
         dense = buffer(tuple(ctx.shape), grad, exact=True)
         put(dense, Units.every(len(dense)), ctx.pattern.units(0), grad, clear=True)
         return dense, None
@@ -132,4 +147,6 @@ class _SelectColumns(torch.autograd.Function):
 
 def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:
     """Kept columns of a weight, ``[n_out, n_kept]``; the gradient is dense."""
+    if is_transformed():
+        return weight.index_select(1, pattern.units(0).on(weight.device))
     return _SelectColumns.apply(weight, pattern)

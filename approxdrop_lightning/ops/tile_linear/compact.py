@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from approxdrop_lightning.ops.derivative import must_be_differentiable, vjp
 from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.copies import zero
 from approxdrop_lightning.ops.native.product import Submatrix, multiply
+from approxdrop_lightning.ops.tile_linear import reference
 from approxdrop_lightning.patterns.tile import TilePattern
 from approxdrop_lightning.patterns.units import Units
 
@@ -60,10 +62,13 @@ class _TileLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         pattern: TilePattern = ctx.pattern
+        if must_be_differentiable(dy):
+            bias = weight.new_zeros(len(weight)) if ctx.needs_input_grad[2] else None
+            masked = partial(reference.tile_linear, pattern=pattern, scale=ctx.scale)
+            return *vjp(masked, (x, weight, bias), ctx.needs_input_grad[:3], dy), None, None
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
         dy = dy.contiguous() if ctx.scale == 1.0 else dy * ctx.scale
         dx = _product(dy, weight.t(), pattern.t) if ctx.needs_input_grad[0] else None
