@@ -22,6 +22,7 @@ from approxdrop_lightning.layers import (
     TileSite,
 )
 from approxdrop_lightning.layers.converted import Converted, give_back
+from approxdrop_lightning.layers.lazy_tensor import settle
 from approxdrop_lightning.multiplies import Count
 from approxdrop_lightning.options import Options
 from approxdrop_lightning.patterns.sampler import PatternSampler
@@ -112,8 +113,9 @@ class Conversion:
         if fresh:
             for sampler in self.samplers.values():
                 sampler.draw()
-        first = not any(site.steps for site in self.report.sites)
-        for site in self.report.sites:
+        sites = self.report.sites
+        first = not any(site.steps for site in sites)
+        for site in sites:
             site.begin(fresh)
         self.end()
         if first:
@@ -126,7 +128,8 @@ class Conversion:
         self.report.elsewhere += multiplies
 
     def end(self) -> None:
-        """End the training step: layers learn from it."""
+        """End the training step: layers learn from it, and outputs that somebody holds get their values."""
+        settle()
         if self._count is not None:
             self._count.stop()
             self._count = None

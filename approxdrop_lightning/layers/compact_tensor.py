@@ -336,4 +336,6 @@ class CompactTensor(LazyTensor):
         y = functional.row_linear(
             held.values, weight, bias, held.pattern, backend=held.site.backend, leading_shape=held.rows
         )
-        return past(F.linear, self, [y.view(*held.shape[:-1], weight.shape[0])], [weight, bias])[0]
+        if held.rows != held.shape[:-1]:
+            y = y.view(*held.shape[:-1], weight.shape[0])
+        return past(F.linear, self, [y], [weight, bias])[0]

@@ -72,12 +72,13 @@ class ApproxLinear(Converted, nn.Linear):
         if isinstance(x, LazyTensor) and not (isinstance(x, CompactTensor) and x.serves(multiplies)):
             x = x.dense()
         waits = self.defers and not self._too_small(multiplies, x)
-        if not waits and not isinstance(x, LazyTensor):
+        if not waits:
+            if isinstance(x, CompactTensor):
+                self.work.note(x.held.site, None, multiplies)
+                return x.linear(self.weight, self.bias, self.name)
             self.work.note(None, None, multiplies)
             return super().forward(x)
         pending = Pending(self, x, (*shape[:-1], self.out_features))
-        if not waits:
-            return pending.compute()
         self.waited = True
         return PendingLinear(pending)
 
@@ -292,9 +293,9 @@ class Pending:
         with self._context():
             if compact is None:
                 self._note(site)
+                x = self.x if self.x.shape[:-1] == rows else self.x.reshape(*rows, self.x.shape[-1])
                 values = functional.row_linear(
-                    self.x.reshape(*rows, self.x.shape[-1]),
-                    self.weight, self.bias, None, pattern, backend=self.backend,
+                    x, self.weight, self.bias, None, pattern, backend=self.backend,
                 )  # fmt: skip
             elif self._one_grouping(compact, pattern):
                 self._note(site)

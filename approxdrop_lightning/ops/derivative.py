@@ -16,11 +16,14 @@ from torch.autograd import forward_ad
 
 #: For what is drawn by a generator of one's own: transforms would take it for random numbers of theirs.
 outside_of_transforms = temporarily_clear_interpreter_stack
+# Asked several times in each step of each layer.
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def is_transformed() -> bool:
     """Whether code runs under a transform of ``torch.func`` or with forward-mode derivatives."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _innermost_transform() is not None or forward_ad._current_level >= 0
 
 
 def batch_of_transforms() -> tuple[tuple[int, ...], Callable[[Tensor], Tensor]]:
@@ -50,7 +53,7 @@ def must_be_differentiable(*grads: Tensor | None) -> bool:
     """Whether a backward pass, which asks this, must itself be differentiable, or is for a batch of gradients."""
     if torch.is_grad_enabled() or is_transformed():
         return True
-    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+    return any(grad is not None and _is_batched(grad) for grad in grads)
 
 
 def vjp(
