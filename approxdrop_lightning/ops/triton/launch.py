@@ -34,16 +34,23 @@ class Launch:
     def run(self) -> None:
         """Launch it, if there is anything to do.
 
-        An autotuned kernel takes its first configuration untimed in the interpreter, while a CUDA graph is captured
-        (which timing would break), and with ``APPROXDROP_AUTOTUNE=0``.
+        An autotuned kernel that was not timed yet for such arguments takes its first configuration in the
+        interpreter, while a CUDA graph is captured (which timing would break), and with ``APPROXDROP_AUTOTUNE=0``.
         """
-        tuned = self.configurations()
+        best = self.kernel.cache.get(self.tuning_key()) if hasattr(self.kernel, "configs") else None
+        tuned = [best] if best is not None else self.configurations()
         if 0 in self.grid(tuned[0].kwargs if tuned else {}):
             return
         kernel, options = self.kernel, self.options
-        if tuned and not self._may_time():
+        if tuned and (best is not None or not self._may_time()):
             kernel, options = kernel.fn, tuned[0].all_kwargs()
         kernel[self.grid](**self.arguments, **self.constants, **options)
+
+    def tuning_key(self) -> tuple[Any, ...]:
+        """The key of ``triton.autotune``'s cache: its arguments of that name, and the types of all tensors."""
+        call = {k: v for k, v in (self.arguments | self.constants).items() if k in self.kernel.arg_names}
+        named = [call[name] for name in self.kernel.keys if name in call]
+        return (*named, *(str(value.dtype) for value in call.values() if hasattr(value, "dtype")))
 
     def configurations(self) -> list[triton.Config]:
         """What autotuning tries for these arguments, the one to take untimed first; empty if nothing is tuned."""
