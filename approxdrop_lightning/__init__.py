@@ -2,6 +2,7 @@
 
 from approxdrop_lightning import functional
 from approxdrop_lightning.callback import ApproxDropout
+from approxdrop_lightning.cuda_graph_step import CudaGraphStep
 from approxdrop_lightning.distribution import PatternDistribution
 from approxdrop_lightning.layers import ApproxLinear, ApproxLSTM
 from approxdrop_lightning.memory import keep_freed_memory
@@ -15,6 +16,7 @@ __all__ = [
     "ApproxDropout",
     "ApproxLSTM",
     "ApproxLinear",
+    "CudaGraphStep",
     "PatternDistribution",
     "PatternSampler",
     "RowPattern",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -322,6 +322,36 @@ def resample(model: nn.Module) -> None:
     conversion_of(model).resample()
 
 
+def replay_key(model: nn.Module) -> Hashable:
+    """What the code of this step depends on: ``(dp, keep)`` of each rate. Steps of one key may share a CUDA graph.
+
+    Args:
+        model: A model that is converted, or parts of which are, or none.
+    """
+    return tuple(
+        (rate, sampler.dp, sampler.keep)
+        for conversion in _conversions(model)
+        for rate, sampler in sorted(conversion.samplers.items())
+    )
+
+
+def check_replayable(model: nn.Module) -> None:
+    """Check, after the forward pass of a step, that a replay of the step would take other patterns.
+
+    Args:
+        model: As for :func:`replay_key`.
+
+    Raises:
+        RuntimeError: A pattern was drawn on the host during the step: a replay would repeat it.
+    """
+    drawn = [site.name for conversion in _conversions(model) for site in conversion.report.sites if site.drew_on_host]
+    if drawn:
+        raise RuntimeError(
+            f"the patterns of {', '.join(drawn)} are drawn by eager layers, so every replay would repeat them; "
+            "compile the model (torch.compile), whose graphs read patterns from the device's memory"
+        )
+
+
 def restore(model: nn.Module) -> None:
     """Give a converted model its ordinary classes back. Parameters are untouched.
 
@@ -356,3 +386,9 @@ def conversion_of(model: nn.Module) -> Conversion:
     if conversion is None:
         raise ValueError("the model is not converted (a copy of one is not); approximate(model) first")
     return conversion
+
+
+def _conversions(model: nn.Module) -> list[Conversion]:
+    """The conversions of a model and of its parts."""
+    found = (_CONVERSIONS.get(module) for module in _key(model).modules())
+    return [conversion for conversion in found if conversion is not None]

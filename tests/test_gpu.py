@@ -12,7 +12,7 @@ from support.triton_cases import TOLERANCE
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from approxdrop_lightning import ApproxDropout, RowPattern, TilePattern, functional
+from approxdrop_lightning import ApproxDropout, CudaGraphStep, RowPattern, TilePattern, functional
 from approxdrop_lightning.benchmark import contenders, workloads
 from approxdrop_lightning.ops.pack import pack_ops, reference
 from approxdrop_lightning.surgery import resample
@@ -174,6 +174,51 @@ def test_training(precision, pattern, tmp_path):
     ).fit(model, data)  # fmt: skip
     assert model.losses[0] > 1
     assert sum(model.losses[-16:]) / 16 < 0.75
+
+
+class Quiet(Classifier):
+    """Without what no graph can hold; its dropout is off, so that runs can be compared."""
+
+    def __init__(self, rate):
+        super().__init__()
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
+
+    def training_step(self, batch):
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss, on_epoch=True)
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_whole_steps_are_replayed(optimizer, precision, rate, tmp_path):
+    torch.set_default_device(None)
+    x = torch.randn(1000, 64)  # a smaller last batch
+    data = DataLoader(TensorDataset(x, (x @ torch.randn(64, 4)).argmax(1)), batch_size=128)
+    runs = []
+    for callbacks in ([], [CudaGraphStep()]):
+        lightning.seed_everything(1)
+        model = Quiet(rate)
+        model.configure_optimizers = lambda m=model: optimizer(m.parameters(), lr=0.01)
+        trainer = lightning.Trainer(
+            max_epochs=6, precision=precision, accelerator="gpu", devices=1, callbacks=callbacks, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path, gradient_clip_val=1.0,
+        )  # fmt: skip
+        trainer.fit(model, data)
+        runs.append((model.losses, trainer.callback_metrics["loss_epoch"].item(), trainer.global_step))
+    assert callbacks[0].report == "2 graphs; 42 steps replayed, 6 to warm up, 0 eager"
+    if rate == 0:
+        torch.testing.assert_close(runs[1][0], runs[0][0], rtol=1e-2, atol=1e-3)
+    assert runs[1][0][-1] < runs[1][0][0]
+    assert runs[1][1] == pytest.approx(sum(runs[1][0][-8:]) / 8, rel=0.05)
+    assert runs[0][2] == runs[1][2] == 48
+    assert len(set(runs[1][0])) == 48  # masks and batches differ in each replay
 
 
 def test_a_default_device_does_not_reach_patterns():

@@ -73,6 +73,11 @@ class Site:
             return self.sampler.dp / self.sampler.keep
         return 1 / (1 - self.rate)
 
+    @property
+    def drew_on_host(self) -> bool:
+        """Whether an eager layer has used a pattern since the step began."""
+        return self._uses > 0
+
     def begin(self, fresh: bool = True) -> None:
         """Begin a forward pass: with fresh patterns, or with those of the last one again."""
         self._uses = 0

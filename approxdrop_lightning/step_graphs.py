@@ -1,0 +1,188 @@
+"""Whole training steps as CUDA graphs: forward, backward and optimizer are one launch for the host.
+
+Below some milliseconds of work a step is bound by the host, which launches hundreds of kernels. A captured step
+replays them all at once. It reads the same memory each time, so batches are copied into the tensors that it was
+captured with, and nothing in it may depend on Python: each combination of shapes and of whatever else changes the
+code, such as ``(dp, keep)`` of the patterns, is a *key* with a graph of its own.
+
+Nothing here waits for the device, but for the capture itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Step = Callable[[Sequence[Tensor]], Any]
+
+
+class Capture(Protocol):
+    """What captures a step; :class:`CudaCapture` but in tests."""
+
+    @property
+    def recording(self) -> bool:
+        """Whether what runs now is being captured."""
+
+    def warm_up(self, run: Callable[[], Any]) -> Any:
+        """Run, and return the result."""
+
+    def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Record without running; return the result's tensors and what replays into them."""
+
+
+class CudaCapture:
+    """Captures with ``torch.cuda.CUDAGraph``; all graphs share one pool of memory, as steps never overlap."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: Any = None
+
+    @property
+    def recording(self) -> bool:
+        """As in :class:`Capture`."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def warm_up(self, run: Callable[[], Any]) -> Any:
+        """Run on the stream on which steps are captured, as autograd remembers streams."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = run()
+        current.wait_stream(self._stream)
+        return result
+
+    def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """As in :class:`Capture`."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = run()
+        self._pool = graph.pool()
+        return result, graph.replay
+
+
+@dataclass
+class _Captured:
+    inputs: list[Tensor]
+    result: Any
+    replay: Callable[[], None]
+
+
+@dataclass
+class Counts:
+    """Steps so far.
+
+    Attributes:
+        replayed: Steps that were one launch.
+        warmed_up: Steps that ran eagerly so that what is captured has been compiled, tuned and allocated.
+        eager: Further steps that ran eagerly.
+        reasons: Why they did.
+    """
+
+    replayed: int = 0
+    warmed_up: int = 0
+    eager: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        text = f"{self.replayed} steps replayed, {self.warmed_up} to warm up, {self.eager} eager"
+        return text + "".join(f"\n  {count} eager: {reason}" for reason, count in self.reasons.most_common())
+
+
+class StepGraphs:
+    """Runs steps as captured graphs where it can, and eagerly where it cannot.
+
+    Args:
+        capture: What captures.
+        warmup: Eager steps before a key is captured, >= 1: the optimizer's state must exist.
+        max_graphs: Most graphs; steps of further keys run eagerly.
+    """
+
+    def __init__(self, capture: Capture, warmup: int = 3, max_graphs: int = 16) -> None:
+        if warmup < 1:
+            raise ValueError(f"StepGraphs: warmup must be at least 1, got {warmup}")
+        if max_graphs < 1:
+            raise ValueError(f"StepGraphs: max_graphs must be at least 1, got {max_graphs}")
+        self.counts = Counts()
+        self._capture, self._warmup, self._max_graphs = capture, warmup, max_graphs
+        self._seen: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, _Captured] = {}
+        self._refused: dict[Hashable, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(self, key: Hashable, inputs: Sequence[Tensor], step: Step) -> Any:
+        """One step.
+
+        Args:
+            key: What the code of the step depends on, beside the shapes of its inputs.
+            inputs: Tensors that change from step to step, on the device.
+            step: Computes the step from such tensors. It is called for eager steps and for captures; what it returns,
+                tensors in any nesting, is overwritten by the next replay.
+
+        Returns:
+            What the step returns.
+        """
+        key = (key, tuple((t.shape, t.dtype, t.device) for t in inputs))
+        if key in self._graphs:
+            return self._replay(self._graphs[key], inputs)
+        if key in self._refused:
+            return self._eager(inputs, step, self._refused[key])
+        self._seen[key] += 1
+        if self._seen[key] <= self._warmup:
+            self.counts.warmed_up += 1
+            return self._capture.warm_up(lambda: step(inputs))
+        if len(self._graphs) >= self._max_graphs:
+            return self._eager(inputs, step, f"more than {self._max_graphs} combinations of shapes and settings")
+        static = [t.clone() for t in inputs]
+        try:
+            result, replay = self._capture.capture(lambda: step(static))
+        except Exception as error:
+            # Whatever the step does that no graph can hold, such as reading a value on the host.
+            self._refused[key] = f"the capture failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+            return self._eager(inputs, step, self._refused[key])
+        self._graphs[key] = _Captured(static, result, replay)
+        return self._replay(self._graphs[key], inputs)
+
+    def _replay(self, captured: _Captured, inputs: Sequence[Tensor]) -> Any:
+        for static, given in zip(captured.inputs, inputs, strict=True):
+            static.copy_(given, non_blocking=True)
+        captured.replay()
+        self.counts.replayed += 1
+        return captured.result
+
+    def _eager(self, inputs: Sequence[Tensor], step: Step, reason: str) -> Any:
+        self.count_eager(reason)
+        return step(inputs)
+
+    def count_eager(self, reason: str) -> None:
+        """Count a step that ran eagerly, here or elsewhere."""
+        self.counts.eager += 1
+        self.counts.reasons[reason] += 1
+
+
+def split_tensors(batch: Any) -> tuple[list[Tensor], Hashable, Callable[[Sequence[Tensor]], Any]]:
+    """Tensors of a batch, what else it is (for a key), and what puts tensors in their places.
+
+    Raises:
+        TypeError: The batch holds something beside tensors that cannot be compared.
+    """
+    leaves, spec = tree_flatten(batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    hash(others)
+
+    def put(given: Sequence[Tensor]) -> Any:
+        remaining = iter(given)
+        filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tree_unflatten(filled, spec)
+
+    return tensors, (str(spec), others), put
