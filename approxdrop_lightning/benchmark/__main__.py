@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from approxdrop_lightning.benchmark import contenders, measure, ops, workloads
+from approxdrop_lightning.benchmark import contenders, gpu, measure, ops, workloads
 from approxdrop_lightning.benchmark.contenders import BASELINES, PATTERNS
 from approxdrop_lightning.benchmark.workloads import Workload
 from approxdrop_lightning.memory import keep_freed_memory
@@ -28,6 +29,9 @@ BATCH = {"mlp": 128, "lstm": 20, "transformer": 20, "sign": 5000, "ctr": 4096}
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Run the benchmark; returns the rows of its table."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["gpu"]:
+        return gpu.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.malloc == "keep":
         keep_freed_memory()
@@ -59,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m approxdrop_lightning.benchmark",
         description="Whole training steps (draw, forward, loss, backward, optimizer), all contenders taking turns.",
+        epilog="`gpu` instead, with options of its own: all that a GPU can show within some minutes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("kind", choices=(*BATCH, "ops", "all"))

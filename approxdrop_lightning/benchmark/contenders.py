@@ -48,10 +48,21 @@ class Step:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, fused=True)
         self._forward = torch.compile(self.model) if self.compiled else self.model
 
-    def loss_and_gradients(self) -> Tensor:
-        """Draw the patterns, run forward and backward."""
+    def compile(self, backend: str = "inductor") -> None:
+        """Run the network under ``torch.compile`` from now on."""
+        self._forward, self.compiled = torch.compile(self.model, backend=backend), True
+
+    def draw(self) -> None:
+        """Draw the patterns, if the network has any."""
         if self.report is not None:
             resample(self.model)
+
+    def loss_and_gradients(self) -> Tensor:
+        """Draw the patterns, run forward and backward."""
+        self.draw()
+        return self._loss_and_gradients()
+
+    def _loss_and_gradients(self) -> Tensor:
         x, y = self.workload.batch
         loss = F.cross_entropy(self._forward(x), y)
         loss.backward()
@@ -59,11 +70,17 @@ class Step:
 
     def __call__(self) -> None:
         """The whole step: draw, forward, loss, backward, clipping if any, optimizer."""
+        self.draw()
+        self.after_draw()
+
+    def after_draw(self) -> Tensor:
+        """All of the step but the draw, which is what a CUDA graph can hold; returns the loss."""
         self.optimizer.zero_grad()
-        self.loss_and_gradients()
+        loss = self._loss_and_gradients()
         if self.workload.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.workload.clip)
         self.optimizer.step()
+        return loss
 
 
 def contender(workload: Workload, name: str, rate: float, seed: int = 0, **options: Any) -> Step:
