@@ -99,6 +99,7 @@ class ApproxDropout(Callback):
             self._conversion = convert(pl_module, self.options, seed, rank)
         except ValueError as error:
             raise MisconfigurationException(f"ApproxDropout: {error}") from error
+        self._conversion.stepping = False  # until a batch comes
         self.report, self._reported = self._conversion.report, False
         if self._saved_sites not in (None, self._sites(self._conversion)):
             self._forget()  # what an earlier fit of another model has left is no checkpoint
@@ -142,6 +143,7 @@ class ApproxDropout(Callback):
         if patterns:
             self._dropped += sum(1 - p.share for p in patterns) / len(patterns)
             self._steps += 1
+        self._conversion.stepping = False  # what is called in training mode after it, dropout as a sampler, is stock
         if not self._reported:
             self._reported = True
             self._conversion.end()  # of later steps it is the next one's beginning that does it

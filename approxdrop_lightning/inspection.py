@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _FUNCTIONS = {
     getattr(home, name)
     for home in (torch, torch.nn.functional)
@@ -22,7 +23,7 @@ _FUNCTIONS = {
 
 
 def functional_dropouts(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Find calls such as ``F.dropout(x)`` in the classes of a model's modules.
+    """Find calls such as ``F.dropout(x)``, or attention with a ``dropout_p``, in the classes of a model's modules.
 
     Read from the source, so a call is found before anything runs; code without source, and functions that
     the classes call, are not looked into.
@@ -47,8 +48,16 @@ def functional_dropouts(model: nn.Module) -> Iterator[tuple[str, str]]:
         scope = vars(sys.modules.get(cls.__module__, object()))
         file = (inspect.getsourcefile(cls) or "?").rsplit("/", 1)[-1]
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and _resolve(node.func, scope) in _FUNCTIONS:
+            if isinstance(node, ast.Call) and _drops(node, _resolve(node.func, scope)):
                 yield name, f"{file}:{first + node.lineno - 1}"
+
+
+def _drops(call: ast.Call, function: Any) -> bool:
+    """Whether a call is one of dropout, or of attention with a rate of dropout."""
+    if function is _ATTENTION:
+        rates = [k.value for k in call.keywords if k.arg == "dropout_p"] + call.args[4:5]
+        return any(not (isinstance(rate, ast.Constant) and not rate.value) for rate in rates)
+    return function in _FUNCTIONS
 
 
 def _resolve(node: ast.expr, scope: dict[str, Any]) -> Any:

@@ -51,12 +51,24 @@ class Row:
             return "nothing: the rate is 0"
         if self.site.too_small and not self.site.skips:
             return f"nothing: {self.site.too_small}"
-        if not self.site.last_patterns and not self.site.producers | self.site.consumers | self.site.dense_readers:
+        if self.site.conventional:
+            return f"nothing: {self.site.conventional}"
+        if self.is_unseen:
             if self.site.steps:
-                return "nothing: not called in training mode so far (frozen or not used)"
+                own = self.rate if self.own_rate is None else self.own_rate
+                return (
+                    "nothing: not called in training mode so far: frozen, not used, or a function (of attention, for "
+                    f"one) is given its rate, the model's own of {own:g}"
+                )
             return "not known before the first training batch"
         skipped = " and ".join(self.site.skips)
         return "; ".join([skipped, *self.site.remarks]) if skipped else f"nothing: {'; '.join(self.site.remarks)}"
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether it became a site that has dropped nothing so far."""
+        site = self.site
+        return site is not None and not (site.last_patterns or site.producers | site.consumers | site.dense_readers)
 
 
 @dataclass
@@ -72,6 +84,8 @@ class Report:
     work: list[Ledger] = field(default_factory=list)
     #: Multiplies of all other layers.
     elsewhere: int = 0
+    #: Linear layers that could not be converted, and why.
+    notes: list[str] = field(default_factory=list)
 
     def _products(self) -> list[tuple[int, float]]:
         """Multiplies and expected executed share of each product of the last step."""
@@ -85,6 +99,22 @@ class Report:
         code forms by functions of PyTorch are not.
         """
         return sum(n * (1 - share) for n, share in self._products()) / self.multiplies if self.multiplies else 0.0
+
+    @property
+    def saved_time(self) -> float:
+        """Share of the time of the model's products that is saved in expectation on this device, in [0, 1).
+
+        What each product saves of its multiplies, as far as it exceeds what skipping costs by the measure of the
+        policy (:func:`.policy.least_saved`). All other work takes the time it takes: normalisation,
+        activations, the loss, the optimizer.
+        """
+        net = 0.0
+        for work in self.work:
+            for sites, n in work.items():
+                overheads = [site.overhead for site in sites if site is not None]
+                if overheads:
+                    net += max(n * (1 - _executed(*sites)) - max(overheads) * work.calls[sites], 0.0)
+        return net / self.multiplies if net else 0.0
 
     @property
     def multiplies(self) -> int:
@@ -128,17 +158,21 @@ class Report:
 
     @property
     def _total(self) -> str:
-        return f"saved in expectation: {self.saved:.0%} of the model's multiplies"
+        return (
+            f"saved in expectation: {self.saved_time:.0%} of the time of the model's products "
+            f"({self.saved:.0%} of their multiplies, less what skipping costs)"
+        )
 
     def __str__(self) -> str:
-        return f"{text_table(_COLUMNS, self._cells())}\n{self._total}"
+        return "\n".join([text_table(_COLUMNS, self._cells()), *self.notes, self._total])
 
     def _repr_html_(self) -> str:
         """The table as a notebook shows it."""
         lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in _COLUMNS)}</tr>"]
         for row in self._cells():
             lines.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>")
-        return f"<table>{''.join(lines)}</table><p>{html.escape(self._total)}</p>"
+        below = "".join(f"<p>{html.escape(line)}</p>" for line in (*self.notes, self._total))
+        return f"<table>{''.join(lines)}</table>{below}"
 
 
 def _executed(before: Site | None, after: Site | None) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from approxdrop_lightning.layers import (
     TileLSTM,
     TileSite,
 )
-from approxdrop_lightning.layers.converted import Converted, give_back
+from approxdrop_lightning.layers.converted import Converted, attributes, class_for, give_back
 from approxdrop_lightning.layers.lazy_tensor import settle
 from approxdrop_lightning.multiplies import Count
 from approxdrop_lightning.options import Options
@@ -41,6 +42,43 @@ class NotRestoredWarning(UserWarning):
     """The class of a layer could not be put back. It computes as the stock layer all the same."""
 
 
+@dataclass
+class _Layer:
+    """A converted layer.
+
+    Attributes:
+        name: Its name in the model.
+        ref: The layer.
+        cls: Its class in training.
+        attributes: What it has beside the stock layer, while it is one; else nothing.
+    """
+
+    name: str
+    ref: weakref.ref[nn.Module]
+    cls: type
+    attributes: dict[str, Any]
+
+    def wake(self) -> None:
+        """Convert it, if it is in training mode and nobody else has changed its class."""
+        module = self.ref() if self.attributes else None
+        if module is None or not module.training or type(module) is not vars(self.cls)["stock"]:
+            return
+        module.__class__ = self.cls
+        for name, value in self.attributes.items():
+            # Past nn.Module.__setattr__: nothing of ours may be registered or saved.
+            object.__setattr__(module, name, value)
+        self.attributes = {}
+
+    def rest(self) -> None:
+        """Make it the stock layer."""
+        module = self.ref()
+        if module is None or type(module) is not self.cls:
+            return
+        mine = attributes(self.cls) & module.__dict__.keys()
+        self.attributes = {name: module.__dict__[name] for name in mine}
+        give_back(module)
+
+
 class Conversion:
     """What was done to a model: its report, samplers and converted layers."""
 
@@ -49,7 +87,9 @@ class Conversion:
         self.options, self.seed, self.rank = options, seed, rank
         self.report = Report()
         self.samplers: dict[float, PatternSampler] = {}
-        self._layers: list[tuple[str, weakref.ref[nn.Module]]] = []
+        #: Whether a step is under way. Loops of one's own do not say where it ends.
+        self.stepping = True
+        self._layers: dict[int, _Layer] = {}
         self._others: list[weakref.ref[nn.Module]] = []
         self._count: Count | None = None
 
@@ -84,20 +124,24 @@ class Conversion:
 
     def swap(self, module: nn.Module, cls: type, **attributes: Any) -> None:
         """Change a layer's class in place: same object, same parameters, same hooks."""
-        module.__class__ = cls
-        for name, value in (attributes | {"owner": (weakref.ref(module), weakref.ref(self))}).items():
-            # Past nn.Module.__setattr__: nothing of ours may be registered or saved.
-            object.__setattr__(module, name, value)
-        self._layers.append(
-            (attributes["name"] if "name" in attributes else attributes["site"].name, weakref.ref(module))
-        )
+        name = attributes["name"] if "name" in attributes else attributes["site"].name
+        ref = weakref.ref(module)
+        layer = _Layer(name, ref, class_for(cls, type(module)), attributes | {"owner": (ref, weakref.ref(self))})
+        self._layers[id(module)] = layer
+        layer.wake()
         if "work" in attributes:
             self.report.work.append(attributes["work"])
+
+    def rest(self, module: nn.Module) -> None:
+        """Make a layer of which nothing is asked the stock one until the next step."""
+        layer = self._layers.get(id(module))
+        if layer is not None and layer.ref() is module:
+            layer.rest()
 
     @property
     def layers(self) -> list[nn.Module]:
         """The converted layers that are still there, in the model or in somebody else's hands."""
-        return [layer for _, ref in self._layers if (layer := ref()) is not None]
+        return [module for layer in self._layers.values() if (module := layer.ref()) is not None]
 
     @property
     def others(self) -> list[nn.Module]:
@@ -110,6 +154,9 @@ class Conversion:
 
     def resample(self, fresh: bool = True) -> None:
         """Begin a training step: with the next patterns, or with those of the last step again."""
+        for layer in self._layers.values():
+            layer.wake()
+        self.stepping = True
         if fresh:
             for sampler in self.samplers.values():
                 sampler.draw()
@@ -147,14 +194,14 @@ class Conversion:
             self.end()
         except Exception as error:  # somebody took from a layer what it learns with
             failed.append(f"what its layers have learned ({error!r})")
-        for name, ref in self._layers:
-            layer = ref()
+        for layer in self._layers.values():
+            module = layer.ref()
             try:
-                if layer is not None:
-                    give_back(layer)
+                if module is not None:
+                    give_back(module)
             except Exception as error:
-                failed.append(f"{name} of the class {type(layer).__name__} ({error})")
-        self._layers = []
+                failed.append(f"{layer.name} of the class {type(module).__name__} ({error})")
+        self._layers = {}
         if failed:
             warnings.warn(
                 f"not restored: {'; '.join(failed)}. These layers compute as the stock ones all the same",
@@ -190,7 +237,7 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 _convert_dropout(conversion, name, module)
-            elif type(module) is nn.LSTM:
+            elif isinstance(module, nn.LSTM) and (computes_as(module, nn.LSTM) or module.dropout):
                 _convert_lstm(conversion, name, module)
             elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout:
                 what = "attention weights" if isinstance(module, nn.MultiheadAttention) else "between its layers"
@@ -205,8 +252,10 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
         raise
     if any(site.rate for site in conversion.report.sites):
         for name, module in model.named_modules():
-            if type(module) is nn.Linear and "weight" in module._parameters:
+            if computes_as(module, nn.Linear) and "weight" in module._parameters:
                 _convert_linear(conversion, name, module)
+            elif isinstance(module, nn.Linear) and not type(module).__module__.startswith("torch."):
+                conversion.report.notes.append(f"{name} is left as it is: {_own_forward(module)}")
         conversion.stays(model.modules())
     else:
         warnings.warn(f"no dropout could be converted:\n{conversion.report}", NoEffectWarning, stacklevel=3)
@@ -229,9 +278,27 @@ def _release(model: nn.Module) -> None:
             give_back(layer)
 
 
+def computes_as(module: nn.Module, stock: type[nn.Module]) -> bool:
+    """Whether a module is of a stock class, or of one derived from it that changes nothing of what it computes."""
+    cls = type(module)
+    if cls is stock:
+        return True
+    if not isinstance(module, stock) or isinstance(module, (Converted, nn.modules.lazy.LazyModuleMixin)):
+        return False
+    methods = ("forward", "__call__", "check_forward_args", "permute_hidden", "__getattr__", "train")
+    same = all(getattr(cls, name, None) is getattr(stock, name, None) for name in methods)
+    return same and not cls.__module__.startswith("torch.")  # which has reasons for its own
+
+
+def _own_forward(module: nn.Module) -> str:
+    return f"its class {type(module).__name__} has code of its own for what it computes"
+
+
 def _convert_dropout(conversion: Conversion, name: str, module: nn.modules.dropout._DropoutNd) -> None:
-    if type(module) is not nn.Dropout:
+    if not isinstance(module, nn.Dropout):
         conversion.left(name, module.p, f"{type(module).__name__} drops other things than units")
+    elif not computes_as(module, nn.Dropout):
+        conversion.left(name, module.p, _own_forward(module))
     elif conversion.rate(module.p) == module.p == 0:
         conversion.left(name, 0.0, "the rate is 0")
     elif conversion.rate(module.p) >= 1:
@@ -259,7 +326,7 @@ def _convert_linear(conversion: Conversion, name: str, module: nn.Linear) -> Non
 
 def _convert_lstm(conversion: Conversion, name: str, module: nn.LSTM) -> None:
     inner = [f"{name} (after layer {i})" for i in range(module.num_layers - 1)] if module.dropout else []
-    reason = ApproxLSTM.unsupported(module)
+    reason = ApproxLSTM.unsupported(module) if computes_as(module, nn.LSTM) else _own_forward(module)
     if reason is None and "weight_ih_l0" not in module._parameters:
         reason = "its weights are parametrized"
     if reason is None and inner and conversion.rate(module.dropout) >= 1:

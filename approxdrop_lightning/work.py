@@ -16,6 +16,8 @@ class Ledger(dict[tuple[Any, Any], int]):
     def __init__(self) -> None:
         super().__init__()
         self._stale = self._closed = False
+        #: Number of products of each entry.
+        self.calls: dict[tuple[Any, Any], int] = {}
 
     def begin(self, open_: bool) -> None:
         """Start a step; the last entries stay until a product is recorded."""
@@ -27,5 +29,8 @@ class Ledger(dict[tuple[Any, Any], int]):
             return
         if self._stale:
             self.clear()
+            self.calls.clear()
             self._stale = False
-        self[before, after] = self.get((before, after), 0) + multiplies
+        sites = before, after
+        self[sites] = self.get(sites, 0) + multiplies
+        self.calls[sites] = self.calls.get(sites, 0) + 1

@@ -38,7 +38,10 @@ def test_a_frozen_part_is_reported():
     model[1].eval().requires_grad_(False)
     resample(model)
     model(torch.randn(4, 20)).sum().backward()
-    assert report["1.3"].skipped == "nothing: not called in training mode so far (frozen or not used)"
+    assert report["1.3"].skipped == (
+        "nothing: not called in training mode so far: frozen, not used, or a function (of attention, for one) is "
+        "given its rate, the model's own of 0.5"
+    )
     assert report["0"].consumers == ()  # layer 1.0 evaluates, so it reads everything
     assert "producer's rows and consumers' columns" in report["4"].skipped
 

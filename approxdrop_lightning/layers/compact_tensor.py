@@ -17,6 +17,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     Autocast,
     LazyTensor,
     has_tensor,
+    note_backward,
     reshaped_leading,
     saving_as_where,
     saving_hooks,
@@ -33,6 +34,7 @@ class Reader(Protocol):
 
     name: str
     backend: str
+    steps: int
 
     def read_kept(self, name: str) -> None:
         """A layer of that name reads kept values only."""
@@ -291,10 +293,16 @@ class CompactTensor(LazyTensor):
             if place.tensor is not None:
                 return self._as_function_of_itself()
             place = place.above
-        return self.held.compute()
+        dense = self.held.compute()
+        if self.held.site.steps < 2 and dense.requires_grad:  # has resample been forgotten? Later it has not.
+            dense.register_hook(note_backward)
+        return dense
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.linear:
+            weight = args[0] if args else kwargs["weight"]
+            if weight.dim() != 2 or not self.serves(math.prod(self.held.shape) * len(weight)):
+                return NotImplemented
             return self.linear(*args, **kwargs)
         if func in _SCALES and len(args) == 1 and isinstance(args[0], (int, float)) and not kwargs:
             # inf and 0 divisors make NaN of a dropped zero: let the dense tensor show it.

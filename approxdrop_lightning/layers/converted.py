@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import weakref
 from typing import Any, ClassVar
 
@@ -14,13 +15,17 @@ _ANY: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.LSTM: (1, 1, 1, True, False, 0.0, False, 0, "meta"),
 }
 
+#: Classes of ours that are of a user's class, too.
+_DERIVED: dict[tuple[type, type], type] = {}
+
 
 class Converted:
     """A stock layer under another class, for as long as a conversion has it.
 
     A layer of which no conversion knows (any more) computes what the stock layer computes: one whose class somebody
     put back after the conversion had ended, or whose model is gone. Copies and pickles are stock layers: the patterns
-    of a conversion are drawn for its own layers only.
+    of a conversion are drawn for its own layers only. In evaluation mode the very class is the stock one, so that
+    tools which look at classes find what they know; the next training step puts it back.
     """
 
     #: The class of PyTorch in whose place the layer stands.
@@ -33,6 +38,35 @@ class Converted:
         """Whether the layer is part of a conversion that has not ended."""
         return self.owner is not None and self.owner[0]() is self and self.owner[1]() is not None
 
+    @property
+    def drops(self) -> bool:
+        """Whether a training step of its conversion is under way: outside of one it is the stock layer."""
+        if self.owner is None or self.owner[0]() is not self:
+            return False
+        conversion = self.owner[1]()
+        return conversion is not None and conversion.stepping
+
+    @property
+    def training(self) -> bool:
+        """As of every module."""
+        return self.__dict__["training"]
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["training"] = mode
+        if not mode:
+            self._rest()
+
+    def _rest(self) -> None:
+        conversion = self.owner[1]() if self.owner is not None and self.is_live else None
+        if conversion is not None:
+            conversion.rest(self)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by ``torch.jit.script``, which compiles the code of classes."""
+        self._rest()
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the stock layer, by which copies and pickles are made."""
         reduced: Any = super().__reduce_ex__(protocol)
@@ -42,8 +76,25 @@ class Converted:
             state = {name: value for name, value in state.items() if name not in ours}
         if "stock" in vars(type(self)):  # else it is a class of others' that derives from ours
             # Not by `__newobj__`, which picklers refuse for another class than the object's.
-            make, arguments = self.stock, _ANY[self.stock]
+            known = self.stock in _ANY
+            make, arguments = (
+                (self.stock, _ANY[self.stock]) if known else (copyreg._reconstructor, (self.stock, object, None))  # type: ignore[attr-defined]
+            )
         return (make, arguments, state, *rest)
+
+
+def class_for(ours: type, stock: type[nn.Module]) -> type:
+    """The class of a converted layer: ours, or one that is of a user's class, too.
+
+    Args:
+        ours: Class of this package, in the place of a class of PyTorch.
+        stock: That class, or one derived from it that computes as it does.
+    """
+    if vars(ours)["stock"] is stock:
+        return ours
+    if (ours, stock) not in _DERIVED:
+        _DERIVED[ours, stock] = type(ours.__name__, (ours, stock), {"stock": stock})
+    return _DERIVED[ours, stock]
 
 
 def attributes(cls: type) -> set[str]:

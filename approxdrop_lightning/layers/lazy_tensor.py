@@ -220,6 +220,8 @@ class _Storage:
 
 #: Lazy tensors whose values a change elsewhere might change, as long as somebody holds them.
 _waiting: list[weakref.ref[LazyTensor]] = []
+_passes = 0
+_last_pass = -1
 _MANY = 4096
 
 
@@ -228,7 +230,10 @@ def settle() -> None:
 
     Called when a backward pass begins and when a step ends. Most often nobody holds any.
     """
-    global _waiting
+    global _waiting, _passes, _last_pass
+    backward_pass = torch._C._current_graph_task_id()
+    if backward_pass not in (-1, _last_pass):
+        _passes, _last_pass = _passes + 1, backward_pass
     if not _waiting:
         return
     refs, _waiting = _waiting, []
@@ -236,6 +241,16 @@ def settle() -> None:
         tensor = ref()
         if tensor is not None and tensor.is_lazy and tensor.held.may_change and not tensor.held.has_changed:
             tensor.dense()
+
+
+def backward_passes() -> int:
+    """How many backward passes have gone by a site so far."""
+    return _passes
+
+
+def note_backward(grad: Tensor) -> None:
+    """A hook by which those notice a backward pass that have no node in it."""
+    settle()
 
 
 def _wait(ref: weakref.ref[LazyTensor]) -> None:

@@ -63,7 +63,7 @@ class ApproxLinear(Converted, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         x = input  # the name by which nn.Linear may be called
-        if not (self.training and torch.is_grad_enabled() and self.is_live) or is_transformed():
+        if not (self.training and torch.is_grad_enabled() and self.drops) or is_transformed():
             return super().forward(as_dense(x))
         shape = shape_of(x)
         if shape[-1:] != (self.in_features,):

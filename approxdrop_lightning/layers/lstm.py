@@ -63,8 +63,8 @@ class ApproxLSTM(Converted, nn.LSTM):
     @run_eagerly
     def forward(self, input: Tensor | PackedSequence, hx: _State | None = None) -> tuple[Any, _State]:
         """As ``nn.LSTM``: ``[T, B, input]`` (``[B, T, input]`` if ``batch_first``, ``[T, input]`` unbatched)."""
-        if not (self.training and self.is_live) or isinstance(input, PackedSequence):
-            return super().forward(as_dense(input), hx)
+        if not (self.training and self.drops) or isinstance(input, PackedSequence):
+            return self._stock(input, hx)
         x = input  # the name by which nn.LSTM may be called
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             return super().forward(as_dense(x), hx)  # it raises nn.LSTM's own error
@@ -88,6 +88,23 @@ class ApproxLSTM(Converted, nn.LSTM):
         if not batched:
             x, h, c = x.squeeze(batch_dim), h.squeeze(1), c.squeeze(1)
         return x, (h, c)
+
+    def _stock(self, input: Tensor | PackedSequence, hx: _State | None) -> tuple[Any, _State]:
+        """As the stock layer; in training with the rate that was asked for."""
+        if not (self.training and self.drops and isinstance(input, PackedSequence)):
+            return super().forward(as_dense(input), hx)
+        own, self.dropout = self.dropout, self.sites[0].rate if self.sites else self.dropout
+        for site in self.sites:
+            site.conventional = f"nn.LSTM runs packed sequences, with conventional dropout of {site.rate:g}"
+        for site in self.recurrent_sites:
+            site.conventional = "nn.LSTM runs packed sequences, without recurrent dropout"
+        if torch.is_grad_enabled():
+            weights = sum(p.numel() for p in self._parameters.values() if p is not None and p.dim() == 2)
+            self.work.note(None, None, len(input.data) * weights)
+        try:
+            return super().forward(input, hx)
+        finally:
+            self.dropout = own
 
     def _layer(self, layer: int, x: Tensor, state: _State) -> tuple[Tensor, _State]:
         """One layer, reading ``x`` dense, compact with a shared pattern, or compact and interleaved."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,13 @@ from torch import Tensor, nn
 
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
 from approxdrop_lightning.layers.converted import Converted
-from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly, shape_of
+from approxdrop_lightning.layers.lazy_tensor import (
+    as_dense,
+    backward_passes,
+    note_backward,
+    run_eagerly,
+    shape_of,
+)
 from approxdrop_lightning.layers.linear import PendingLinear
 from approxdrop_lightning.ops.derivative import batch_of_transforms, is_transformed, outside_of_transforms
 from approxdrop_lightning.patterns.row import RowPattern
@@ -19,6 +27,11 @@ from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 from approxdrop_lightning.policy import least_saved
 
 Pattern = RowPattern | TilePattern | BernoulliPattern
+
+#: Patterns that a site holds at most, and backward passes of one step at which it says that there are too many.
+_MOST_HELD = 1024
+_MANY_PASSES = 100
+_WARNED: weakref.WeakSet[PatternSampler] = weakref.WeakSet()
 
 
 class Site:
@@ -57,14 +70,19 @@ class Site:
         self.dense_readers: set[str] = set()
         #: Why a use was masked and computed densely, if one was.
         self.too_small: str | None = None
+        #: Why a stock layer drops in its place, if one does.
+        self.conventional: str | None = None
+        #: What a product that skips costs beyond its multiplies, in multiplies, as the policy takes it.
+        self.overhead = 0
         self.steps = 0
         self._patterns: list[Any] = []
-        self._uses = 0
+        self._uses = self._forgotten = 0
+        self._passes_before = backward_passes()
 
     @property
     def last_patterns(self) -> tuple[Pattern, ...]:
         """Patterns of the last training forward, in order of use."""
-        return tuple(self._patterns[: self._uses])
+        return tuple(self._patterns[: self._uses - self._forgotten])
 
     @property
     def scale(self) -> float:
@@ -80,10 +98,11 @@ class Site:
 
     def begin(self, fresh: bool = True) -> None:
         """Begin a forward pass: with fresh patterns, or with those of the last one again."""
-        self._uses = 0
-        self.steps += 1
-        if fresh:
+        if fresh or self._forgotten:
             self._patterns.clear()
+        self._uses = self._forgotten = 0
+        self._passes_before = backward_passes()
+        self.steps += 1
 
     @property
     def skips(self) -> list[str]:
@@ -109,8 +128,10 @@ class Site:
     def saves_too_few(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a product of so many multiplies is too small to gain by the dropout; then the report says so."""
         saved, least = int(multiplies * self.rate), self.min_multiplies
+        if least is None or not self.overhead:
+            self.overhead = least_saved(device, dtype)
         if least is None:
-            least = least_saved(device, dtype)
+            least = self.overhead
         if saved >= least:
             return False
         if self.too_small is None:
@@ -130,11 +151,27 @@ class Site:
                     "this forward; which pattern is meant cannot be told"
                 )
             return self._patterns[0]
-        if self._uses == len(self._patterns) or not fits(self._patterns[self._uses]):
-            del self._patterns[self._uses :]
+        place = self._uses - self._forgotten
+        if place == len(self._patterns) or not fits(self._patterns[place]):
+            del self._patterns[place:]
+            self._check_resampled()
+            if place == _MOST_HELD:
+                del self._patterns[: place // 2]
+                self._forgotten += place // 2
             self._patterns.append(draw())
         self._uses += 1
-        return self._patterns[self._uses - 1]
+        return self._patterns[self._uses - self._forgotten - 1]
+
+    def _check_resampled(self) -> None:
+        """Warn once if steps go by and nobody says so."""
+        passes = backward_passes() - self._passes_before
+        if passes >= _MANY_PASSES and self.sampler not in _WARNED:
+            _WARNED.add(self.sampler)
+            warnings.warn(
+                f"{self.name}: {passes} backward passes since resample(model) was last called, all with "
+                f"(dp, keep) = ({self.sampler.dp}, {self.sampler.keep}); call it before each training step",
+                stacklevel=2,
+            )
 
     def read_kept(self, name: str) -> None:
         """A layer of that name reads kept units only."""
@@ -160,7 +197,10 @@ class Site:
         if too_narrow := self._too_narrow(pattern):
             self.too_small = too_narrow
             x = as_dense(x)
-            return x * pattern.mask(*shape[:-1], dtype=x.dtype, value=self.scale, device=x.device)
+            y = x * pattern.mask(*shape[:-1], dtype=x.dtype, value=self.scale, device=x.device)
+            if self.steps < 2 and y.requires_grad:  # has resample been forgotten? Later it has not.
+                y.register_hook(note_backward)
+            return y
         if pending is not None and self.saves_too_few(pending.multiplies, pending.device, pending.dtype):
             pending = None
         if pending is None:  # a mask or packed, as its readers wish
@@ -202,7 +242,7 @@ class ApproxDropoutSite(Converted, nn.Dropout):
     @run_eagerly
     def forward(self, input: Tensor) -> Tensor:
         """``[..., n]`` to ``[..., n]``."""
-        if not (self.training and self.is_live):
+        if not (self.training and self.drops):
             return super().forward(input)
         dropped = self.site.drop(input)
         if isinstance(dropped, CompactTensor) and not torch.is_grad_enabled():
