@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.callback import callback_handler
 
 _COUNTED = (nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.Linear)
 
@@ -43,7 +45,8 @@ def multiplies(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 class Count:
     """Counts the multiplies of stock layers during one training step, with forward hooks.
 
-    Remove them with :meth:`stop` after the step: hooks keep some PyTorch layers from their fast paths.
+    Remove them with :meth:`stop` after the step: hooks keep some PyTorch layers from their fast paths. They are also
+    removed when Dynamo starts to compile, since it would guard on them: the pass counts the layers of a graph.
 
     Args:
         modules: Layers to count; those of other kinds are ignored.
@@ -57,6 +60,7 @@ class Count:
             for module in modules
             if isinstance(module, _COUNTED)
         ]
+        callback_handler.register_start_callback(self._remove)
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module.training and torch.is_grad_enabled():
@@ -64,6 +68,11 @@ class Count:
 
     def stop(self) -> None:
         """Remove the hooks."""
+        with contextlib.suppress(ValueError):  # torch.compiler.reset() has forgotten it
+            callback_handler.remove_start_callback(self._remove)
+        self._remove()
+
+    def _remove(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []

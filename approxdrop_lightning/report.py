@@ -49,6 +49,8 @@ class Row:
             return f"nothing: {self.reason}"
         if self.site.rate == 0:
             return "nothing: the rate is 0"
+        if self.site.graph_masked and not self.site.skips:
+            return "nothing: compiled by a backend that does not know it: masked"
         if self.site.too_small and not self.site.skips:
             return f"nothing: {self.site.too_small}"
         if self.site.conventional:

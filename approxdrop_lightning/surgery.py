@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from approxdrop_lightning.graph.book import Book
+from approxdrop_lightning.graph.doors import CHARGE
+from approxdrop_lightning.graph.entrances import Entrances
 from approxdrop_lightning.inspection import functional_dropouts
 from approxdrop_lightning.layers import (
     ApproxDropoutSite,
@@ -92,6 +95,9 @@ class Conversion:
         self._layers: dict[int, _Layer] = {}
         self._others: list[weakref.ref[nn.Module]] = []
         self._count: Count | None = None
+        #: Patterns of compiled graphs, and what watches the compiled parts of an eager model.
+        self.book: Book | None = None
+        self._entrances: Entrances | None = None
 
     def rate(self, own: float) -> float:
         """The rate asked for, else the model's own."""
@@ -165,6 +171,8 @@ class Conversion:
         for site in sites:
             site.begin(fresh)
         self.end()
+        if self.book is not None:
+            self.book.begin()
         if first:
             self._count = Count(self.others, self._note)
         typical = all(sampler.keep < sampler.dp for rate, sampler in self.samplers.items() if rate)
@@ -184,8 +192,25 @@ class Conversion:
             if isinstance(layer, ApproxLinear) and layer.is_live and layer.defers:
                 layer.learn()
 
+    def serve_compiled(self, model: nn.Module) -> None:
+        """Let compiled graphs of the model skip as well."""
+        modules = [m for m in self.layers if isinstance(m, ApproxDropoutSite) and m.site.rate]
+        if self.options.pattern != "row" or not modules:
+            return
+        self.book, self._entrances = Book(self.layers), Entrances(model)
+        for module in modules:
+            self.book.add(module.site, module)
+        self.report.work.append(self.book.work)
+        self.book.begin()
+        CHARGE.take(self.book)
+
     def restore(self) -> None:
         """Give the stock classes back, whatever else has changed the layers; what cannot be is named in a warning."""
+        if self.book is not None:
+            CHARGE.give(self.book.serial)
+            self.book.close()
+        if self._entrances is not None:
+            self._entrances.leave()
         model = self.model()
         if model is not None and _CONVERSIONS.get(model) is self:
             del _CONVERSIONS[model]
@@ -259,6 +284,7 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
         conversion.stays(model.modules())
     else:
         warnings.warn(f"no dropout could be converted:\n{conversion.report}", NoEffectWarning, stacklevel=3)
+    conversion.serve_compiled(model)
     _CONVERSIONS[_key(model)] = conversion
     return conversion
 

@@ -179,19 +179,3 @@ def test_no_grad_forwards_in_training_mode_have_no_history(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(model, callback, Look(), tmp_path=tmp_path)
-
-
-def test_a_compiled_module(tmp_path):
-    """Lightning compiles the steps; the layers that skip run eagerly in between, with the patterns drawn."""
-    weights = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        seed_everything(0)
-        model = Net()
-        callback = ApproxDropout(min_multiplies=0, seed=0)
-        patterns = Patterns(callback)
-        fit(torch.compile(model, backend="aot_eager") if compiled else model, callback, patterns, tmp_path=tmp_path)
-        assert len({step[0] for step in patterns.seen}) == 12
-        assert callback.report["net.2"].producer == "net.0"
-        weights.append(torch.cat([p.detach().view(-1) for p in model.parameters()]))
-    torch.testing.assert_close(*weights)

@@ -59,9 +59,14 @@ class ApproxLinear(Converted, nn.Linear):
     read_whole_too: bool
     work: Ledger
 
-    @run_eagerly
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        if torch.compiler.is_dynamo_compiling():  # the graph's pass makes of it what is to be made
+            return super().forward(input)
+        return self._run(input)
+
+    @run_eagerly
+    def _run(self, input: Tensor) -> Tensor:
         x = input  # the name by which nn.Linear may be called
         if not (self.training and torch.is_grad_enabled() and self.drops) or is_transformed():
             return super().forward(as_dense(x))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from approxdrop_lightning.graph.book import Book, Drawn
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
 from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import (
@@ -26,7 +27,7 @@ from approxdrop_lightning.patterns.sampler import NARROW_BLOCK, PatternSampler
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 from approxdrop_lightning.policy import least_saved
 
-Pattern = RowPattern | TilePattern | BernoulliPattern
+Pattern = RowPattern | TilePattern | BernoulliPattern | Drawn
 
 #: Patterns that a site holds at most, and backward passes of one step at which it says that there are too many.
 _MOST_HELD = 1024
@@ -74,6 +75,10 @@ class Site:
         self.conventional: str | None = None
         #: What a product that skips costs beyond its multiplies, in multiplies, as the policy takes it.
         self.overhead = 0
+        #: Whether a compiled graph ran it as a mask, its backend not knowing the operator.
+        self.graph_masked = False
+        #: Patterns of compiled graphs.
+        self.book: weakref.ref[Book] | None = None
         self.steps = 0
         self._patterns: list[Any] = []
         self._uses = self._forgotten = 0
@@ -82,7 +87,11 @@ class Site:
     @property
     def last_patterns(self) -> tuple[Pattern, ...]:
         """Patterns of the last training forward, in order of use."""
-        return tuple(self._patterns[: self._uses - self._forgotten])
+        eager, book = (
+            tuple(self._patterns[: self._uses - self._forgotten]),
+            None if self.book is None else self.book(),
+        )
+        return eager if eager or book is None else book.drawn(self)
 
     @property
     def scale(self) -> float:
@@ -228,6 +237,11 @@ class ApproxDropoutSite(Converted, nn.Dropout):
 
     stock = nn.Dropout
     site: Site
+    #: What compiled graphs read of it (:mod:`approxdrop_lightning.graph`); no key: it runs eagerly.
+    graph_key: str | None = None
+    graph_table: Tensor
+    graph_dp: int
+    graph_keep: int
 
     @property
     def last_patterns(self) -> tuple[Pattern, ...]:
@@ -239,9 +253,17 @@ class ApproxDropoutSite(Converted, nn.Dropout):
         """Factor of the kept values in this step."""
         return self.site.scale
 
-    @run_eagerly
     def forward(self, input: Tensor) -> Tensor:
         """``[..., n]`` to ``[..., n]``."""
+        # Both are constants to Dynamo; so are the pair and the key, by which each pair has a graph of its own.
+        if torch.compiler.is_dynamo_compiling() and self.graph_key is not None:
+            if not self.training:
+                return super().forward(input)
+            return torch.ops.approxdrop.drop(input, self.graph_table, self.graph_key, self.graph_dp, self.graph_keep)
+        return self._run(input)
+
+    @run_eagerly
+    def _run(self, input: Tensor) -> Tensor:
         if not (self.training and self.drops):
             return super().forward(input)
         dropped = self.site.drop(input)

@@ -107,15 +107,19 @@ class PatternSampler:
         self._support = [s for s, _ in pairs]
         self._cumulative = list(accumulate(k for _, k in pairs))
         self.dp, self.keep = self._support[0]
+        #: Of the step: where in the distribution its pair lies, and the seed of its patterns; compiled graphs choose
+        #: theirs by these.
+        self.quantile, self.seed_of_step = 0.0, 0
         self.draw()
 
     def draw(self) -> tuple[int, int]:
         """Start a step: draw its ``(dp, keep)``."""
-        u = torch.rand((), generator=self._steps, dtype=torch.float64, device="cpu").item() * self._cumulative[-1]
-        index = min(bisect_right(self._cumulative, u), len(self._support) - 1)
+        self.quantile = torch.rand((), generator=self._steps, dtype=torch.float64, device="cpu").item()
+        index = min(bisect_right(self._cumulative, self.quantile * self._cumulative[-1]), len(self._support) - 1)
         self.dp, self.keep = self._support[index]
         seed = int(torch.randint(2**31, (), generator=self._steps, device="cpu"))
-        self._patterns.manual_seed((seed + 1_000_003 * self.rank) % 2**32)
+        self.seed_of_step = (seed + 1_000_003 * self.rank) % 2**32
+        self._patterns.manual_seed(self.seed_of_step)
         return self.dp, self.keep
 
     def pattern(self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = ()) -> RowPattern:
@@ -164,6 +168,8 @@ class PatternSampler:
             "patterns": self._patterns.get_state(),
             "dp": self.dp,
             "keep": self.keep,
+            "quantile": self.quantile,
+            "seed": self.seed_of_step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -181,3 +187,6 @@ class PatternSampler:
         self._steps.set_state(state["steps"].cpu())
         self._patterns.set_state(state["patterns"].cpu())
         self.dp, self.keep = pair
+        # Of the step under way; a state written before there were compiled patterns begins them with the next one.
+        self.quantile = float(state.get("quantile", self.quantile))
+        self.seed_of_step = int(state.get("seed", self.seed_of_step))

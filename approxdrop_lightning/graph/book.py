@@ -1,0 +1,282 @@
+"""Patterns as data: one tensor for all dropouts of a model, written before each batch, read by compiled graphs.
+
+A graph is compiled before widths are known, so the tensor has room to spare; the pass enters each use of a dropout
+when it meets it (:meth:`Book.use`). What a use's table holds depends on the step's seed and on the use alone: not on
+which other uses were entered, or when, so a resumed run has the patterns of one that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from approxdrop_lightning.graph.layout import Layout, Rows, Use, layout_of, mask_of, rows_of, share_of_spare
+from approxdrop_lightning.graph.pairs import Pair, Pairs
+from approxdrop_lightning.work import Ledger
+
+if TYPE_CHECKING:
+    from approxdrop_lightning.layers.site import Site
+
+#: Rows that a group has at least where there are several orders: each order gathers the weight anew.
+LEAST_ROWS = 64
+#: Entries of a new table: room for some hundred layers of 1,024 units.
+_ROOM = 1 << 17
+
+_BOOKS: weakref.WeakValueDictionary[int, Book] = weakref.WeakValueDictionary()
+_SERIAL = itertools.count()
+
+
+@dataclass(eq=False)
+class Entry:
+    """A use of a dropout: where its table is, and from what it is drawn."""
+
+    use: Use
+    site: Site
+    pair: Pair
+    device: torch.device
+    lanes: np.ndarray[Any, Any]  # one random number for each place, and one for the spare place
+    rows: Rows
+    batches: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        return self.use.layout
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Pattern of one use in one step, as :class:`.RowPattern` is to the eager path: for reports and tests."""
+
+    n: int
+    use: Use
+    rows: Rows
+    table: Tensor
+
+    @property
+    def share(self) -> float:
+        """Share of the units kept."""
+        return int(self.use.active(self.table)) / self.use.layout.blocks
+
+    def mask(self, *leading: int, dtype: torch.dtype = torch.bool, value: float = 1) -> Tensor:
+        """Which entries of a batch are kept: ``[*leading, n]``, ``value`` where they are, zero elsewhere."""
+        unscaled = self.use._replace(scale=1.0)
+        mask = mask_of(unscaled, self.table, self.rows, leading, torch.float64)
+        return mask.bool() if dtype == torch.bool else (mask * value).to(dtype)
+
+
+class Book:
+    """The patterns of one converted model, for its compiled graphs.
+
+    Args:
+        layers: Layers that were converted: where they are is asked before each batch, and their names are for the
+            report.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.serial = next(_SERIAL)
+        _BOOKS[self.serial] = self
+        self._layers = [weakref.ref(layer) for layer in layers]
+        #: By ``id``: Dynamo's stack of modules has them so.
+        self.names = {str(id(layer)): str(layer.name) for layer in layers if hasattr(layer, "name")}
+        self._products: dict[str, tuple[Any, Any, int]] = {}
+        #: Multiplies of the compiled products, for the report.
+        self.work = Ledger()
+        self.sites: list[tuple[Site, weakref.ref[nn.Module]]] = []
+        self.tables: dict[torch.device, Tensor] = {}
+        self._host: dict[torch.device, Tensor] = {}
+        self._used: dict[torch.device, int] = {}
+        self._copied: dict[torch.device, Any] = {}
+        self._entries: dict[tuple[Any, ...], Entry] = {}
+        self._pairs: dict[int, Pairs] = {}  # by sampler
+        self._too_small: set[torch.device] = set()
+
+    @property
+    def graphs(self) -> int:
+        """Most graphs of one shape: as all rates draw from one quantile, their pairs do not multiply."""
+        return sum(len(pairs.support) for pairs in self._pairs.values())
+
+    def add(self, site: Site, module: nn.Module) -> None:
+        """A dropout module becomes a reader of the book."""
+        self.sites.append((site, weakref.ref(module)))
+        weakref.finalize(self, _forget, weakref.ref(module))
+        site.book = weakref.ref(self)  # lest a layer that outlives its model keep the book
+        if id(site.sampler) not in self._pairs:
+            self._pairs[id(site.sampler)] = Pairs(site.sampler.distribution)
+        object.__setattr__(module, "graph_key", f"{self.serial}.{len(self.sites) - 1}")
+
+    def begin(self) -> None:
+        """Draw for a step: each site's pair, which is a guard of the compiled code, and the tables."""
+        if not self.sites:
+            return
+        device = self._device()
+        table = self.table(device)
+        u = self.sites[0][0].sampler.quantile
+        for site, ref in self.sites:
+            if (module := ref()) is None:
+                continue
+            dp, keep = self._pairs[id(site.sampler)].at(u)
+            state = vars(module)  # past nn.Module.__setattr__: nothing of ours may be registered or saved
+            state["graph_dp"], state["graph_keep"], state["graph_table"] = dp, keep, table
+        self.fill()
+
+    def _device(self) -> torch.device:
+        layers = (layer for ref in self._layers if (layer := ref()) is not None)
+        parameters = (p for layer in layers for p in layer.parameters())
+        return next((p.device for p in parameters), torch.device("cpu"))
+
+    def table(self, device: torch.device) -> Tensor:
+        """The tensor that compiled graphs on a device read."""
+        if device in self._too_small:
+            self._too_small.remove(device)
+            room = 2 * len(self._host[device])
+            self._entries = {k: e for k, e in self._entries.items() if e.device != device}
+            del self.tables[device]
+        else:
+            room = _ROOM
+        if device not in self.tables:
+            self._host[device] = torch.zeros(room, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+            # A graph that is not entered yet still reads valid places.
+            self.tables[device] = torch.zeros(room, dtype=torch.int64, device=device)
+            self._used[device] = 0
+            torch._dynamo.mark_static_address(self.tables[device])
+        return self.tables[device]
+
+    def pair(self, site: Site) -> Pair:
+        """The pair of this step."""
+        return self._pairs[id(site.sampler)].at(self.sites[0][0].sampler.quantile)
+
+    def use(
+        self, site: Site, number: int, n: int, leading: tuple[int, ...], pair: Pair, device: torch.device
+    ) -> Entry | None:
+        """Enter a use of a site, while a graph is compiled or run for the first time.
+
+        Args:
+            site: The site.
+            number: Which of the site's uses in the graph.
+            n: Units.
+            leading: Shape of the batch (sizes that vary: as they are now).
+            pair: ``(dp, keep)`` of the graph.
+            device: Where the graph runs.
+
+        Returns:
+            The entry, with a table of this step; None if there is no room left, which there will be in the next step.
+        """
+        sampler, (dp, keep) = site.sampler, pair
+        layout = layout_of(
+            n, dp, keep, interleave=sampler.interleave, block_size=sampler.block_size, shuffle=sampler.shuffle
+        )
+        if sampler.interleave and sampler.shuffle and layout.groups > 1 and len(leading) > 1:
+            rows = int(np.prod(leading))
+            layout = layout._replace(orders=max(1, min(sampler.orders, rows // (layout.groups * LEAST_ROWS))))
+        rows_taken = rows_of(layout.all_groups, leading)
+        index = next(i for i, (known, _) in enumerate(self.sites) if known is site)
+        key = (index, number, layout, rows_taken, pair, device)
+        if key in self._entries:
+            return self._entries[key]
+        table, at = self.table(device), self._used[device]
+        if at + layout.size > len(table):
+            self._too_small.add(device)
+            return None
+        self._used[device] += layout.size
+        scale = 1 / (1 - site.rate) if site.scale_by == "rate" else dp / keep
+        first = zlib.crc32(repr((index, number, tuple(layout))).encode())
+        lanes = _mixed(
+            np.arange(layout.orders * layout.blocks + 1, dtype=np.uint64) + (np.uint64(first) << np.uint64(32))
+        )
+        entry = Entry(Use(at, scale, *layout), site, pair, device, lanes, rows_taken)
+        self._entries[key] = entry
+        self._draw(entry)
+        here = slice(at, at + layout.size)
+        # Nobody has read this part yet: a graph that waits for its backward pass need not think it has changed.
+        table.data[here].copy_(self._host[device][here])
+        return entry
+
+    def close(self) -> None:
+        """The conversion has ended: what is compiled from now on is stock dropout."""
+        for _, module in self.sites:
+            _forget(module)
+
+    def fill(self) -> None:
+        """Write the tables of this step: one copy for each device."""
+        waiting: dict[torch.device, tuple[int, int]] = {}
+        now = {id(site.sampler): self.pair(site) for site, _ in self.sites}
+        for entry in self._entries.values():
+            if entry.pair == now[id(entry.site.sampler)]:
+                if entry.device in self._copied and entry.device not in waiting:
+                    self._copied.pop(entry.device).synchronize()  # lest what is still read be overwritten
+                self._draw(entry)
+                at, end = entry.use.at, entry.use.at + entry.layout.size
+                first, last = waiting.get(entry.device, (at, end))
+                waiting[entry.device] = (min(first, at), max(last, end))
+        for device, (first, last) in waiting.items():
+            # By copy_ and not in place of a shared buffer: autograd sees that the tensor has changed.
+            self.tables[device][first:last].copy_(self._host[device][first:last], non_blocking=True)
+            if device.type == "cuda":
+                self._copied[device] = torch.cuda.Event()
+                self._copied[device].record(torch.cuda.current_stream(device))
+
+    def _draw(self, entry: Entry) -> None:
+        s, (dp, keep), sampler = entry.layout, entry.pair, entry.site.sampler
+        host = self._host[entry.device].numpy()[entry.use.at : entry.use.at + s.size]
+        random = _mixed(entry.lanes ^ np.uint64(sampler.seed_of_step * 0x9E3779B97F4A7C15 % 2**64))
+        n = s.orders * s.blocks
+        if sampler.shuffle:
+            block_at = random[:-1].reshape(s.orders, s.blocks).argsort(1)
+        else:  # cell after cell in the natural order, from a random unit on
+            block_at = ((_by_cell(s.blocks, dp) + int(random[0] % np.uint64(s.blocks))) % s.blocks)[None]
+        place = host[:n].reshape(s.orders, s.blocks)
+        np.put_along_axis(place, block_at, np.arange(s.blocks)[None], 1)
+        host[n : 2 * n] = block_at.reshape(-1)
+        host[-1] = s.kept
+        if s.spare and float(random[-1]) / 2.0**64 >= share_of_spare(s, dp, keep):
+            host[-1] -= 1
+
+    def note(self, layer: str, before: Any, after: Any, multiplies: int) -> None:
+        """Note a product of a graph for the report: between two sites, either of which may be None."""
+        # Graphs of other pairs have the same layer: it counts once.
+        self._products[layer] = (before, after, multiplies)
+        self.work.clear()
+        for first, second, number in self._products.values():
+            self.work[first, second] = self.work.get((first, second), 0) + number
+
+    def drawn(self, site: Site) -> tuple[Drawn, ...]:
+        """Patterns of the uses of a site in this step, in the order in which they were entered."""
+        pair = self.pair(site)
+        return tuple(
+            Drawn(e.layout.n, e.use, e.rows, self._host[e.device])
+            for e in self._entries.values()
+            if e.site is site and e.pair == pair
+        )
+
+
+def _forget(ref: weakref.ref[nn.Module]) -> None:
+    """Take from a module what graphs read of it."""
+    if (module := ref()) is not None:
+        for name in ("graph_key", "graph_table", "graph_dp", "graph_keep"):
+            vars(module).pop(name, None)
+
+
+def site_of(key: str) -> tuple[Book, Site]:
+    """The book and the site of an operator's key."""
+    serial, index = key.split(".")
+    book = _BOOKS[int(serial)]
+    return book, book.sites[int(index)][0]
+
+
+def _by_cell(blocks: int, dp: int) -> np.ndarray[Any, Any]:
+    return (np.arange(blocks) % dp).argsort(kind="stable")
+
+
+def _mixed(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The finalizer of SplitMix64 (Steele et al., 2014): a random number for each number."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,91 @@
+"""How the pass is reached: by inductor's hook for a plain ``torch.compile``, and by a backend of its own name."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch._dynamo.config as dynamo
+import torch._inductor.config as inductor
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+from approxdrop_lightning.graph.book import Book
+from approxdrop_lightning.graph.rewrite import rewrite
+
+
+class Pass(CustomGraphPass):
+    """The pass as inductor wants it, after the one that was there before."""
+
+    def __init__(self, before: Any = None) -> None:
+        self.before = before
+
+    def __call__(self, graph: Graph) -> None:
+        befores = self.before if isinstance(self.before, (tuple, list)) else (self.before,)
+        for other in befores:
+            if other is not None:
+                other(graph)
+        gm = graph.owning_module
+        if gm is not None:
+            rewrite(gm)
+
+    def uuid(self) -> Any:
+        """What a cache of compiled graphs must know of the pass."""
+        files = sorted(Path(__file__).parent.rglob("*.py"))
+        own = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        other = getattr(self.before, "uuid", None)
+        return own if self.before is None else (own, other() if other else repr(self.before))
+
+
+class _Charge:
+    """Settings of PyTorch's that are ours as long as a converted model exists."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[int, int] = {}  # by serial of a book: graphs that its model may need
+        self._pass: Pass | None = None
+        self._limits: tuple[int, int] | None = None  # the one found, the one set
+        self._timing: Any = None
+
+    def take(self, book: Book) -> None:
+        """A model is converted; it is given back when its book is gone at the latest."""
+        self._graphs[book.serial] = book.graphs
+        weakref.finalize(book, self.give, book.serial)
+        if not isinstance(inductor.pre_grad_custom_pass, Pass):  # somebody's own pass runs before ours
+            self._pass = Pass(inductor.pre_grad_custom_pass)
+            inductor.pre_grad_custom_pass = self._pass
+        if hasattr(inductor, "pre_grad_pass_timing") and inductor.pre_grad_pass_timing != "early":
+            # Before the cache of compiled graphs is asked, not after: a graph found there has patterns to enter, too.
+            self._timing, inductor.pre_grad_pass_timing = inductor.pre_grad_pass_timing, "early"
+        found = self._limits[0] if self._limits else dynamo.recompile_limit
+        # Two sizes of batches; and twice that, for what was compiled of models before this one counts as well.
+        wanted = max(found + 4 * sum(self._graphs.values()), dynamo.recompile_limit)
+        self._limits = (found, wanted)
+        dynamo.recompile_limit = wanted
+
+    def give(self, serial: int) -> None:
+        """It is restored: what somebody else has set since stays."""
+        if self._graphs.pop(serial, None) is None or self._graphs:
+            return
+        if self._pass is not None and inductor.pre_grad_custom_pass is self._pass:
+            inductor.pre_grad_custom_pass = self._pass.before
+        if self._timing is not None:
+            inductor.pre_grad_pass_timing = self._timing
+        if self._limits is not None and dynamo.recompile_limit == self._limits[1]:
+            dynamo.recompile_limit = self._limits[0]
+        self._pass = self._limits = self._timing = None
+
+
+CHARGE = _Charge()
+
+
+def approxdrop(gm: GraphModule, inputs: list[Tensor], *, mode: str | None = None, options: Any = None) -> Any:
+    """Backend ``torch.compile(model, backend="approxdrop")``: inductor, with the pass whatever its hook holds."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+    rewrite(gm)
+    return compile_fx(gm, inputs, config_patches=patches or None)

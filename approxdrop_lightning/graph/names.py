@@ -1,0 +1,30 @@
+"""Names of a graph's nodes for the report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch.fx import Node
+
+
+def layer_name(node: Node, names: Mapping[str, str]) -> str:
+    """Name in the model of the module that a node comes from, else that of its function.
+
+    Args:
+        node: The node.
+        names: Names of the model's modules by their ``id``, by which Dynamo's stack of modules has them.
+    """
+    stack: dict[str, tuple[str, type]] = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return function_name(node)
+    key, (path, _) = next(reversed(stack.items()))
+    known = names.get(re.sub(r"\D.*", "", key))
+    return known or re.sub(r"^L\['\w+'\]\.?", "", path) or function_name(node)
+
+
+def function_name(node: Node) -> str:
+    """What a node calls."""
+    if node.op == "output":
+        return "the end of the graph"
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,236 @@
+"""The maths of a rewritten graph: packed values, in plain PyTorch calls that a compiler fuses.
+
+Packed values are ``[groups, rows of a group, kept units]``; with them a layer is one batched product. All copies are
+gathers, those of the backward pass too: a gather fuses with what computes its input and with what reads it, a scatter
+needs memory that was zeroed before.
+
+The functions are called while AOTAutograd traces the rewritten graph. ``use``, ``rows`` and ``leading`` are static
+(a leading dimension may be symbolic); ``table`` is the tensor that holds the pattern.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from approxdrop_lightning.graph import native
+from approxdrop_lightning.graph.layout import Rows, Use
+
+
+def group_rows(x: Tensor, rows: Rows) -> Tensor:
+    """``[*leading, n]`` to ``[groups, rows, n]``: a view unless rows are padded."""
+    n = x.shape[-1]
+    if rows.pad:
+        x = torch.nn.functional.pad(x, (0, 0, 0, rows.pad))
+    x = x.reshape(-1, n)
+    if short := -x.shape[0] % rows.groups:
+        x = torch.nn.functional.pad(x, (0, 0, 0, short))
+    return x.view(-1, rows.groups, n).transpose(0, 1)
+
+
+def ungroup_rows(y: Tensor, leading: Sequence[int], rows: Rows) -> Tensor:
+    """Inverse of :func:`group_rows`."""
+    return _unpadded(in_order(y), leading, rows)
+
+
+def in_order(y: Tensor) -> Tensor:
+    """``[groups, rows of a group, n]`` to ``[rows, n]``, padding included."""
+    return y.transpose(0, 1).reshape(-1, y.shape[-1])
+
+
+def _unpadded(y: Tensor, leading: Sequence[int], rows: Rows) -> Tensor:
+    n = y.shape[-1]
+    if rows.pad:
+        y = y[: math.prod(leading[:-1]) * (leading[-1] + rows.pad)].view(*leading[:-1], leading[-1] + rows.pad, n)
+        return y[..., : leading[-1], :].reshape(*leading, n)
+    return y[: math.prod(leading)].view(*leading, n)
+
+
+def pack(x: Tensor, table: Tensor, use: Use, rows: Rows, pieces: int = 1) -> Tensor:
+    """Values of a dense ``[*leading, pieces * n]`` at the places that are kept."""
+    s = use.layout
+    if pieces > 1:
+        return torch.cat([pack(part, table, use, rows) for part in x.chunk(pieces, -1)], -1)
+    x = group_rows(x, rows).unflatten(-1, (s.blocks, s.block))
+    group = torch.arange(s.all_groups, device=x.device)[:, None]
+    return x[group, :, use.kept_blocks(table)].transpose(1, 2).flatten(2)
+
+
+def pack_units(x: Tensor, table: Tensor, use: Use, pieces: int = 1) -> Tensor:
+    """What each group keeps of one value per unit, ``[pieces * n]`` to ``[groups, 1, pieces * width]``."""
+    return _Weights.apply(x.reshape(-1, 1), table, use, None, pieces).transpose(1, 2)
+
+
+def pack_rows(x: Tensor, rows: Rows) -> Tensor:
+    """One value per row, ``[*leading, 1]`` to ``[groups, rows, 1]``."""
+    return group_rows(x, rows)
+
+
+def scaled(values: Tensor, table: Tensor, use: Use) -> Tensor:
+    """The dropout itself, of values of which only the kept ones were computed."""
+    return values * use.factors(table, values.dtype)
+
+
+def unpack(values: Tensor, table: Tensor, use: Use, rows: Rows, leading: Sequence[int]) -> Tensor:
+    """Dense ``[*leading, n]`` with zeros where a unit is dropped: a gather, which fuses with what reads it."""
+    s = use.layout
+    values = values.unflatten(-1, (s.kept, s.block))
+    first = s.shift * torch.arange(s.groups, device=values.device)
+    at = (use.place(table)[:, None, :] - first[:, None]).reshape(s.all_groups, s.blocks)
+    group = torch.arange(s.all_groups, device=values.device)[:, None]
+    dense = values[group, :, at.clamp(0, s.kept - 1)]  # [groups, blocks, rows, block]
+    dense = torch.where(((at >= 0) & (at < s.kept))[:, :, None, None], dense, 0).transpose(1, 2).flatten(2)
+    return ungroup_rows(dense, leading, rows)
+
+
+def mask(x: Tensor, table: Tensor, use: Use, rows: Rows) -> Tensor:
+    """Dropout of a dense tensor as an elementwise function, for who reads all of it."""
+    s, leading = use.layout, x.shape[:-1]
+    row = torch.arange(math.prod(leading), device=x.device)
+    if rows.pad:
+        row = row + rows.pad * (row // leading[-1])
+    keeps = use.keeps(table)[row % rows.groups]
+    flat = x.reshape(-1, s.blocks, s.block)
+    return torch.where(keeps[:, :, None], flat * use.scale, 0).view(x.shape)
+
+
+class _Weights(torch.autograd.Function):
+    """The part of a weight that each group multiplies, ``[groups, outputs, inputs]``; its gradient is a gather too.
+
+    ``pieces``: the outputs are so many runs of ``n``, as gates are; of each the same units are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, table: Tensor, outside: Use | None, inside: Use | None, pieces: int
+    ) -> Tensor:
+        ctx.save_for_backward(table)
+        ctx.uses, ctx.shape, ctx.pieces = (outside, inside), weight.shape, pieces
+        n_out, n_in = weight.shape
+        if inside is None:
+            assert outside is not None
+            o = outside.layout
+            part = weight.view(pieces, o.blocks, o.block, n_in)[:, outside.kept_blocks(table)]
+            return part.transpose(0, 1).reshape(o.all_groups, pieces * o.width, n_in)
+        i, columns = inside.layout, inside.kept_blocks(table)
+        if outside is None:
+            part = weight.view(n_out, i.blocks, i.block)[:, columns]  # [out, groups, kept, block]
+            return part.transpose(0, 1).reshape(i.all_groups, n_out, i.width)
+        o, rows = outside.layout, outside.kept_blocks(table)
+        part = weight.view(pieces, o.blocks, o.block, i.blocks, i.block).permute(1, 3, 0, 2, 4)
+        part = part[rows[:, :, None], columns[:, None, :]]  # [groups, kept out, kept in, pieces, block, block]
+        return part.permute(0, 3, 1, 4, 2, 5).reshape(o.all_groups, pieces * o.width, i.width)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (table,) = ctx.saved_tensors
+        outside, inside = ctx.uses
+        dense = _expanded(grad, table, outside, inside, ctx.pieces)
+        return dense.reshape(ctx.shape), None, None, None, None
+
+
+def _expanded(grad: Tensor, table: Tensor, outside: Use | None, inside: Use | None, pieces: int) -> Tensor:
+    """Dense gradient of :class:`_Weights`: a sum over orders, and over groups where these overlap."""
+    some = outside or inside
+    assert some is not None
+    s = some.layout
+    o_block, o_kept = (outside.block, outside.kept) if outside is not None else (grad.shape[1] // pieces, 1)
+    i_block, i_kept = (inside.block, inside.kept) if inside is not None else (grad.shape[2], 1)
+    # [orders, groups, kept out, kept in, pieces, block out, block in]
+    grad = grad.view(s.orders, s.groups, pieces, o_kept, o_block, i_kept, i_block).permute(0, 1, 3, 5, 2, 4, 6)
+    together = all(use is None or use.layout.disjoint for use in (outside, inside))
+    total: Tensor | None = None
+    for order in range(s.orders):
+        for group in [None] if together else range(s.groups):
+            part = _expanded_one(grad[order], table, outside, inside, order, group)
+            total = part if total is None else total + part
+    assert total is not None
+    return total.permute(2, 0, 3, 1, 4)  # [pieces, blocks out, block out, blocks in, block in]
+
+
+def _expanded_one(
+    grad: Tensor, table: Tensor, outside: Use | None, inside: Use | None, order: int, group: int | None
+) -> Tensor:
+    """What one order's groups add to the gradient; or only one of them."""
+    found: list[tuple[Tensor, Tensor, Tensor] | None] = []
+    for use in (outside, inside):
+        if use is None:
+            found.append(None)
+            continue
+        s, place = use.layout, use.place(table)[order]
+        if group is None:
+            last = s.groups * s.kept
+            safe = place.clamp(max=last - 1)
+            found.append((safe // s.kept, safe % s.kept, place < last))
+        else:
+            at = place - group * s.shift
+            found.append((torch.full_like(at, group), at.clamp(0, s.kept - 1), (at >= 0) & (at < s.kept)))
+    out, into = found
+    if out is not None and into is not None:
+        keep = out[2][:, None] & into[2] & (out[0][:, None] == into[0])
+        part = grad[out[0][:, None], out[1][:, None], into[1][None, :]]
+    elif out is not None:
+        keep, part = out[2][:, None], grad[out[0], out[1]]
+    else:
+        assert into is not None
+        keep, part = into[2][None, :], grad[into[0], :, into[1]].transpose(0, 1)
+    return torch.where(keep[:, :, None, None, None], part, 0)
+
+
+def expand_units(grad: Tensor, table: Tensor, outside: Use) -> Tensor:
+    """``[groups, width]`` to the dense sum ``[n]``: a bias's gradient."""
+    return _expanded(grad[..., None], table, outside, None, 1).reshape(outside.n)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    inside: Use | None,
+    outside: Use | None,
+    rows: Rows,
+    pieces: int = 1,
+    leading: Sequence[int] | None = None,
+) -> Tensor:
+    """A linear layer of which inputs, outputs or both are packed.
+
+    Args:
+        x: Packed if ``inside`` is given, else dense ``[*leading, n_in]``.
+        weight: ``[n_out, n_in]``.
+        bias: ``[n_out]`` or None.
+        table: Holds the patterns.
+        inside: What is kept of the inputs.
+        outside: What is kept of the outputs; None: all are computed.
+        rows: How rows take turns.
+        pieces: Of ``pieces`` runs of outputs the same units are kept.
+        leading: Of the batch; needed without ``outside``.
+
+    Returns:
+        ``[groups, rows, pieces * width]`` if ``outside`` is given, else ``[*leading, n_out]``.
+    """
+    if native.serves(weight, x, inside, outside, pieces):
+        if inside is None:
+            x = in_order(group_rows(x, rows))
+        y = native.linear(x, weight, bias, table, inside, outside, rows.groups)
+        return y if leading is None else _unpadded(y, leading, rows)
+    if inside is None:
+        x = group_rows(x, rows)
+    part = _Weights.apply(weight, table, outside, inside, pieces)
+    y = torch.bmm(x, part.transpose(1, 2)) if rows.groups > 1 else torch.matmul(x, part[0].t())
+    if leading is not None:
+        y = ungroup_rows(y, leading, rows)
+        return y if bias is None else y + bias.to(y.dtype)
+    if bias is None:
+        return y
+    kept = _Weights.apply(bias.view(-1, 1), table, outside, None, pieces)
+    return y + kept.transpose(1, 2).to(y.dtype)
+
+
+def prelu(values: Tensor, slopes: Tensor) -> Tensor:
+    """PReLU with a slope for each unit, both packed."""
+    return torch.where(values > 0, values, slopes * values)

@@ -1,0 +1,275 @@
+"""Ways in: Lightning's and one's own loop, by inductor's hook and by a backend; and what is given back after."""
+
+import gc
+import importlib.metadata
+
+import pytest
+import torch
+import torch._inductor.config as inductor
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from support.compiled import masking, results, rewriting, worst
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+from torch.utils.data import DataLoader, TensorDataset
+
+from approxdrop_lightning import ApproxDropout, approximate, resample, restore
+from approxdrop_lightning.graph import doors, native
+from approxdrop_lightning.graph.rewrite import COUNTS
+from approxdrop_lightning.surgery import conversion_of
+
+ALL = {"min_multiplies": 0, "min_features": 0, "concentration": float("inf")}
+SILENT = {
+    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+    "enable_model_summary": False,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    counters.clear()
+    COUNTS.clear()
+    yield
+    torch.compiler.reset()
+
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Linear(6, 8)
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
+        self.losses = []
+
+    def forward(self, x):
+        return self.net(self.before(x))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def data(rows=24):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(rows, 6, generator=generator), torch.randint(2, (rows,), generator=generator)
+    return DataLoader(TensorDataset(x, y), 8)
+
+
+def whole(model, **options):
+    return torch.compile(model, **options)
+
+
+def method(model, **options):
+    model.compile(**options)
+    return model
+
+
+def inner(model, **options):
+    model.net = torch.compile(model.net, **options)
+    return model
+
+
+def step(model, **options):
+    model.training_step = torch.compile(model.training_step, **options)
+    return model
+
+
+@pytest.mark.parametrize("door", [whole, method, inner, step])
+def test_lightning(door):
+    seed_everything(1)
+    model = Net()
+    kinds, keys = [type(m) for m in model.net.modules()], list(model.state_dict())
+    callback = ApproxDropout(**ALL)
+    Trainer(max_epochs=2, callbacks=[callback], **SILENT).fit(door(model, backend=rewriting), data())
+    assert (COUNTS.graphs, COUNTS.producers, COUNTS.consumers) == (1, 1, 1)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    (row,) = callback.report
+    assert row.producer.endswith(".0") and row.consumers[0].endswith(".3")
+    assert row.skipped == "producer's rows and consumers' columns"
+    assert callback.realised_rate == pytest.approx(0.5)
+    net = model.net._orig_mod if door is inner else model.net
+    assert [type(m) for m in net.modules()] == kinds
+    assert [key.replace("_orig_mod.", "") for key in model.state_dict()] == keys
+    assert len(set(model.losses)) == len(model.losses) == 6
+
+
+def test_inductors_hook_serves_a_plain_compile_and_is_given_back():
+    mine = []
+    with inductor.patch(pre_grad_custom_pass=mine.append):
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
+        approximate(model, seed=0, **ALL)
+        f, g = torch.compile(model), torch.compile(model, backend=masking)
+        x = torch.randn(5, 8)
+        for _ in range(2):
+            resample(model)
+            found = results(f, x, model)
+            conversion_of(model).resample(False)
+            assert worst(found, results(g, x, model)) < 1e-5
+        assert (COUNTS.producers, COUNTS.consumers) == (1, 1)
+        assert mine  # the user's own pass has run, too
+        restore(model)
+    assert inductor.pre_grad_custom_pass is None
+
+
+def test_settings_are_given_back():
+    before = inductor.pre_grad_custom_pass, torch._dynamo.config.recompile_limit
+    models = [nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 2)) for _ in range(2)]
+    for model in models:
+        approximate(model)
+    assert isinstance(inductor.pre_grad_custom_pass, doors.Pass)
+    assert torch._dynamo.config.recompile_limit > before[1]
+    restore(models[0])
+    assert isinstance(inductor.pre_grad_custom_pass, doors.Pass)
+    del models, model  # never restored
+    gc.collect()
+    assert (inductor.pre_grad_custom_pass, torch._dynamo.config.recompile_limit) == before
+
+
+def test_the_backend_of_its_own_name():
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
+    approximate(model, seed=0, **ALL)
+    resample(model)
+    with inductor.patch(pre_grad_custom_pass=None):  # without the hook
+        torch.compile(model, backend=doors.approxdrop)(torch.randn(5, 8)).sum().backward()
+    assert (COUNTS.producers, COUNTS.consumers) == (1, 1)
+    restore(model)
+    installed = importlib.metadata.entry_points(group="torch_dynamo_backends", name="approxdrop")
+    for entry in installed:  # none if the package is not installed but only on the path
+        assert entry.load() is doors.approxdrop
+
+
+def test_launches_are_at_most_twice_those_of_native_dropout():
+    """Kernels and library calls in the code of forward and backward."""
+
+    def launches(model, x):
+        def train():
+            return torch.compile(model)(x).sum().backward()
+
+        _, codes = run_and_get_code(train)
+        calls = [code.split("def call(", 1)[-1] for code in codes]
+        return sum(call.count("extern_kernels.") + call.count("cpp_fused") for call in calls)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2)
+    )
+    x = torch.randn(6, 8)
+    native_dropout = launches(model, x)
+    torch.compiler.reset()
+    approximate(model, seed=0, **ALL)
+    resample(model)
+    found = launches(model, x)
+    restore(model)
+    assert COUNTS.consumers == 2
+    assert 0 < found <= 2 * native_dropout
+
+
+def test_the_original_or_the_compiled_model_in_a_loop_of_ones_own():
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
+    compiled = torch.compile(model, backend=rewriting)
+    approximate(compiled, seed=0, **ALL)
+    for m in (compiled, model):
+        resample(m)
+        compiled(torch.randn(5, 8)).sum().backward()
+    assert COUNTS.consumers == 1
+    restore(compiled)
+    assert type(model[2]) is nn.Dropout
+    approximate(model)
+    restore(compiled)
+    assert type(model[2]) is nn.Dropout
+
+
+@pytest.mark.parametrize("resampling", ["batch", "step"])
+def test_resume_is_bit_for_bit(tmp_path, resampling):
+    def fit(epochs, checkpoint=None):
+        torch.compiler.reset()
+        seed_everything(1)
+        model = Net()
+        callback = ApproxDropout(resample=resampling, seed=3, rate=0.3, **{**ALL, "concentration": 1000.0})
+        trainer = Trainer(max_epochs=epochs, callbacks=[callback], accumulate_grad_batches=3, **SILENT)
+        trainer.fit(method(model, backend=rewriting), data(48), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt", weights_only=False)
+        return model
+
+    fit(1)
+    resumed = fit(3, tmp_path / "1.ckpt")
+    straight = fit(3)
+    assert straight.losses[-12:] == resumed.losses[-12:]
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_accumulation_has_one_pattern_for_a_step():
+    model = Net()
+    callback = ApproxDropout(resample="step", **ALL)
+    places = []
+
+    class Look(ApproxDropout):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            super().on_train_batch_end(trainer, pl_module, *args)
+            (pattern,) = self.report.sites[0].last_patterns
+            places.append(pattern.mask(8).tolist())
+
+    callback = Look(resample="step", **ALL)
+    trainer = Trainer(max_epochs=1, callbacks=[callback], accumulate_grad_batches=2, **SILENT)
+    trainer.fit(method(model, backend=rewriting), data(32))
+    assert places[0] == places[1] != places[2] == places[3]
+
+
+@pytest.mark.parametrize("where", ["around", "within"])
+def test_autocast(where):
+    """Products are of 16 bits, as those of stock layers are, and parameters' gradients of 32."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
+    model = Cast(layers) if where == "within" else layers
+    approximate(model, seed=0, **ALL)
+    resample(model)
+    x, outputs = torch.randn(6, 8), []
+    for backend in (rewriting, masking):
+        conversion_of(model).resample(False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+            y = torch.compile(model, backend=backend, fullgraph=True)(x)
+        assert y.dtype == torch.bfloat16
+        model.zero_grad()
+        y.float().square().sum().backward()
+        outputs.append([y.float().detach(), *(p.grad.clone() for p in model.parameters())])
+    assert COUNTS.consumers == 1
+    assert worst(*outputs) < 2e-2
+    restore(model)
+
+
+class Cast(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layers(x)
+
+
+def test_large_products_are_those_in_c(monkeypatch):
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(native, "LEAST", 0)
+    calls = []
+    for name in ("product", "input_grad", "weight_grad"):
+        op = getattr(torch.ops.approxdrop, name)
+        monkeypatch.setattr(torch.ops.approxdrop, name, lambda *a, op=op, name=name: calls.append(name) or op(*a))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 96), nn.Dropout(0.5))
+    approximate(model, seed=0, **ALL)
+    for shape in ((26, 20), (25, 20), (7, 6, 20), (256, 4, 20)):
+        x = torch.randn(shape)
+        resample(model)
+        found = results(torch.compile(model, backend=rewriting), x, model)
+        conversion_of(model).resample(False)
+        assert worst(found, results(torch.compile(model, backend=masking), x, model)) < 1e-3
+    assert {name: calls.count(name) for name in calls} == {"product": 8, "input_grad": 8, "weight_grad": 8}
+    restore(model)

@@ -1,0 +1,423 @@
+"""The pass on captured graphs, run without a code generator: what is rewritten, and that it equals masks."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.compiled import masking, results, rewriting, worst
+from support.gallery import GALLERY
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from approxdrop_lightning import approximate, resample, restore
+from approxdrop_lightning.graph.rewrite import COUNTS
+from approxdrop_lightning.surgery import conversion_of
+
+SETTINGS = {
+    "default": {},
+    "paper": {"interleave": False, "shuffle": False, "keep": "one", "concentration": 0.0, "rate": 0.7},
+    "interleaved regular, .7": {"shuffle": False, "rate": 0.7},
+    ".3": {"rate": 0.3, "block_size": 1},
+}
+#: name -> layers before a dropout, layers after one, and dropouts that are read whole beside (default setting).
+FOUND = {
+    "mlp": (2, 3, 0),
+    "mlp sigmoid, batch of sequences": (2, 3, 0),
+    "mlp gelu, one row": (2, 3, 0),
+    "mlp, no batch": (2, 3, 0),
+    "dropout object used twice": (2, 2, 0),
+    "one layer, two sites of different rates": (2, 1, 1),
+    "residual": (0, 2, 0),
+    "in place": (1, 1, 0),
+    "metric under no_grad": (0, 1, 0),  # what is dropped is read by the metric too
+    "custom functions": (2, 1, 1),
+    "query, key and value": (0, 3, 0),
+    "convolutions before a head": (2, 2, 0),
+    "transformer layers": (4, 2, 2),
+    "transformer layers, norm first, batch first": (4, 2, 2),
+    "torchvision MLP": (3, 2, 1),
+    "torchvision MLPBlock": (2, 1, 1),
+    "torchvision ViT": (4, 2, 2),
+}
+#: The stock model does not compile as a whole either, or trains with an error.
+BREAKS = {"backward hooks"} | {name for name in GALLERY if name.startswith("lstm")}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    counters.clear()
+    COUNTS.clear()
+    yield
+    torch.compiler.reset()
+
+
+def converted(model, **options):
+    report = approximate(model, **{"min_multiplies": 0, "min_features": 0, "seed": 3, **options})
+    return report, conversion_of(model)
+
+
+def double(x):
+    return x.double() if x.is_floating_point() else x
+
+
+def equals_masks(model, x, steps=1, fullgraph=True, **options):
+    """Rewrite, and compare output and gradients with masks of the same patterns; the largest difference."""
+    report, conversion = converted(model, **options)
+    f, g = (torch.compile(model, backend=backend, fullgraph=fullgraph) for backend in (rewriting, masking))
+    largest = 0.0
+    for step in range(steps):
+        resample(model)
+        found = results(f, x, model, step)
+        conversion.resample(False)
+        largest = max(largest, worst(found, results(g, x, model, step)))
+    restore(model)
+    return largest, report
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_the_gallery_equals_its_masks(name):
+    torch.manual_seed(1)
+    make, batch = GALLERY[name]
+    model, x = make().double().train(), double(batch())
+    largest, _ = equals_masks(model, x)
+    assert largest < 1e-10
+    # Each of both backends has one graph; masks count nothing.
+    assert (COUNTS.producers, COUNTS.consumers, COUNTS.unpacked) == FOUND[name]
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", sorted(BREAKS))
+def test_what_breaks_breaks_no_more(name):
+    torch.manual_seed(1)
+    make, batch = GALLERY[name]
+    model, x = make().double().train(), double(batch())
+    stock = copy.deepcopy(model)
+    results(torch.compile(stock, backend="eager"), x, stock)
+    breaks, compiles = sum(counters["graph_break"].values()), "unique_graphs" in counters["stats"]
+    torch.compiler.reset()
+    counters.clear()
+    largest, _ = equals_masks(model, x, fullgraph=False)
+    assert largest < 1e-10
+    # Of two backends. Nothing of a function is compiled that calls a stock LSTM; here it is one break.
+    assert sum(counters["graph_break"].values()) <= 2 * (breaks if compiles else 1)
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "default"])
+@pytest.mark.parametrize("name", ["mlp", "mlp sigmoid, batch of sequences", "transformer layers", "residual"])
+def test_settings_equal_their_masks(name, setting):
+    torch.manual_seed(1)
+    make, batch = GALLERY[name]
+    largest, _ = equals_masks(make().double().train(), double(batch()), steps=3, **SETTINGS[setting])
+    assert largest < 1e-10
+    assert COUNTS.consumers
+
+
+class Net(nn.Module):
+    """A network in one function."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.drop, self.other = nn.Dropout(0.5), nn.Dropout(0.5)
+        self.function = forward
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def linear(n_in, n_out, **options):
+    return nn.Linear(n_in, n_out, **options)
+
+
+#: name -> (function, its layers, (layers before a dropout, layers after one, read whole beside))
+RULES = {
+    **{
+        f"between: {name}": (
+            lambda m, x, f=function: m.b(m.drop(f(m.a(x)))),
+            {"a": linear(12, 16), "b": linear(16, 4)},
+            (1, 1, 0),
+        )
+        for name, function in {
+            "gelu, tanh": lambda h: F.gelu(h, approximate="tanh"),
+            "leaky relu": lambda h: F.leaky_relu(h, 0.2),
+            "silu": F.silu,
+            "silu by hand": lambda h: h * torch.sigmoid(h),
+            "arithmetic": lambda h: (2 * h + 1) / 3 - h.pow(2),
+            "scalar first": lambda h: 1 - h,
+            "method": lambda h: h.relu().mul(0.5),
+            "in place": lambda h: F.relu(h, inplace=True),
+            "operator in place": lambda h: torch.relu_(h),
+            "cast": lambda h: h.float().double(),
+            "clamp": lambda h: h.clamp(-1, 1),
+            "view": lambda h: h.view(-1, 16).relu().reshape(5, 3, 16),
+            "unsqueeze": lambda h: h.unsqueeze(0).relu().squeeze(0),
+        }.items()
+    },
+    **{
+        f"after: {name}": (
+            lambda m, x, f=function: m.b(f(m.drop(m.a(x)))),
+            {"a": linear(12, 16), "b": linear(16, 4)},
+            (1, consumers, unpacked),
+        )
+        for name, function, consumers, unpacked in (
+            ("relu", F.relu, 1, 0),
+            ("scale", lambda h: h * 0.5 / 3, 1, 0),
+            ("view", lambda h: h.view(-1, 16), 1, 0),
+            ("cast", lambda h: h.float().double(), 1, 0),
+            ("divided by zero", lambda h: torch.nan_to_num(h / 0.0), 0, 1),
+            ("zero does not stay", torch.sigmoid, 0, 1),
+            ("a sum", lambda h: h + 1, 0, 1),
+            ("transposed", lambda h: h.transpose(0, 1), 0, 1),
+            ("changed in place", lambda h: h.add_(1.0), 0, 1),
+        )
+    },
+    "prelu of all": (
+        lambda m, x: m.b(m.drop(F.prelu(m.a(x), m.slope))),
+        {"a": linear(12, 16), "b": linear(16, 4), "slope": nn.Parameter(torch.tensor([0.2]))},
+        (1, 1, 0),
+    ),
+    "prelu of units": (
+        lambda m, x: m.b(m.drop(F.prelu(m.a(x.view(-1, 12)), m.slope))),
+        {"a": linear(12, 16), "b": linear(16, 4), "slope": nn.Parameter(torch.rand(16))},
+        (1, 1, 0),
+    ),
+    "a parameter for each unit": (
+        lambda m, x: m.b(m.drop(m.a(x) * m.scale + m.shift)),
+        {"a": linear(12, 16), "b": linear(16, 4), "scale": nn.Parameter(torch.rand(16)),
+         "shift": nn.Parameter(torch.rand(1, 1, 16))},
+        (1, 1, 0),
+    ),
+    "a value for each row": (
+        lambda m, x: m.b(m.drop(m.a(x) * x[..., :1])),
+        {"a": linear(12, 16), "b": linear(16, 4)},
+        (1, 1, 0),
+    ),
+    "gated unit": (
+        lambda m, x: m.b(m.drop(F.silu(m.gate(x)) * m.up(x))),
+        {"gate": linear(12, 16), "up": linear(12, 16), "b": linear(16, 4)},
+        (2, 1, 0),
+    ),
+    "glu": (lambda m, x: m.b(m.drop(F.glu(m.a(x)))), {"a": linear(12, 32), "b": linear(16, 4)}, (1, 1, 0)),
+    "chunk": (
+        lambda m, x: (lambda g, u: m.b(m.drop(F.silu(g) * u)))(*m.a(x).chunk(2, -1)),
+        {"a": linear(12, 32, bias=False), "b": linear(16, 4)},
+        (1, 1, 0),
+    ),
+    "split": (
+        lambda m, x: (lambda g, u: m.b(m.drop(torch.tanh(g) * u)))(*torch.relu(m.a(x)).split(16, dim=-1)),
+        {"a": linear(12, 32), "b": linear(16, 4)},
+        (1, 1, 0),
+    ),
+    "one gate is read elsewhere": (
+        lambda m, x: (lambda g, u: m.b(m.drop(g * u)) + u[..., :4])(*m.a(x).chunk(2, -1)),
+        {"a": linear(12, 32), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+    "residual before": (
+        lambda m, x: m.b(m.drop(m.a(x) + x)),
+        {"a": linear(12, 12), "b": linear(12, 4)},
+        (1, 1, 0),
+    ),
+    "residual after": (
+        lambda m, x: m.b(m.drop(m.a(x)) + x),
+        {"a": linear(12, 12), "b": linear(12, 4)},
+        (1, 0, 1),
+    ),
+    "layer norm before": (
+        lambda m, x: m.b(m.drop(m.norm(m.a(x)))),
+        {"a": linear(12, 16), "norm": nn.LayerNorm(16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+    "batch norm before": (
+        lambda m, x: m.b(m.drop(m.norm(m.a(x.view(-1, 12))))),
+        {"a": linear(12, 16), "norm": nn.BatchNorm1d(16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+    "read elsewhere": (
+        lambda m, x: (lambda h: m.b(m.drop(h)) + h[..., :4])(m.a(x)),
+        {"a": linear(12, 16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+    "several consumers and a whole reader": (
+        lambda m, x: (lambda h: m.b(h) * m.c(h) + h.sum(-1, keepdim=True))(m.drop(m.a(x))),
+        {"a": linear(12, 16), "b": linear(16, 4), "c": linear(16, 4)},
+        (1, 2, 1),
+    ),
+    "tied weights": (
+        lambda m, x: F.linear(m.other(torch.tanh(F.linear(m.drop(m.a(x)), m.a.weight.t()))), m.a.weight),
+        {"a": linear(12, 16)},
+        (2, 2, 0),
+    ),
+    "keywords": (
+        lambda m, x: F.linear(m.drop(m.a(x)), weight=m.b.weight, bias=m.b.bias),
+        {"a": linear(12, 16), "b": linear(16, 4)},
+        (1, 1, 0),
+    ),
+    "changed after it was dropped from": (
+        lambda m, x: (lambda h, d: m.b(d) + h.mul_(2.0)[..., :4])(*(lambda h: (h, m.drop(h)))(m.a(x) * 1.0)),
+        {"a": linear(12, 16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules(name):
+    torch.manual_seed(2)
+    function, layers, found = RULES[name]
+    model = Net(function, **copy.deepcopy(layers)).double().train()
+    largest, _ = equals_masks(model, torch.randn(5, 3, 12, dtype=torch.float64), steps=2)
+    assert largest < (1e-6 if "cast" in name else 1e-10)
+    graphs = COUNTS.graphs - counters["stats"]["unique_graphs"] // 2  # masks count their graphs too
+    assert (COUNTS.producers / graphs, COUNTS.consumers / graphs, COUNTS.unpacked / graphs) == found
+
+
+@pytest.mark.parametrize("reentrant", [False])
+def test_checkpointed_blocks_are_entered(reentrant):
+    """Activation checkpointing is a graph within the graph."""
+    torch.manual_seed(2)
+    block = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 12), nn.Dropout(0.5))
+    model = Net(lambda m, x: m.c(checkpoint(m.block, x, use_reentrant=reentrant)), block=block, c=nn.Linear(12, 4))
+    _, conversion = converted(model.double())
+    x = torch.randn(6, 12, dtype=torch.float64)
+    f, g = (torch.compile(model, backend=b, fullgraph=True) for b in (rewriting, masking))
+    found = results(f, x, model)
+    assert (COUNTS.producers, COUNTS.consumers) == (2, 1)
+    conversion.resample(False)
+    assert worst(found, results(g, x, model)) < 1e-12
+    restore(model)
+
+
+def test_one_graph_for_each_pair_over_200_steps():
+    model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 4))
+    report, conversion = converted(model)
+    f, x = torch.compile(model, backend=rewriting, fullgraph=True), torch.randn(8, 12)
+    pairs, outputs = set(), set()
+    for _ in range(200):
+        resample(model)
+        pairs.add(conversion.book.pair(report.sites[0]))
+        outputs.add(f(x).sum().item())
+    assert 1 < len(pairs) <= 4
+    assert counters["stats"]["unique_graphs"] == COUNTS.graphs == len(pairs)
+    assert len(outputs) == 200  # a new pattern each
+    assert not counters["graph_break"]
+    restore(model)
+
+
+def test_a_smaller_last_batch_is_one_more_graph():
+    model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 4)).double()
+    _, conversion = converted(model, concentration=float("inf"))
+    f, g = (torch.compile(model, backend=backend) for backend in (rewriting, masking))
+    for rows in (12, 12, 7, 12, 5, 9, 1):
+        x = torch.randn(rows, 12, dtype=torch.float64)
+        resample(model)
+        found = results(f, x, model)
+        conversion.resample(False)
+        assert worst(found, results(g, x, model)) < 1e-12
+    assert COUNTS.producers == COUNTS.consumers
+    assert (
+        counters["stats"]["unique_graphs"] <= 2 * 3
+    )  # two backends: a size, any size, and one row, which is special
+    restore(model)
+
+
+def test_evaluation_is_the_stock_models_graph():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4)).eval()
+    graphs = []
+
+    def seen(gm, inputs):
+        graphs.append([(n.op, str(n.target)) for n in gm.graph.nodes if n.op != "placeholder"])
+        return gm.forward
+
+    x = torch.randn(3, 12)
+    expected = torch.compile(model, backend=seen)(x)
+    torch.compiler.reset()
+    converted(model)
+    found = torch.compile(model, backend=seen)(x)
+    restore(model)
+    assert graphs[0] == graphs[1]
+    assert torch.equal(expected, found)
+
+
+def test_a_dropout_that_saves_nothing_is_the_native_one():
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4))
+    report, _ = converted(model, min_multiplies=None)
+    resample(model)
+    torch.manual_seed(4)
+    found = torch.compile(model, backend=rewriting)(x := torch.randn(3, 12))
+    assert (COUNTS.native, COUNTS.producers, COUNTS.consumers) == (1, 0, 0)
+    assert "too few to gain" in str(report)
+    restore(model)
+    torch.manual_seed(4)
+    x = torch.randn(3, 12)
+    assert torch.equal(found, model(x))
+
+
+def test_a_backend_that_does_not_know_it_masks():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4)).double()
+    report, conversion = converted(model)
+    x = torch.randn(6, 12, dtype=torch.float64)
+    resample(model)
+    found = results(torch.compile(model, backend="aot_eager"), x, model)
+    assert "nothing: compiled by a backend that does not know it: masked" in str(report)
+    conversion.resample(False)
+    assert worst(found, results(torch.compile(model, backend=masking), x, model)) < 1e-12
+    restore(model)
+
+
+def test_the_report_names_layers_and_multiplies():
+    model = Net(lambda m, x: m.b(m.drop(F.relu(m.a(x)))), a=nn.Linear(12, 16), b=nn.Linear(16, 4))
+    report, _ = converted(model)
+    for _ in range(3):
+        resample(model)
+        torch.compile(model, backend=rewriting)(torch.randn(6, 12)).sum().backward()
+    row = report["drop"]
+    assert (row.producer, row.consumers) == ("a", ("b",))
+    assert report.multiplies == 6 * (12 * 16 + 16 * 4)
+    assert report.saved == pytest.approx(0.5)
+    restore(model)
+
+
+def test_a_draw_between_forward_and_backward_is_an_error():
+    model = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 4))
+    converted(model)
+    resample(model)
+    y = torch.compile(model, backend=rewriting)(torch.randn(6, 12))
+    resample(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    restore(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_compiles_as_the_stock_model(copied):
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4))
+    converted(model)
+    resample(model)
+    twin, x = copied(model), torch.randn(6, 12)
+    torch.manual_seed(0)
+    found = torch.compile(twin, backend=rewriting, fullgraph=True)(x)
+    assert COUNTS.graphs == 0
+    restore(model)
+    torch.manual_seed(0)
+    assert torch.equal(found, model(x))
+
+
+def test_a_layer_that_outlives_its_model_is_stock_dropout():
+    model = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 4))
+    converted(model)
+    layers = list(model)
+    del model
+    gc.collect()
+    torch.manual_seed(0)
+    found = torch.compile(lambda x: layers[1](layers[0](x)), backend=rewriting)(x := torch.ones(6, 12))
+    torch.manual_seed(0)
+    assert torch.equal(found, F.dropout(F.linear(x, layers[0].weight, layers[0].bias), 0.5))
