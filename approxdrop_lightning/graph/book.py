@@ -243,8 +243,10 @@ class Book:
         # Graphs of other pairs have the same layer: it counts once.
         self._products[layer] = (before, after, multiplies)
         self.work.clear()
+        self.work.calls.clear()
         for first, second, number in self._products.values():
             self.work[first, second] = self.work.get((first, second), 0) + number
+            self.work.calls[first, second] = self.work.calls.get((first, second), 0) + 1
 
     def drawn(self, site: Site) -> tuple[Drawn, ...]:
         """Patterns of the uses of a site in this step, in the order in which they were entered."""
