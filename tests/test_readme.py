@@ -15,6 +15,7 @@ from support.runs_of_train import SMALL, config
 
 from approxdrop_lightning.application import time_to_quality
 from approxdrop_lightning.benchmark import __main__ as benchmark
+from approxdrop_lightning.benchmark import gpu
 from approxdrop_lightning.distribution import __main__ as distribution
 from approxdrop_lightning.options import CallbackOptions, defaults
 from train import compare, train
@@ -161,6 +162,9 @@ def test_every_value_of_a_sweep_exists(command):
 @pytest.mark.parametrize("command", BENCHMARKS, ids=str)
 def test_a_benchmark_command_measures(command, capsys):
     words = command.words[1:] if command.text.startswith("...") else command.words[3:]
+    if words[0] == "gpu":  # all that a GPU can show, within minutes
+        gpu._parser().parse_args(words[1:])
+        return
     asked = benchmark._parser().parse_args(words)
     if asked.device == "cuda" and not torch.cuda.is_available():
         return  # its arguments are known
