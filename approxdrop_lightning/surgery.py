@@ -416,16 +416,20 @@ def resample(model: nn.Module) -> None:
 
 
 def replay_key(model: nn.Module) -> Hashable:
-    """What the code of this step depends on: ``(dp, keep)`` of each rate. Steps of one key may share a CUDA graph.
+    """What the code of this step depends on. Steps of one key may share a CUDA graph.
+
+    That is ``(dp, keep)`` of each rate, in eager layers and in compiled graphs, and where the tables of these are.
 
     Args:
         model: A model that is converted, or parts of which are, or none.
     """
-    return tuple(
+    conversions = _conversions(model)
+    eager = (
         (rate, sampler.dp, sampler.keep)
-        for conversion in _conversions(model)
+        for conversion in conversions
         for rate, sampler in sorted(conversion.samplers.items())
     )
+    return *eager, *(conversion.book.replay_key for conversion in conversions if conversion.book is not None)
 
 
 def check_replayable(model: nn.Module) -> None:

@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recurrent", action="store_true", help="drop the LSTM's recurrent inputs too")
     parser.add_argument("--min-hidden", type=int, help="as of ApproxDropout")
     parser.add_argument("--orders", type=int, help="as of ApproxDropout")
+    parser.add_argument("--group-rows", type=int, help="as of ApproxDropout")
     parser.add_argument("--min-features", type=int, help="as of ApproxDropout")
     parser.add_argument("--min-multiplies", type=int, help="as of ApproxDropout")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -121,7 +122,7 @@ def _workload(kind: str, options: argparse.Namespace) -> Workload:
 
 def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one workload and rate."""
-    given = ("orders", "min_hidden", "min_features", "min_multiplies", "recurrent")
+    given = ("orders", "group_rows", "min_hidden", "min_features", "min_multiplies", "recurrent")
     settings = {key: value for key in given if (value := getattr(options, key)) is not None}
     steps = {"conventional": contenders.contender(workload, "conventional", rate, options.seed)}
     for name in options.baseline:

@@ -148,6 +148,12 @@ class Book:
             torch._dynamo.mark_static_address(self.tables[device])
         return self.tables[device]
 
+    @property
+    def replay_key(self) -> tuple[Any, ...]:
+        """What compiled code of this step depends on: each site's pair, and where the tables are."""
+        pairs = tuple(self.pair(site) for site, _ in self.sites)
+        return pairs, tuple(table.data_ptr() for table in self.tables.values())
+
     def pair(self, site: Site) -> Pair:
         """The pair of this step."""
         return self._pairs[id(site.sampler)].at(self.sites[0][0].sampler.quantile)

@@ -8,7 +8,7 @@ from torch import nn
 from approxdrop_lightning import approximate, resample, restore
 from approxdrop_lightning.graph import packed
 from approxdrop_lightning.graph.layout import Rows, layout_of, mask_of, rows_of, share_of_spare
-from approxdrop_lightning.surgery import conversion_of
+from approxdrop_lightning.surgery import conversion_of, replay_key
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -122,3 +122,23 @@ def test_a_sample_meets_several_groups(groups, leading):
     group = group_of_row(leading, rows)
     fewest = min(len(set(line.tolist())) for line in (*group, *group.t()))
     assert fewest >= min(groups, 4, *leading) - 1 and fewest > 1
+
+
+def test_steps_of_another_pair_or_other_tables_share_no_cuda_graph():
+    model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.7), nn.Linear(64, 2))
+    approximate(model, seed=0)
+    book = conversion_of(model).book
+    keys = {}
+    for _ in range(60):
+        resample(model)
+        keys.setdefault(book.pair(book.sites[0][0]), set()).add(replay_key(model))
+    assert len(keys) > 1  # several pairs were drawn
+    for pair, found in keys.items():
+        assert all(key[-1][0] == (pair,) for key in found)
+    before = replay_key(model)
+    book._too_small.add(torch.device("cpu"))  # as a use does for which there is no room
+    kept_alive = book.tables[torch.device("cpu")]
+    book.table(torch.device("cpu"))
+    assert replay_key(model) != before
+    del kept_alive
+    restore(model)
