@@ -25,10 +25,10 @@ SHORT = ["trainer.max_epochs=2", "datamodule.train_limit=1300", "callbacks.recen
 
 @pytest.fixture(autouse=True, scope="module")
 def _images_are_read_once():
-    read = datamodules.mnist._read
-    datamodules.mnist._read = functools.cache(read)
+    read = datamodules.mnist._read_files
+    datamodules.mnist._read_files = functools.cache(read)
     yield
-    datamodules.mnist._read = read
+    datamodules.mnist._read_files = read
 
 
 def run(folder, *overrides, model="mlp"):
