@@ -22,7 +22,7 @@ _FUNCTIONS = {
 }
 
 
-def functional_dropouts(model: nn.Module) -> Iterator[tuple[str, str]]:
+def functional_dropouts(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Find calls such as ``F.dropout(x)``, or attention with a ``dropout_p``, in the classes of a model's modules.
 
     Read from the source, so a call is found before anything runs; code without source, and functions that
@@ -32,7 +32,7 @@ def functional_dropouts(model: nn.Module) -> Iterator[tuple[str, str]]:
         model: The model. Classes of PyTorch itself are left out.
 
     Yields:
-        Name of the module (the first one of its class) and ``"file:line"`` of the call.
+        Name of the module (the first one of its class), ``"file:line"`` of the call, and why it is left as it is.
     """
     seen: set[type] = set()
     for name, module in model.named_modules():
@@ -49,7 +49,13 @@ def functional_dropouts(model: nn.Module) -> Iterator[tuple[str, str]]:
         file = (inspect.getsourcefile(cls) or "?").rsplit("/", 1)[-1]
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and _drops(node, _resolve(node.func, scope)):
-                yield name, f"{file}:{first + node.lineno - 1}"
+                attention = _resolve(node.func, scope) is _ATTENTION
+                reason = (
+                    "dropout inside attention is left as it is"
+                    if attention
+                    else "a function call; nn.Dropout in its place would be found"
+                )
+                yield name, f"{file}:{first + node.lineno - 1}", reason
 
 
 def _drops(call: ast.Call, function: Any) -> bool:

@@ -161,7 +161,8 @@ class Conversion:
     def resample(self, fresh: bool = True) -> None:
         """Begin a training step: with the next patterns, or with those of the last step again."""
         for layer in self._layers.values():
-            layer.wake()
+            if layer.attributes:  # they rest
+                layer.wake()
         self.stepping = True
         if fresh:
             for sampler in self.samplers.values():
@@ -268,10 +269,8 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
                 what = "attention weights" if isinstance(module, nn.MultiheadAttention) else "between its layers"
                 reason = f"dropout inside {type(module).__name__} is left as it is"
                 conversion.left(f"{name} ({what})", module.dropout, reason)
-        for name, place in functional_dropouts(model):
-            conversion.left(
-                f"{name or 'the model'} ({place})", None, "a function call; nn.Dropout in its place would be found"
-            )
+        for name, place, reason in functional_dropouts(model):
+            conversion.left(f"{name or 'the model'} ({place})", None, reason)
     except ValueError:  # a rate of the model's that no pattern serves
         conversion.restore()
         raise

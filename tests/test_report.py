@@ -42,7 +42,7 @@ def test_a_frozen_part_is_reported():
         "nothing: not called in training mode so far: frozen, not used, or a function (of attention, for one) is "
         "given its rate, the model's own of 0.5"
     )
-    assert report["0"].consumers == ()  # layer 1.0 evaluates, so it reads everything
+    assert report["0"].consumers == ("F.linear",)  # layer 1.0 is a stock one, whose function reads kept units, too
     assert "producer's rows and consumers' columns" in report["4"].skipped
 
 

@@ -72,6 +72,8 @@ class Kept:
         self.shape, self.pattern, self.rows, self.site = shape, pattern, rows, site
         self.given, self.scale = given, scale
         self._values = given if packed else None
+        #: Whether a change of what is given would change values that are yet to be computed.
+        self.may_change = not packed
         self.dtype, self.device = given.dtype, given.device
         self._version = given._version
         self._hooks = saving_hooks()
@@ -80,10 +82,6 @@ class Kept:
     def has_values(self) -> bool:
         """Whether kept values are there already."""
         return self._values is not None
-
-    @property
-    def may_change(self) -> bool:
-        return self._values is None
 
     @property
     def has_changed(self) -> bool:
@@ -102,6 +100,7 @@ class Kept:
             with saving_as_where(self._hooks):
                 values = functional.pack(self.given, self.pattern, self.site.backend)
                 self._values = values if self.scale == 1.0 else values * self.scale
+                self.may_change = False
         return self._values
 
     def _check(self) -> None:
@@ -225,7 +224,9 @@ class _Past(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[2:3] + ctx.needs_input_grad[3 + ctx.n_results :]
-        if not must_be_differentiable(*grads) and (ctx.place is None or not ctx.place.is_wanted):
+        given = next((grad for grad in grads if grad is not None), None)
+        wanted_too = ctx.place is not None and ctx.place.is_wanted
+        if given is None or not (wanted_too or must_be_differentiable(given)):
             return None, None, None, *grads, *[None] * (len(wanted) - 1)
         read, *others = ctx.saved_tensors
         if ctx.packing is not None:
@@ -275,11 +276,18 @@ class CompactTensor(LazyTensor):
 
     held: Kept
 
-    @classmethod
-    def _show(cls, held: Kept, above: LazyTensor | None, **how: Any) -> LazyTensor:
+    @staticmethod
+    def __new__(
+        cls,
+        held: Kept,
+        view_of: LazyTensor | None = None,
+        made_of: LazyTensor | None = None,
+        function: Any = None,
+        source: LazyTensor | None = None,
+    ) -> CompactTensor:
+        above = view_of if made_of is None else made_of
         if above is not None:
-            return _Derive.apply(cls, held, how.get("function"), above)
-        source: LazyTensor | None = how.get("source")
+            return _Derive.apply(cls, held, function, above)
         if source is None:
             return _Mask.apply(cls, held, held.given)
         source.place.use()

@@ -40,8 +40,8 @@ class Converted:
 
     @property
     def drops(self) -> bool:
-        """Whether a training step of its conversion is under way: outside of one it is the stock layer."""
-        if self.owner is None or self.owner[0]() is not self:
+        """Whether it is in training mode and a step of its conversion is under way: else it is the stock layer."""
+        if not self.__dict__["training"] or self.owner is None or self.owner[0]() is not self:
             return False
         conversion = self.owner[1]()
         return conversion is not None and conversion.stepping

@@ -121,9 +121,8 @@ class Held(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def may_change(self) -> bool:
-        """Whether a change elsewhere would change the values that are yet to be computed."""
+    #: Whether a change elsewhere would change the values that are yet to be computed.
+    may_change: bool
 
     @property
     def has_changed(self) -> bool:
@@ -261,7 +260,10 @@ def _wait(ref: weakref.ref[LazyTensor]) -> None:
 
 
 class LazyTensor(torch.Tensor):
-    """Base of the tensors that hold less than they show. A subclass defines ``_show`` and ``_apply``.
+    """Base of the tensors that hold less than they show. A subclass defines ``__new__`` and ``_apply``.
+
+    The former makes the tensor a node of the graph: a function of the one that it was derived from, if there is one,
+    else of what its values are computed from.
 
     Args:
         held: What it holds.
@@ -276,12 +278,6 @@ class LazyTensor(torch.Tensor):
     _own_dense: Tensor | None
     _view_of: weakref.ref[LazyTensor] | None
 
-    @staticmethod
-    def __new__(
-        cls, held: Held, view_of: LazyTensor | None = None, made_of: LazyTensor | None = None, **how: Any
-    ) -> LazyTensor:
-        return cls._show(held, view_of if made_of is None else made_of, **how)
-
     def __init__(
         self, held: Held, view_of: LazyTensor | None = None, made_of: LazyTensor | None = None, **how: Any
     ) -> None:
@@ -294,11 +290,6 @@ class LazyTensor(torch.Tensor):
         self._view_of = None if view_of is None else view_of.place._tensor
         if held.may_change:
             _wait(self.place._tensor)
-
-    @classmethod
-    def _show(cls, held: Any, above: LazyTensor | None, **how: Any) -> LazyTensor:
-        """The new tensor, as a node of the graph: a function of the one above it, if there is one."""
-        raise NotImplementedError
 
     @property
     def is_lazy(self) -> bool:

@@ -68,7 +68,7 @@ class ApproxLinear(Converted, nn.Linear):
     @run_eagerly
     def _run(self, input: Tensor) -> Tensor:
         x = input  # the name by which nn.Linear may be called
-        if not (self.training and torch.is_grad_enabled() and self.drops) or is_transformed():
+        if not (torch.is_grad_enabled() and self.drops) or is_transformed():
             return super().forward(as_dense(x))
         shape = shape_of(x)
         if shape[-1:] != (self.in_features,):
@@ -165,10 +165,10 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:  # as in most steps: nobody has gone this way
+            return (None,) * len(ctx.needs_input_grad)
         settle()
         wanted = ctx.needs_input_grad[2:]
-        if grad is None:
-            return None, None, *[None] * len(wanted)
         formula: _Product = ctx.formula
         x, weight, bias = (ctx.root or ctx).saved_tensors
         x = formula.input(x)
@@ -214,14 +214,7 @@ class Pending:
         """What the product reads: the dense input, or its kept values."""
         return self.x.held.values if isinstance(self.x, CompactTensor) else self.x
 
-    @property
-    def above(self) -> tuple[Tensor | None, ...]:
-        """What the output is a function of."""
-        return self.x, self.weight, self.bias
-
-    @property
-    def may_change(self) -> bool:
-        return True
+    may_change = True
 
     @property
     def has_changed(self) -> bool:
@@ -326,9 +319,14 @@ class PendingLinear(LazyTensor):
 
     held: Pending
 
-    @classmethod
-    def _show(cls, held: Pending, above: LazyTensor | None, **how: Any) -> LazyTensor:
-        return _Node.apply(cls, held, *(held.above if above is None else (above,)))
+    @staticmethod
+    def __new__(
+        cls, held: Pending, view_of: LazyTensor | None = None, made_of: LazyTensor | None = None
+    ) -> PendingLinear:
+        above = view_of if made_of is None else made_of
+        if above is None:
+            return _Node.apply(cls, held, held.x, held.weight, held.bias)
+        return _Node.apply(cls, held, above)
 
     def __init__(self, held: Pending, view_of: LazyTensor | None = None, made_of: LazyTensor | None = None) -> None:
         super().__init__(held, view_of, made_of)

@@ -63,7 +63,7 @@ class ApproxLSTM(Converted, nn.LSTM):
     @run_eagerly
     def forward(self, input: Tensor | PackedSequence, hx: _State | None = None) -> tuple[Any, _State]:
         """As ``nn.LSTM``: ``[T, B, input]`` (``[B, T, input]`` if ``batch_first``, ``[T, input]`` unbatched)."""
-        if not (self.training and self.drops) or isinstance(input, PackedSequence):
+        if not self.drops or isinstance(input, PackedSequence):
             return self._stock(input, hx)
         x = input  # the name by which nn.LSTM may be called
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
@@ -91,7 +91,7 @@ class ApproxLSTM(Converted, nn.LSTM):
 
     def _stock(self, input: Tensor | PackedSequence, hx: _State | None) -> tuple[Any, _State]:
         """As the stock layer; in training with the rate that was asked for."""
-        if not (self.training and self.drops and isinstance(input, PackedSequence)):
+        if not (self.drops and isinstance(input, PackedSequence)):
             return super().forward(as_dense(input), hx)
         own, self.dropout = self.dropout, self.sites[0].rate if self.sites else self.dropout
         for site in self.sites:

@@ -198,7 +198,8 @@ class Site:
         if is_transformed():
             return self._under_transforms(as_dense(x))
         pattern = self.pattern(shape[-1], leading_shape=shape[:-1])
-        pending = x.held if isinstance(x, PendingLinear) and x.is_lazy else None
+        source = x if isinstance(x, PendingLinear) and x.is_lazy else None
+        pending = None if source is None else source.held
         if pending is not None:
             pending.layer.dropped_by.add(self)
         if pattern.keeps_all:
@@ -216,7 +217,7 @@ class Site:
             return CompactTensor(Kept(shape, pattern, shape[:-1], self, as_dense(x), packed=False, scale=self.scale))
         self.producers.add(pending.layer.name)
         held = Kept(shape, pattern, shape[:-1], self, pending.kept_values(pattern, self), scale=self.scale)
-        return CompactTensor(held, source=x)
+        return CompactTensor(held, source=source)
 
     def _under_transforms(self, x: Tensor) -> Tensor:
         """Dropout by a mask: transforms of ``torch.func`` see nothing else."""

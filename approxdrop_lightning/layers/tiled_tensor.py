@@ -68,9 +68,7 @@ class Marked:
 
         self._version = self.source._version
 
-    @property
-    def may_change(self) -> bool:
-        return False  # nothing is computed but a product with a mask that may never be drawn
+    may_change = False  # nothing is computed but a product with a mask that may never be drawn
 
     @property
     def has_changed(self) -> bool:
@@ -118,8 +116,8 @@ class TiledTensor(LazyTensor):
     #: Whether its dense values are a function of its node.
     _of_itself = False
 
-    @classmethod
-    def _show(cls, held: Marked, above: LazyTensor | None, **how: Any) -> LazyTensor:
+    @staticmethod
+    def __new__(cls, held: Marked, view_of: LazyTensor | None = None) -> TiledTensor:
         return _Units.apply(cls, held, held.source)
 
     @property

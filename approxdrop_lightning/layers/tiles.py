@@ -36,7 +36,7 @@ class TileLinear(Converted, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         x = input  # the name by which nn.Linear may be called
-        training = self.training and self.drops
+        training = self.drops
         if training and _is_marked(x) and x.shape[-1] == self.in_features:
             return x.linear(self.weight, self.bias, self.name, self.work)
         x = as_dense(x)

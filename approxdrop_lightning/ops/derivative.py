@@ -49,11 +49,9 @@ def batch_of_transforms() -> tuple[tuple[int, ...], Callable[[Tensor], Tensor]]:
     return tuple(size for size, _ in found), by_level
 
 
-def must_be_differentiable(*grads: Tensor | None) -> bool:
+def must_be_differentiable(grad: Tensor) -> bool:
     """Whether a backward pass, which asks this, must itself be differentiable, or is for a batch of gradients."""
-    if torch.is_grad_enabled() or is_transformed():
-        return True
-    return any(grad is not None and _is_batched(grad) for grad in grads)
+    return torch.is_grad_enabled() or _innermost_transform() is not None or _is_batched(grad)
 
 
 def vjp(

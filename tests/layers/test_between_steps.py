@@ -304,7 +304,7 @@ def test_dropout_inside_attention_is_named_with_the_rate_that_it_has():
         "or a function (of attention, for one) is given its rate, the model's own of 0.2" in report["0.drop"].skipped
     )
     (call,) = [row for row in report if "test_between_steps.py" in row.name]
-    assert call.skipped == "nothing: a function call; nn.Dropout in its place would be found"
+    assert call.skipped == "nothing: dropout inside attention is left as it is"
 
 
 @pytest.mark.parametrize(("width", "gains"), [(64, False), (1024, True)])
