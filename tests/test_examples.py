@@ -15,7 +15,7 @@ from support import ROOT
 EXAMPLES = ROOT / "examples"
 SMALL = {
     "lightning_mlp.py": "--size 768",
-    "language_model.py": "--steps 2 --backend aot_eager",
+    "language_model.py": "--steps 2",
     "plain_loop.py": "--steps 3",
     "cli.py": (
         "fit --trainer.callbacks+=ApproxDropout --trainer.callbacks.rate=0.7 --trainer.max_epochs=1 --model.size=256 "

@@ -122,7 +122,7 @@ def test_misuse_is_named():
         ({"pattern": "diagonal"}, "pattern must be one of 'row', 'tile', 'dropconnect', got 'diagonal'"),
         ({"pattern": "tile", "recurrent": True}, "recurrent=True needs pattern='row', got 'tile'"),
         ({"rate": 1.5}, r"\[0, 1\), got 1.5"),
-        ({"scale": "none"}, "scale must be one of 'rate', 'dp', got 'none'"),
+        ({"scale": "none"}, "scale must be 'rate' or 'dp', got 'none'"),
         ({"backend": "cuda"}, "backend must be one of"),
         ({"block_size": 0}, "block_size must be an integer >= 1"),
         ({"interleave": "yes"}, "interleave must be True or False"),

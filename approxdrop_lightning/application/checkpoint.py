@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and the best one over all parts of a resumed run."""
+"""Atomic checkpoints, and a ``ModelCheckpoint`` that keeps its best score when resumed in another folder."""
 
 from __future__ import annotations
 

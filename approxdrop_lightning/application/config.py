@@ -1,4 +1,4 @@
-"""What Hydra is told from Python: the options of the dropout callback, from the one place that defines them."""
+"""Registers the dropout options with Hydra, from the one place that defines them."""
 
 from __future__ import annotations
 

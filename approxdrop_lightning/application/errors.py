@@ -1,4 +1,4 @@
-"""What a person is told when a run ends before its time: one line, what was saved, how to go on."""
+"""One-line messages for runs that end early: what happened, what was saved, how to resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run whose loss is no number any more ends with an error, before its weights are spoilt."""
+"""Stop training when the loss is NaN or infinite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the pass is reached: by inductor's hook for a plain ``torch.compile``, and by a backend of its own name."""
+"""Entry points of the pass: inductor's pre-grad hook for plain ``torch.compile``, and the backend ``approxdrop``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of a graph's nodes for the report."""
+"""Module names of graph nodes, for the report."""
 
 from __future__ import annotations
 

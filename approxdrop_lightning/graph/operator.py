@@ -1,4 +1,4 @@
-"""``approxdrop::drop``, the dropout as graphs see it. Masking is its meaning; the pass makes more of it."""
+"""The operator ``approxdrop::drop``: dropout as compiled graphs see it. It masks; the pass replaces it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a product of kept units gains: the one place that decides it for compiled graphs."""
+"""Decides for compiled graphs whether a product of kept units is worth its overhead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a site returns: a dropped-out tensor that holds, or will hold, kept values only."""
+"""Output of a dropout site: holds only the kept values, or computes them on demand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the classes of converted layers have in common: they give way to the stock class."""
+"""Base of all converted layers: outside of training steps they are the stock layers."""
 
 from __future__ import annotations
 

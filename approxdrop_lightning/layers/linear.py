@@ -1,4 +1,4 @@
-"""The linear layer that waits: whether its output is dropped is known only when a site asks for it."""
+"""``nn.Linear`` that defers its product until it is known whether a dropout consumes the output."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class ApproxLinear(Converted, nn.Linear):
         return bool(self.dropped_by) and all(site.saves_too_few(multiplies, *kind) for site in self.dropped_by)
 
     def learn(self) -> None:
-        """Stop waiting once a step has shown that no site comes; what is wrong about that costs speed only."""
+        """Stop deferring if no dropout consumed the output of a step; a wrong guess costs speed only."""
         if self.read_whole_too:
             self.defers = False
             for site in self.dropped_by:

@@ -1,4 +1,4 @@
-"""The LSTM that reads kept inputs only."""
+"""``nn.LSTM`` that reads only the inputs a dropout keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where dropout acts: a site draws the pattern and keeps what it keeps."""
+"""Dropout sites: draw the pattern of each use and apply it."""
 
 from __future__ import annotations
 

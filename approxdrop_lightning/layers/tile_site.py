@@ -1,4 +1,4 @@
-"""Where weights are dropped instead of units: a site draws a pattern for each weight that reads it."""
+"""Dropout sites of tile patterns: draw one pattern for each weight that reads the output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a site returns that drops weights: its input as it is, marked for the layers that read it."""
+"""Output of a tile site: the unchanged input, marked for the layers that drop weights."""
 
 from __future__ import annotations
 

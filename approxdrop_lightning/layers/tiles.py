@@ -1,4 +1,4 @@
-"""The layers that drop weights where a site has marked their input."""
+"""``nn.Linear`` and ``nn.LSTM`` that drop tiles of their weights when a tile site precedes them."""
 
 from __future__ import annotations
 

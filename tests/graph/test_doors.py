@@ -27,6 +27,9 @@ SILENT = {
 
 @pytest.fixture(autouse=True)
 def fresh():
+    gc.collect()
+    for serial in list(doors.CHARGE._graphs):  # models of other tests that nobody restored, and somebody holds
+        doors.CHARGE.give(serial)
     torch.compiler.reset()
     counters.clear()
     COUNTS.clear()
