@@ -39,9 +39,7 @@ if __name__ == "__main__":
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument(
-        "--backend", default="none", help="of torch.compile; none: eager, which skips more of an LSTM"
-    )
+    parser.add_argument("--backend", default="none", help="of torch.compile; none: eager")
     options = parser.parse_args()
 
     text, model = streams(options.vocabulary, batch=20), LanguageModel(options.vocabulary, options.hidden, rate=0.5)
