@@ -119,7 +119,8 @@ class Book:
         table = self.table(device)
         u = self.sites[0][0].sampler.quantile
         for site, ref in self.sites:
-            if (module := ref()) is None:
+            module = ref()
+            if module is None or "graph_key" not in vars(module):  # gone, or a stock layer while it evaluates
                 continue
             dp, keep = self._pairs[id(site.sampler)].at(u)
             state = vars(module)  # past nn.Module.__setattr__: nothing of ours may be registered or saved

@@ -48,6 +48,17 @@ def test_in_evaluation_mode_the_classes_are_the_stock_ones_until_the_next_step(n
     assert layers(model) == layers(stock)
 
 
+def test_a_part_that_evaluates_in_training_has_stock_layers():
+    model, stock = (nn.Sequential(mlp(), nn.Dropout(0.5), nn.Linear(10, 2)) for _ in range(2))
+    report = approximate(model, seed=0, **ALL)
+    for _ in range(2):
+        model[0].eval()
+        resample(model)
+        model(torch.randn(4, 20)).sum().backward()
+        assert layers(model[0]) == layers(stock[0])
+    assert report["1"].consumers == ("2",) and not report["0.0"].site.last_patterns
+
+
 def layers(model: nn.Module) -> list[tuple[type, set[str]]]:
     """Class and attributes of each layer."""
     return [(type(m), set(m.__dict__)) for m in model.modules() if not type(m).__module__.startswith("support.")]
