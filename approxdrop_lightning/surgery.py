@@ -14,7 +14,6 @@ from torch import nn
 
 from approxdrop_lightning.graph.book import Book
 from approxdrop_lightning.graph.doors import CHARGE
-from approxdrop_lightning.graph.entrances import Entrances
 from approxdrop_lightning.inspection import functional_dropouts
 from approxdrop_lightning.layers import (
     ApproxDropoutSite,
@@ -26,6 +25,7 @@ from approxdrop_lightning.layers import (
     TileSite,
 )
 from approxdrop_lightning.layers.converted import Converted, attributes, class_for, give_back
+from approxdrop_lightning.layers.entrances import Entrances
 from approxdrop_lightning.layers.lazy_tensor import settle
 from approxdrop_lightning.multiplies import Count
 from approxdrop_lightning.options import Options
