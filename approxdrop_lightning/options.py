@@ -41,7 +41,7 @@ class Options:
         interleave: Whether the rows of a batch take the cells of a pattern in turn; otherwise they share one mask.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
         orders: Most orders of the units that the rows of a batch take in turn, >= 1: more of them make the gradient
-            less noisy. Small batches have fewer. Needs ``interleave`` and ``shuffle``.
+            less noisy. Small batches have fewer, and samples below rate .5 one. Needs ``interleave`` and ``shuffle``.
         group_rows: Fewest rows that several orders may leave a group, >= 1. Fewer rows make more masks, which high
             rates and learning rates want; more rows make faster products.
         max_dp: Largest period, an integer >= 1 and at least ``1 / (1 - rate)``.

@@ -30,12 +30,6 @@ def fitting_block_size(n: int, dp: int, block_size: int) -> int:
     return block_size
 
 
-#: Blocks of fewer units, of a layer too narrow for larger ones, cost more to read for each of several orders than is
-#: saved where most units are kept: at .3 an LSTM of 256 ran at 0.9, one of 512, in blocks of 8, at 1.1
-#: (``benchmark lstm --hidden 256 --vocabulary 2000 --consecutive 1 --min-features 0``).
-NARROW_BLOCK = 8
-
-
 def least_rows(block_size: int, group_rows: int) -> int:
     """Fewest rows of a group where the batch takes several orders of the units in turn: fewer make products slow.
 
@@ -126,7 +120,8 @@ class PatternSampler:
         """Draw a pattern of ``n`` units with the step's ``(dp, keep)``; with ``shared`` one for all rows.
 
         An interleaved pattern has as many orders of the units as leave each group :func:`least_rows` rows of the
-        batch, but one at least and ``orders`` at most; docs/results.md shows what they are for.
+        batch, but one at least and ``orders`` at most. Samples (one leading dimension) that keep most units have one;
+        docs/results.md shows what several are for.
         """
         rows = math.prod(leading_shape) if leading_shape else 0
         interleave = self.interleave and not shared
@@ -141,8 +136,8 @@ class PatternSampler:
         pattern = RowPattern.unchecked(n, self.dp, offset, self.keep, interleave, order, block_size)
         least = pattern.n_groups * least_rows(block_size, self.group_rows)
         orders = min(self.orders, rows // least) if interleave else 1
-        if len(leading_shape) == 1 and pattern.overlaps and block_size < NARROW_BLOCK:
-            orders = 1  # of samples; sequences of so narrow layers are masked
+        if len(leading_shape) == 1 and pattern.overlaps:
+            orders = 1  # samples that keep most units gain nothing by several (docs/results.md)
         if orders < 2:
             return pattern
         further = [torch.randperm(n_blocks, generator=self._patterns, device="cpu") for _ in range(orders - 1)]

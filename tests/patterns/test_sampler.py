@@ -230,6 +230,10 @@ def test_large_batches_take_several_orders_of_the_units_in_turn():
     assert found == {63: 1, 64: 2, 96: 3}
     assert sampler.pattern(64, leading_shape=(128,)).n_orders == 2  # samples take turns as words do
     assert sampler.pattern(64).n_orders == 1  # of a batch that is not known
+    most = make(0.3, 10, "any", float("inf"), interleave=True, shuffle=True, block_size=16, orders=8)
+    assert (
+        most.pattern(1024, leading_shape=(4096,)).n_orders == 1 < most.pattern(1024, leading_shape=(64, 64)).n_orders
+    )
     fewer = make(0.5, gamma=float("inf"), interleave=True, shuffle=True, block_size=16, orders=8, group_rows=8)
     assert fewer.pattern(128, leading_shape=(128,)).n_orders == 8
     a = sampler.pattern(64, leading_shape=(100, 100))
