@@ -261,9 +261,9 @@ class ApproxDropoutSite(Converted, nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., n]`` to ``[..., n]``."""
         # Both are constants to Dynamo; so are the pair and the key, by which each pair has a graph of its own.
+        # A layer that evaluates is of the stock class: no need to read `training`, a property, which PyTorch 2.11
+        # cannot trace.
         if torch.compiler.is_dynamo_compiling() and self.graph_key is not None:
-            if not self.training:
-                return super().forward(input)
             return torch.ops.approxdrop.drop(input, self.graph_table, self.graph_key, self.graph_dp, self.graph_keep)
         return self._run(input)
 
