@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.graph import native
+from approxdrop_lightning.graph import kernels, native
 from approxdrop_lightning.graph.layout import Rows, Use
 
 
@@ -111,6 +111,9 @@ class _Weights(torch.autograd.Function):
         ctx.save_for_backward(table)
         ctx.uses, ctx.shape, ctx.pieces = (outside, inside), weight.shape, pieces
         n_out, n_in = weight.shape
+        ctx.by_kernel = pieces == 1 and kernels.serves(weight)
+        if ctx.by_kernel:
+            return kernels.pack(weight, table, outside, inside)
         if inside is None:
             assert outside is not None
             o = outside.layout
@@ -129,6 +132,8 @@ class _Weights(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (table,) = ctx.saved_tensors
         outside, inside = ctx.uses
+        if ctx.by_kernel:
+            return kernels.unpack(grad, table, outside, inside, ctx.shape), None, None, None, None
         dense = _expanded(grad, table, outside, inside, ctx.pieces)
         return dense.reshape(ctx.shape), None, None, None, None
 
