@@ -207,6 +207,12 @@ class RowPattern:
         """Number of units that group 0 keeps."""
         return self._units[0].count
 
+    def units_by_cell(self, group: int) -> list[int]:
+        """Number of units in each cell that a group keeps, in the order of :meth:`units`."""
+        groups = self.n_groups // self.n_orders
+        first, before = group % groups * self._shift, self.by_order[group // groups]._by_cell.units
+        return [before[cell + 1] - before[cell] for cell in range(first, first + self.keep)]
+
     @property
     def share(self) -> float:
         """Share of the units kept, averaged over the groups."""

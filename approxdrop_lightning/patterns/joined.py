@@ -1,0 +1,124 @@
+"""Patterns of units side by side: what ``torch.cat`` makes of units that have patterns of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import gcd
+
+import numpy
+import torch
+from torch import Tensor
+
+from approxdrop_lightning.patterns.row import HOST, RowPattern, _ByCell
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedPattern(RowPattern):
+    """Pattern of the units of several patterns, one after the other. Made by :func:`join`.
+
+    Its ``order`` holds the cell of each block, counted from the first one that its pattern keeps, instead of a place:
+    the blocks of one piece are dealt to the cells evenly, those of all pieces together need not be.
+
+    Attributes:
+        pieces: The patterns.
+    """
+
+    pieces: tuple[RowPattern, ...] = ()
+
+    @cached_property
+    def by_order(self) -> tuple[RowPattern, ...]:
+        """The pattern of each order: that of its groups."""
+        if self.n_orders == 1:
+            return (self,)
+        return tuple(_of(pieces) for pieces in zip(*(piece.by_order for piece in self.pieces), strict=True))
+
+    @cached_property
+    def _by_cell(self) -> _ByCell:
+        assert self.order is not None
+        cells = self.order.view(-1, self.n_blocks)[0].numpy()
+        blocks = cells.argsort(kind="stable")
+        counts = numpy.bincount(cells, minlength=self.dp)
+        sizes = counts * self.block_size
+        lengths = torch.full((len(blocks),), self.block_size, device=HOST)
+        if missing := self.n_blocks * self.block_size - self.n:
+            sizes[cells[-1]] -= missing
+            lengths[int((blocks == len(blocks) - 1).argmax())] -= missing
+        starts = torch.from_numpy(blocks * self.block_size)
+        return _ByCell(starts, lengths, [0, *accumulate(counts.tolist())], [0, *accumulate(sizes.tolist())])
+
+    @property
+    def share(self) -> float:
+        """Share of the units kept, all groups together."""
+        return sum(piece.share * piece.n for piece in self.pieces) / self.n
+
+    def mask(
+        self,
+        *leading_shape: int,
+        dtype: torch.dtype = torch.bool,
+        value: float = 1,
+        device: torch.device = HOST,
+    ) -> Tensor:
+        """``[*leading_shape, n]``: ``value`` where an entry of the batch is kept, zero elsewhere."""
+        masks = [piece.mask(*leading_shape, dtype=dtype, value=value, device=device) for piece in self.pieces]
+        return torch.cat(masks, dim=-1)
+
+
+def join(patterns: Sequence[RowPattern]) -> JoinedPattern | None:
+    """The pattern of units side by side, or None if rows would fall into other groups in one than in another.
+
+    Args:
+        patterns: Of the units, one after the other; one at least.
+
+    Returns:
+        A pattern of ``sum(p.n for p in patterns)`` units.
+    """
+    pieces = [piece for p in patterns for piece in (p.pieces if isinstance(p, JoinedPattern) else (p,))]
+    first = pieces[0]
+    kind = (first.dp, first.keep, first.interleave, first.n_orders)
+    if any((p.dp, p.keep, p.interleave, p.n_orders) != kind or p.keeps_all for p in pieces):
+        return None
+    return _of(pieces)
+
+
+def of_as_many_orders(patterns: Sequence[RowPattern]) -> list[RowPattern]:
+    """The same patterns, each with as many orders of its units as the one with fewest, for before they are used."""
+    fewest = min(pattern.n_orders for pattern in patterns)
+    return [
+        pattern
+        if pattern.order is None or pattern.n_orders == fewest
+        else pattern.reordered(_first(pattern.order, fewest))
+        for pattern in patterns
+    ]
+
+
+def _first(orders: Tensor, count: int) -> Tensor:
+    return orders[:count] if count > 1 else orders[0]
+
+
+def _of(pieces: Sequence[RowPattern]) -> JoinedPattern:
+    first = pieces[0]
+    # Blocks of one size that no piece shares with the next one.
+    block_size = gcd(*(p.block_size for p in pieces), *(p.n for p in pieces[:-1]))
+    cells = torch.cat([_cells(p, block_size) for p in pieces], dim=1)
+    pattern = JoinedPattern.unchecked(
+        n=sum(p.n for p in pieces),
+        dp=first.dp,
+        offset=0,
+        keep=first.keep,
+        interleave=first.interleave,
+        order=cells if len(cells) > 1 else cells[0],
+        block_size=block_size,
+    )
+    assert isinstance(pattern, JoinedPattern)
+    vars(pattern)["pieces"] = tuple(pieces)
+    return pattern
+
+
+def _cells(pattern: RowPattern, block_size: int) -> Tensor:
+    """Cell of each block of the size given, ``[n_orders, blocks]``, counted from the first kept one of group 0."""
+    cells = (pattern._orders - pattern.offset).remainder(pattern.dp)
+    blocks = -(-pattern.n // block_size)
+    return cells.repeat_interleave(pattern.block_size // block_size, dim=1)[:, :blocks]
