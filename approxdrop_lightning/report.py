@@ -38,6 +38,13 @@ class Row:
         return ", ".join(sorted(self.site.producers)) or None if self.site else None
 
     @property
+    def whole(self) -> str | None:
+        """Why there is no producer although a layer was seen before the dropout: what reads its output whole."""
+        if self.site is None or self.site.producers or not self.site.whole:
+            return None
+        return f"read whole by {', '.join(sorted(set(self.site.whole.values())))}"
+
+    @property
     def consumers(self) -> tuple[str, ...]:
         """Layers that have read the output so far: its kept units, or by their kept weights."""
         return tuple(sorted(self.site.consumers)) if self.site else ()
@@ -150,7 +157,7 @@ class Report:
             (
                 r.name,
                 "?" if r.rate is None else f"{r.rate:g}" + ("" if r.own_rate is None else f" (own: {r.own_rate:g})"),
-                r.producer or "-",
+                r.producer or r.whole or "-",
                 ", ".join(r.consumers) or "-",
                 f"{self.saved_by(r):.0%}",
                 r.skipped,

@@ -345,6 +345,7 @@ def _convert_linear(conversion: Conversion, name: str, module: nn.Linear) -> Non
         waited=False,
         dropped_by=set(),
         read_whole_too=False,
+        read_whole_by=None,
         work=Ledger(),
     )
 

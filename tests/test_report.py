@@ -31,6 +31,39 @@ def test_the_report_says_what_is_skipped_and_why_not():
     assert all(name in str(report) for name in ("2", "producer's rows", "AlphaDropout"))
 
 
+@pytest.mark.parametrize(
+    ("between", "name"),
+    [
+        (nn.BatchNorm1d(64), "BatchNorm1d"),
+        (nn.LayerNorm(64), "LayerNorm"),
+        (nn.Softmax(-1), "softmax"),
+    ],
+)
+def test_what_reads_the_layer_before_whole_is_named(between, name):
+    """It needs all units of the layer, so none of their rows can be skipped: that is no fault of the model's."""
+    model = nn.Sequential(nn.Linear(16, 64), between, nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 4), nn.Dropout(0.5))
+    report = approximate(model, min_features=0, min_multiplies=0)
+    for _ in range(2):
+        resample(model)
+        model(torch.randn(16, 16)).sum().backward()
+    row = report["3"]
+    assert (row.producer, row.whole, row.consumers) == (None, f"read whole by {name}", ("4",))
+    assert row.skipped == f"consumers' columns; 0 is read whole by {name}"
+    assert f"read whole by {name}" in str(report)
+    assert report["5"].whole is None  # it has a producer
+
+
+def test_layers_far_before_a_dropout_are_not_named():
+    """What other products were made of has nothing to do with the dropout."""
+    model = nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), nn.Conv1d(1, 1, 3, padding=1), nn.Dropout(0.5))
+    report = approximate(model, min_features=0, min_multiplies=0)
+    resample(model)
+    normed = model[1](model[0](torch.randn(16, 1, 8)))
+    model[3](model[2](normed)).sum().backward()
+    assert report["3"].whole is None
+    assert "no linear layer before it" in report["3"].skipped
+
+
 def test_a_frozen_part_is_reported():
     """As LightningModule.freeze leaves it: in evaluation mode, without gradients."""
     model = mlp()

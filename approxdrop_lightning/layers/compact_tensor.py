@@ -22,6 +22,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     saving_as_where,
     saving_hooks,
     settle,
+    shape_of,
 )
 from approxdrop_lightning.ops.derivative import must_be_differentiable, vjp
 from approxdrop_lightning.patterns.row import RowPattern
@@ -44,6 +45,9 @@ class Reader(Protocol):
 
     def saves_too_few(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a product of so many multiplies had better read the dense tensor."""
+
+    def shares(self, multiplies: int) -> Sequence[tuple[Any, int]]:
+        """Sites that so many multiplies of a product fall to."""
 
 
 class Kept:
@@ -263,6 +267,24 @@ def past(
     return _Past.apply(layer, len(results), source, *results, *others)
 
 
+class Combine(torch.autograd.Function):
+    """Tensors side by side, or their sum, in the graph: of these."""
+
+    @staticmethod
+    def forward(ctx: Any, cls: type, held: Any, adds: bool, *parts: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.widths = None if adds else [shape_of(part)[-1] for part in parts]
+        ctx.n_parts = len(parts)
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        settle()
+        if grad is None:
+            return None, None, None, *[None] * ctx.n_parts
+        return None, None, None, *([grad] * ctx.n_parts if ctx.widths is None else grad.split(ctx.widths, dim=-1))
+
+
 class CompactTensor(LazyTensor):
     """Output of dropout. Consumers read what it holds; everybody else sees zeros filled in.
 
@@ -272,6 +294,7 @@ class CompactTensor(LazyTensor):
         made_of: Likewise.
         function: What it was derived by, as ``(function, arguments, keywords)``.
         source: The pending output that it was dropped from; what is held are its kept values, yet to be scaled.
+        parts: The dropped-out tensors that it shows side by side.
     """
 
     held: Kept
@@ -284,7 +307,10 @@ class CompactTensor(LazyTensor):
         made_of: LazyTensor | None = None,
         function: Any = None,
         source: LazyTensor | None = None,
+        parts: tuple[CompactTensor, ...] = (),
     ) -> CompactTensor:
+        if parts:
+            return Combine.apply(cls, held, False, *parts)
         above = view_of if made_of is None else made_of
         if above is not None:
             return _Derive.apply(cls, held, function, above)

@@ -35,6 +35,8 @@ KEEPS_ZERO = _overloads(
 POINTWISE = KEEPS_ZERO | _overloads(
     "sigmoid", "logsigmoid", "softplus", "hardsigmoid", "hardtanh", "exp", "cos", "add", "sub", "mul", "div", "clamp",
 )  # fmt: skip
+#: ``f(x, weight)``; of one weight it is a function of one value with f(0) = 0, whose weight has a gradient.
+PRELU = _overloads("prelu")
 #: They rearrange the leading dimensions, or everything; which of both their result's shape tells.
 RESHAPES = _overloads("view", "reshape", "flatten", "unsqueeze", "squeeze")
 #: Answered from the shape, dtype and device, without computing anything.
@@ -144,10 +146,12 @@ class Place:
         above: Place of the lazy tensor that it was made of, if any.
     """
 
-    __slots__ = ("_asked", "_tensor", "above", "extended", "used")
+    __slots__ = ("_asked", "_tensor", "above", "beside", "extended", "used")
 
     def __init__(self, tensor: LazyTensor, above: Place | None) -> None:
         self._tensor, self.above = weakref.ref(tensor), above
+        #: Further ones that it was made of, as by ``torch.cat``.
+        self.beside: tuple[Place, ...] = ()
         #: Whether it has been passed by, and whether others have been derived from it.
         self.used = self.extended = False
         self._asked = False
@@ -162,6 +166,8 @@ class Place:
         place: Place | None = self
         while place is not None and not place.used:
             place.used = True
+            for other in place.beside:
+                other.use()
             place = place.above
 
     def ask(self) -> None:
@@ -180,6 +186,8 @@ class Place:
                 with torch._C.DisableTorchFunctionSubclass():
                     if tensor.retains_grad:  # by Tensor.backward(inputs=...), which asks nobody
                         return True
+            if any(other.is_wanted for other in place.beside):
+                return True
             place = place.above
         return False
 
@@ -257,6 +265,10 @@ def _wait(ref: weakref.ref[LazyTensor]) -> None:
     if len(_waiting) > _MANY:  # no backward pass, no step: somebody only evaluates
         _waiting = [ref for ref in _waiting if ref() is not None]
     _waiting.append(ref)
+
+
+#: Functions of several tensors, and what makes a lazy tensor of lazy ones in their place, or NotImplemented.
+COMBINATIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 class LazyTensor(torch.Tensor):
@@ -361,6 +373,11 @@ class LazyTensor(torch.Tensor):
                 return func(*args, **kwargs)
         if func in _OF_THE_GRAPH or func in _BACKWARD:
             return cls._ask_the_graph(func, args, kwargs)
+        combine = COMBINATIONS.get(func)
+        if combine is not None and torch.is_grad_enabled():
+            result = combine(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         first = args[0] if args else None
         if isinstance(first, LazyTensor) and first._acts:
             result = first._apply(func, args[1:], kwargs)
@@ -415,6 +432,14 @@ def as_dense(x: Any) -> Any:
 def shape_of(x: Tensor) -> tuple[int, ...]:
     """Shape, without the detour by Python that a lazy tensor's attributes take."""
     return tuple(x.held.shape) if isinstance(x, LazyTensor) else tuple(x.shape)
+
+
+def is_pointwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether ``func(x, *args, **kwargs)`` may act on kept values of ``x`` as long as the dropout is yet to come."""
+    if func in PRELU:
+        weight = args[0] if args else kwargs.get("weight")
+        return isinstance(weight, Tensor) and not isinstance(weight, LazyTensor) and weight.numel() == 1
+    return func in POINTWISE and not has_tensor((*args, *kwargs.values()))
 
 
 def has_tensor(args: Any) -> bool:

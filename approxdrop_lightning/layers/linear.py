@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,11 @@ from approxdrop_lightning import functional
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept, unpacked
 from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import (
-    POINTWISE,
     RESHAPES,
     Autocast,
     LazyTensor,
     as_dense,
-    has_tensor,
+    is_pointwise,
     reshaped_leading,
     run_eagerly,
     saving_as_where,
@@ -31,6 +30,12 @@ from approxdrop_lightning.layers.lazy_tensor import (
 from approxdrop_lightning.ops.derivative import is_transformed, vjp
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.work import Ledger
+
+#: Key of the metadata of a node that computes the whole output of a layer: that layer.
+_MADE_BY = "approxdrop_lightning"
+#: A dropout is after a layer if so many nodes lie between them at most, none of which is a product of others.
+_MOST_NODES = 16
+_PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "ScaledDotProduct", "Embedding")
 
 
 class ApproxLinear(Converted, nn.Linear):
@@ -47,6 +52,7 @@ class ApproxLinear(Converted, nn.Linear):
         waited: Whether an output has waited yet.
         dropped_by: Sites reached so far.
         read_whole_too: Whether an output was read whole after a site had its kept units computed.
+        read_whole_by: Name of the function that has last read an output whole.
         work: Multiplies of its last products.
     """
 
@@ -57,6 +63,7 @@ class ApproxLinear(Converted, nn.Linear):
     waited: bool
     dropped_by: set[Any]
     read_whole_too: bool
+    read_whole_by: str | None
     work: Ledger
 
     def forward(self, input: Tensor) -> Tensor:
@@ -79,7 +86,8 @@ class ApproxLinear(Converted, nn.Linear):
         waits = self.defers and not self._too_small(multiplies, x)
         if not waits:
             if isinstance(x, CompactTensor):
-                self.work.note(x.held.site, None, multiplies)
+                for site, share in x.held.site.shares(multiplies):
+                    self.work.note(site, None, share)
                 return x.linear(self.weight, self.bias, self.name)
             self.work.note(None, None, multiplies)
             return super().forward(x)
@@ -137,10 +145,10 @@ class _Product:
         with self.autocast.context():
             return run_chain(self.before, F.linear(x, weight, bias))
 
-    def finish(self, y: Tensor) -> Tensor:
-        """What this output makes of it."""
+    def finish(self, y: Tensor, *tensors: Tensor) -> Tensor:
+        """What this output makes of it, and of the tensors that its functions have."""
         with self.autocast.context():
-            return run_chain(self.own, y.view(self.shape))
+            return run_chain(with_tensors(self.own, tensors), y.view(self.shape))
 
 
 def run_chain(chain: tuple[Any, ...], y: Tensor) -> Tensor:
@@ -148,6 +156,29 @@ def run_chain(chain: tuple[Any, ...], y: Tensor) -> Tensor:
     for func, args, kwargs in chain:
         y = func(y, *args, **kwargs)
     return y
+
+
+def tensors_of(chain: tuple[Any, ...]) -> list[Tensor]:
+    """Tensors among the arguments of a chain: weights of PReLUs."""
+    return [a for _, args, kwargs in chain for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+
+
+def with_tensors(chain: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The same functions, of other tensors."""
+    rest = iter(tensors)
+
+    def other(argument: Any) -> Any:
+        return next(rest, argument) if isinstance(argument, Tensor) else argument
+
+    return tuple(
+        (func, tuple(map(other, args)), {k: other(a) for k, a in kwargs.items()}) for func, args, kwargs in chain
+    )
+
+
+def dense_again(node: Any, formula: _Product) -> Tensor:
+    """The dense output of a pending one, within a backward pass; see :attr:`Pending.recipe`."""
+    x, weight, bias = node.saved_tensors
+    return formula.finish(formula.product(formula.input(x), weight, bias))
 
 
 class _Node(torch.autograd.Function):
@@ -161,6 +192,8 @@ class _Node(torch.autograd.Function):
         if ctx.root is None:
             held.node = ctx
             ctx.save_for_backward(held.read_input(), *above[1:])
+        else:
+            ctx.save_for_backward(*above[1:])
         return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
 
     @staticmethod
@@ -174,7 +207,8 @@ class _Node(torch.autograd.Function):
         x = formula.input(x)
         if ctx.root is None:
             return None, None, *vjp(lambda *a: formula.finish(formula.product(*a)), (x, weight, bias), wanted, grad)
-        return None, None, *vjp(formula.finish, (formula.product(x, weight, bias),), wanted, grad)
+        inputs = formula.product(x, weight, bias), *ctx.saved_tensors
+        return None, None, *vjp(formula.finish, inputs, wanted, grad)
 
 
 class Pending:
@@ -206,15 +240,26 @@ class Pending:
         self._hooks = saving_hooks()
         self._versions = self._input_versions()
 
-    def _input_versions(self) -> tuple[int, int, int]:
+    def _input_versions(self) -> tuple[int, ...]:
         bias = 0 if self.bias is None else self.bias._version
-        return self.read_input()._version, self.weight._version, bias
+        chain = [t._version for t in tensors_of(self.chain)]
+        return self.read_input()._version, self.weight._version, bias, *chain
 
     def read_input(self) -> Tensor:
         """What the product reads: the dense input, or its kept values."""
         return self.x.held.values if isinstance(self.x, CompactTensor) else self.x
 
     may_change = True
+
+    @property
+    def recipe(self) -> tuple[Any, _Product]:
+        """What the output can be computed from again, without the output itself."""
+        return self.node, self.formula
+
+    @property
+    def layers(self) -> tuple[ApproxLinear, ...]:
+        """Layers whose outputs it is made of."""
+        return (self.layer,)
 
     @property
     def has_changed(self) -> bool:
@@ -235,7 +280,10 @@ class Pending:
             dtype = func(torch.empty(0, dtype=dtype, device=self.device), *args, **kwargs).dtype
         function = (func, args, kwargs)
         return self.derived(
-            chain=(*self.chain, function), dtype=dtype, formula=self.formula.followed_by(self.shape, function)
+            chain=(*self.chain, function),
+            dtype=dtype,
+            formula=self.formula.followed_by(self.shape, function),
+            _versions=(*self._versions, *(t._version for t in tensors_of((function,)))),
         )
 
     def reshaped(self, shape: tuple[int, ...]) -> Pending:
@@ -257,6 +305,9 @@ class Pending:
             y = self.x.linear(self.weight, self.bias, reader=self.name)
         else:
             y = F.linear(self.x, self.weight, self.bias)
+        if y.grad_fn is not None and not self.layer.dropped_by:
+            metadata: Any = y.grad_fn.metadata  # declared as a function
+            metadata[_MADE_BY] = self.layer
         return y.view(self.shape)
 
     @property
@@ -266,8 +317,11 @@ class Pending:
 
     def _note(self, after: Any) -> None:
         """Note the product: between the site that made ``x``, if any, and the site ``after`` it, if any."""
-        before = self.x.held.site if isinstance(self.x, CompactTensor) and self.x.is_lazy else None
-        self._work.note(before, after, self.multiplies)
+        if isinstance(self.x, CompactTensor) and self.x.is_lazy:
+            for before, multiplies in self.x.held.site.shares(self.multiplies):
+                self._work.note(before, after, multiplies)
+        else:
+            self._work.note(None, after, self.multiplies)
 
     def _context(self) -> contextlib.AbstractContextManager[Any]:
         """As it was when the layer was called."""
@@ -314,6 +368,30 @@ class Pending:
         return functional.lines_up(compact.pattern, pattern)
 
 
+def read_whole_before(x: Tensor) -> dict[str, str]:
+    """Layers that a tensor was made of by functions that read their waiting outputs whole.
+
+    Args:
+        x: An ordinary tensor.
+
+    Returns:
+        Name of each layer to that of the function, in PyTorch's words.
+    """
+    found: dict[str, str] = {}
+    nodes, seen = [x.grad_fn], 0
+    while nodes and seen < _MOST_NODES:
+        node, seen = nodes.pop(0), seen + 1
+        if node is None:
+            continue
+        metadata: Any = node.metadata
+        layer = metadata.get(_MADE_BY)
+        if layer is not None and layer.read_whole_by:
+            found[layer.name] = layer.read_whole_by
+        elif not node.name().startswith(_PRODUCTS):
+            nodes += [before for before, _ in node.next_functions]
+    return found
+
+
 class PendingLinear(LazyTensor):
     """Output of an :class:`ApproxLinear` that nobody has read yet."""
 
@@ -326,7 +404,7 @@ class PendingLinear(LazyTensor):
         above = view_of if made_of is None else made_of
         if above is None:
             return _Node.apply(cls, held, held.x, held.weight, held.bias)
-        return _Node.apply(cls, held, above)
+        return _Node.apply(cls, held, above, *tensors_of(held.formula.own))
 
     def __init__(self, held: Pending, view_of: LazyTensor | None = None, made_of: LazyTensor | None = None) -> None:
         super().__init__(held, view_of, made_of)
@@ -345,7 +423,7 @@ class PendingLinear(LazyTensor):
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         held = self.held
-        if func in POINTWISE and not has_tensor((*args, *kwargs.values())):
+        if is_pointwise(func, args, kwargs):
             in_place = kwargs.get("inplace", False)
             if in_place and (self._storage.shared or self.place.extended or self.place.used):
                 return NotImplemented
@@ -366,5 +444,6 @@ class PendingLinear(LazyTensor):
         return NotImplemented
 
     def _read_by(self, name: str) -> None:
+        self.held.layer.read_whole_by = name
         if self.is_lazy and self.held.readers and torch.is_grad_enabled():  # not for a metric that looks now and then
             self.held.layer.read_whole_too = True

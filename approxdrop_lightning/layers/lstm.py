@@ -124,7 +124,9 @@ class ApproxLSTM(Converted, nn.LSTM):
         if dropped is not None and recurrent is not None and self._masks(dropped, rows, weight_hh):
             weight_hh = masked_columns(weight_hh, recurrent, dropped.scale)
             dropped = recurrent = None
-        self.work.note(held and held.site, None, rows * x.shape[-1] * 4 * self.hidden_size)
+        multiplies = rows * x.shape[-1] * 4 * self.hidden_size
+        for site, share in [(None, multiplies)] if held is None else held.site.shares(multiplies):
+            self.work.note(site, None, share)
         self.work.note(dropped, None, rows * self.hidden_size * 4 * self.hidden_size)
         if held is not None:
             held.site.read_kept(self._reader(layer))

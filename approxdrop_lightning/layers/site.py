@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from approxdrop_lightning.graph.book import Book, Drawn
+from approxdrop_lightning.layers.combined import Combination, PendingCombination
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
 from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import (
@@ -20,8 +21,9 @@ from approxdrop_lightning.layers.lazy_tensor import (
     run_eagerly,
     shape_of,
 )
-from approxdrop_lightning.layers.linear import PendingLinear
+from approxdrop_lightning.layers.linear import Pending, PendingLinear, read_whole_before
 from approxdrop_lightning.ops.derivative import batch_of_transforms, is_transformed, outside_of_transforms
+from approxdrop_lightning.patterns.joined import join, of_as_many_orders
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
@@ -37,6 +39,15 @@ _WARNED: weakref.WeakSet[PatternSampler] = weakref.WeakSet()
 #: saved where most units are kept: at .3 an LSTM of 256 ran at 0.9, one of 512, in blocks of 8, at 1.1
 #: (``benchmark lstm --hidden 256 --vocabulary 2000 --consecutive 1 --min-features 0``).
 _NARROW = 8
+
+#: Functions as a reader of the report knows them: what follows a linear layer is normalised in one dimension.
+_MODULES = {
+    "batch_norm": "BatchNorm1d",
+    "instance_norm": "InstanceNorm1d",
+    "layer_norm": "LayerNorm",
+    "group_norm": "GroupNorm",
+    "rms_norm": "RMSNorm",
+}
 
 
 class Site:
@@ -73,6 +84,8 @@ class Site:
         self.producers: set[str] = set()
         self.consumers: set[str] = set()
         self.dense_readers: set[str] = set()
+        #: Layers before it whose outputs something else reads whole, so that none of their rows are skipped.
+        self.whole: dict[str, str] = {}
         #: Why a use was masked and computed densely, if one was.
         self.too_small: str | None = None
         #: Why a stock layer drops in its place, if one does.
@@ -126,9 +139,10 @@ class Site:
     def remarks(self) -> list[str]:
         """What is not."""
         readers = ", ".join(sorted(self.dense_readers))
+        before = [f"{layer} is read whole by {reader}" for layer, reader in sorted(self.whole.items())]
         if self.skips:
-            return [f"read whole by {readers}"] if readers else []
-        return [f"no linear layer before it, and read whole by {readers or 'nobody'}"]
+            return (["read whole by " + readers] if readers else []) + ([] if self.producers else before)
+        return [f"{', '.join(before) or 'no linear layer before it'}, and read whole by {readers or 'nobody'}"]
 
     def _too_narrow(self, pattern: RowPattern) -> str | None:
         n = pattern.n
@@ -151,9 +165,32 @@ class Site:
             self.too_small = f"{saved:,} multiplies saved are too few to gain (min_multiplies={least:,})"
         return True
 
-    def pattern(self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = ()) -> RowPattern:
-        """The pattern of the next use, of ``n`` units; with ``shared`` one for all rows of the batch."""
-        return self._next(lambda: self.sampler.pattern(n, shared, leading_shape), lambda pattern: pattern.n == n)
+    def shares(self, multiplies: int) -> list[tuple[Site, int]]:
+        """Sites that so many multiplies of a product fall to: this one."""
+        return [(self, multiplies)]
+
+    def pattern(
+        self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = (), widths: tuple[int, ...] = ()
+    ) -> RowPattern:
+        """The pattern of the next use.
+
+        Args:
+            n: Number of units.
+            shared: Whether it is one for all rows of the batch.
+            leading_shape: Shape of the batch.
+            widths: Units of each tensor of which ``n`` are the concatenation, if they are. Each then has a pattern of
+                its own, unless one is too narrow.
+        """
+
+        def draw() -> RowPattern:
+            if widths and min(widths) >= self.min_features and self.sampler.keep < self.sampler.dp:
+                drawn = [self.sampler.pattern(width, shared, leading_shape) for width in widths]
+                found = join(of_as_many_orders(drawn))
+                if found is not None:
+                    return found
+            return self.sampler.pattern(n, shared, leading_shape)
+
+        return self._next(draw, lambda pattern: pattern.n == n)
 
     def _next(self, draw: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
         """What is drawn for the next use: anew, or again if the step is one and it still fits."""
@@ -201,11 +238,12 @@ class Site:
             return as_dense(x) * self.scale
         if is_transformed():
             return self._under_transforms(as_dense(x))
-        pattern = self.pattern(shape[-1], leading_shape=shape[:-1])
-        source = x if isinstance(x, PendingLinear) and x.is_lazy else None
-        pending = None if source is None else source.held
-        if pending is not None:
-            pending.layer.dropped_by.add(self)
+        source = x if isinstance(x, (PendingLinear, PendingCombination)) and x.is_lazy else None
+        pending: Pending | Combination | None = None if source is None else source.held
+        widths = pending.widths if isinstance(pending, Combination) else ()
+        pattern = self.pattern(shape[-1], leading_shape=shape[:-1], widths=widths)
+        for layer in () if pending is None else pending.layers:
+            layer.dropped_by.add(self)
         if pattern.keeps_all:
             return as_dense(x) * self.scale
         if too_narrow := self._too_narrow(pattern):
@@ -218,8 +256,11 @@ class Site:
         if pending is not None and self.saves_too_few(pending.multiplies, pending.device, pending.dtype):
             pending = None
         if pending is None:  # a mask or packed, as its readers wish
-            return CompactTensor(Kept(shape, pattern, shape[:-1], self, as_dense(x), packed=False, scale=self.scale))
-        self.producers.add(pending.layer.name)
+            x = as_dense(x)
+            if self.steps <= 1 and not self.producers:
+                self.whole.update((name, _MODULES.get(by, by)) for name, by in read_whole_before(x).items())
+            return CompactTensor(Kept(shape, pattern, shape[:-1], self, x, packed=False, scale=self.scale))
+        self.producers.update(layer.name for layer in pending.layers)
         held = Kept(shape, pattern, shape[:-1], self, pending.kept_values(pattern, self), scale=self.scale)
         return CompactTensor(held, source=source)
 

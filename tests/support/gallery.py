@@ -317,6 +317,52 @@ def words(*shape: int) -> Tensor:
     return torch.randint(30, shape)
 
 
+class Towers(nn.Module):
+    """Layers side by side between PReLUs and dropouts, an ordinary tensor beside them; then dropped-out ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(
+            nn.Sequential(nn.Linear(12, 10), nn.PReLU(), nn.Dropout(0.5), nn.Linear(10, 8 + 4 * i)) for i in range(3)
+        )
+        self.prelu, self.dropout = nn.PReLU(), nn.Dropout(0.5)
+        self.left, self.right = nn.Linear(8 + 12 + 16 + 12, 14), nn.Linear(12, 10)
+        self.a, self.b, self.out = nn.Dropout(0.5), nn.Dropout(0.5), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dropout(self.prelu(torch.cat([*(tower(x) for tower in self.towers), x], dim=-1)))
+        packed = torch.cat([self.a(self.left(y).relu()), self.b(self.right(x).relu())], dim=-1)
+        masked = torch.cat([self.a(torch.cat([x, x[..., :2]], dim=-1)), self.b(x[..., :10])], dim=-1)
+        return self.out(packed) + self.out(masked)
+
+
+class ReadByLSTM(nn.Module):
+    """An LSTM that reads what two dropouts left, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(12, 8), nn.Linear(12, 6)
+        self.a, self.b = nn.Dropout(0.5), nn.Dropout(0.5)
+        self.lstm, self.out = nn.LSTM(14, 10, dropout=0.0), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(torch.cat([self.a(self.left(x)), self.b(self.right(x).tanh())], dim=2))[0])
+
+
+class Sums(nn.Module):
+    """Sums of layers before a dropout, and one that another function reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.others, self.more = nn.Linear(12, 16), nn.Linear(12, 16, bias=False), nn.Linear(16, 16)
+        self.a, self.b, self.out = nn.Dropout(0.5), nn.Dropout(0.5), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a((self.own(x) + self.others(x.flip(0))).relu())
+        z = self.own(x) + self.more(y) + self.others(x)
+        return self.out(self.b(torch.tanh(z))) + z[..., :3]
+
+
 #: name -> (make the model, make its input)
 GALLERY: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "mlp": (mlp, lambda: torch.randn(13, 20)),
@@ -337,6 +383,10 @@ GALLERY: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: Transformer(norm_first=True, batch_first=True, activation="gelu"),
         lambda: torch.randn(3, 5, 12),
     ),
+    "towers side by side": (Towers, lambda: torch.randn(7, 12)),
+    "towers side by side, of sequences": (Towers, lambda: torch.randn(5, 4, 12)),
+    "an lstm that reads two dropouts": (ReadByLSTM, lambda: torch.randn(7, 5, 12)),
+    "sums of layers": (Sums, lambda: torch.randn(4, 5, 12)),
     "torchvision MLP": (lambda: MLP(12, [16, 20, 6], dropout=0.5), lambda: torch.randn(5, 12)),
     "torchvision MLPBlock": (lambda: MLPBlock(12, 24, 0.5), lambda: torch.randn(5, 3, 12)),
     "torchvision ViT": (

@@ -73,6 +73,7 @@ def test_what_is_skipped(batch_norm):
     found = [(row.producer, row.consumers) for row in report]
     if batch_norm:
         assert found == [(None, ("net.4",)), (None, ("net.8",))]
+        assert [row.whole for row in report] == ["read whole by BatchNorm1d"] * 2
     else:
         assert found == [("net.0", ("net.3",)), ("net.3", ("net.6",))]
     assert report.saved > (0.3 if batch_norm else 0.5)
