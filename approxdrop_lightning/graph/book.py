@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from approxdrop_lightning.graph.layout import Layout, Rows, Use, layout_of, mask_of, rows_of, share_of_spare
 from approxdrop_lightning.graph.pairs import Pair, Pairs
+from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.work import Ledger
 
 if TYPE_CHECKING:
@@ -43,11 +44,68 @@ class Entry:
     device: torch.device
     lanes: np.ndarray[Any, Any]  # one random number for each place, and one for the spare place
     rows: Rows
-    batches: int = 0
 
     @property
     def layout(self) -> Layout:
         return self.use.layout
+
+
+class _Staging:
+    """Host copies of a device's table. They take turns, so that none waits for a copy that is still under way.
+
+    Args:
+        room: Entries of the table.
+        device: Where the table is.
+    """
+
+    def __init__(self, room: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._buffers = [
+            torch.zeros(room, dtype=torch.int64, device="cpu", pin_memory=on_gpu) for _ in range(4 if on_gpu else 1)
+        ]
+        self._arrays = [buffer.numpy() for buffer in self._buffers]
+        self._copied = [torch.cuda.Event() if on_gpu else None for _ in self._buffers]
+        self._turn = 0
+
+    @property
+    def values(self) -> Tensor:
+        """The table of this step."""
+        return self._buffers[self._turn]
+
+    @property
+    def array(self) -> np.ndarray[Any, Any]:
+        """The same, as an array."""
+        return self._arrays[self._turn]
+
+    def next(self) -> None:
+        """Begin a step."""
+        self._turn = (self._turn + 1) % len(self._buffers)
+        if (event := self._copied[self._turn]) is not None:
+            event.synchronize()  # of some steps ago: it has long happened unless the device is far behind
+
+    def copy(self, table: Tensor, first: int, end: int) -> None:
+        """Bring a part of it to the device."""
+        # By copy_ and not in place of a shared buffer: autograd sees that the tensor has changed.
+        table[first:end].copy_(self.values[first:end], non_blocking=True)
+        if (event := self._copied[self._turn]) is not None:
+            event.record(torch.cuda.current_stream(table.device))
+
+
+@dataclass(eq=False)
+class _Plan:
+    """What is drawn on one device in a step of certain pairs.
+
+    Attributes:
+        entries: The uses of these pairs.
+        lanes: Their random numbers, one after the other, by sampler: all are mixed at once.
+        first: Where in the table the first of them is.
+        end: Where the last one ends.
+    """
+
+    entries: list[Entry]
+    lanes: dict[PatternSampler, np.ndarray[Any, Any]]
+    first: int
+    end: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +148,9 @@ class Book:
         self.work = Ledger()
         self.sites: list[tuple[Site, weakref.ref[nn.Module]]] = []
         self.tables: dict[torch.device, Tensor] = {}
-        self._host: dict[torch.device, Tensor] = {}
+        self._staging: dict[torch.device, _Staging] = {}
         self._used: dict[torch.device, int] = {}
-        self._copied: dict[torch.device, Any] = {}
+        self._plans: dict[tuple[Pair, ...], dict[torch.device, _Plan]] = {}
         self._entries: dict[tuple[Any, ...], Entry] = {}
         self._pairs: dict[int, Pairs] = {}  # by sampler
         self._too_small: set[torch.device] = set()
@@ -128,21 +186,29 @@ class Book:
         self.fill()
 
     def _device(self) -> torch.device:
-        layers = (layer for ref in self._layers if (layer := ref()) is not None)
-        parameters = (p for layer in layers for p in layer.parameters())
-        return next((p.device for p in parameters), torch.device("cpu"))
+        for ref in self._layers:
+            layer = ref()
+            if layer is None:
+                continue
+            for parameter in layer._parameters.values():  # `parameters()` is ten times slower, and asked at each step
+                if parameter is not None:
+                    return parameter.device
+            for parameter in layer.parameters():  # those of parametrizations
+                return parameter.device
+        return torch.device("cpu")
 
     def table(self, device: torch.device) -> Tensor:
         """The tensor that compiled graphs on a device read."""
         if device in self._too_small:
             self._too_small.remove(device)
-            room = 2 * len(self._host[device])
+            room = 2 * len(self.tables[device])
             self._entries = {k: e for k, e in self._entries.items() if e.device != device}
+            self._plans.clear()
             del self.tables[device]
         else:
             room = _ROOM
         if device not in self.tables:
-            self._host[device] = torch.zeros(room, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+            self._staging[device] = _Staging(room, device)
             # A graph that is not entered yet still reads valid places.
             self.tables[device] = torch.zeros(room, dtype=torch.int64, device=device)
             self._used[device] = 0
@@ -199,10 +265,11 @@ class Book:
         )
         entry = Entry(Use(at, scale, *layout), site, pair, device, lanes, rows_taken)
         self._entries[key] = entry
-        self._draw(entry)
+        self._plans.clear()
+        _draw(entry, _mixed(_salted(lanes, sampler)), self._staging[device].array)
         here = slice(at, at + layout.size)
         # Nobody has read this part yet: a graph that waits for its backward pass need not think it has changed.
-        table.data[here].copy_(self._host[device][here])
+        table.data[here].copy_(self._staging[device].values[here])
         return entry
 
     def close(self) -> None:
@@ -212,38 +279,36 @@ class Book:
 
     def fill(self) -> None:
         """Write the tables of this step: one copy for each device."""
-        waiting: dict[torch.device, tuple[int, int]] = {}
+        pairs = tuple(self.pair(site) for site, _ in self.sites)
+        if pairs not in self._plans:
+            self._plans[pairs] = self._planned()
+        for device, plan in self._plans[pairs].items():
+            staging = self._staging[device]
+            staging.next()
+            random = {sampler: _mixed(_salted(lanes, sampler)) for sampler, lanes in plan.lanes.items()}
+            taken = dict.fromkeys(random, 0)
+            for entry in plan.entries:
+                sampler = entry.site.sampler
+                start, n = taken[sampler], len(entry.lanes)
+                _draw(entry, random[sampler][start : start + n], staging.array)
+                taken[sampler] = start + n
+            staging.copy(self.tables[device], plan.first, plan.end)
+
+    def _planned(self) -> dict[torch.device, _Plan]:
         now = {id(site.sampler): self.pair(site) for site, _ in self.sites}
+        by_device: dict[torch.device, list[Entry]] = {}
         for entry in self._entries.values():
             if entry.pair == now[id(entry.site.sampler)]:
-                if entry.device in self._copied and entry.device not in waiting:
-                    self._copied.pop(entry.device).synchronize()  # lest what is still read be overwritten
-                self._draw(entry)
-                at, end = entry.use.at, entry.use.at + entry.layout.size
-                first, last = waiting.get(entry.device, (at, end))
-                waiting[entry.device] = (min(first, at), max(last, end))
-        for device, (first, last) in waiting.items():
-            # By copy_ and not in place of a shared buffer: autograd sees that the tensor has changed.
-            self.tables[device][first:last].copy_(self._host[device][first:last], non_blocking=True)
-            if device.type == "cuda":
-                self._copied[device] = torch.cuda.Event()
-                self._copied[device].record(torch.cuda.current_stream(device))
-
-    def _draw(self, entry: Entry) -> None:
-        s, (dp, keep), sampler = entry.layout, entry.pair, entry.site.sampler
-        host = self._host[entry.device].numpy()[entry.use.at : entry.use.at + s.size]
-        random = _mixed(entry.lanes ^ np.uint64(sampler.seed_of_step * 0x9E3779B97F4A7C15 % 2**64))
-        n = s.orders * s.blocks
-        if sampler.shuffle:
-            block_at = random[:-1].reshape(s.orders, s.blocks).argsort(1)
-        else:  # cell after cell in the natural order, from a random unit on
-            block_at = ((_by_cell(s.blocks, dp) + int(random[0] % np.uint64(s.blocks))) % s.blocks)[None]
-        place = host[:n].reshape(s.orders, s.blocks)
-        np.put_along_axis(place, block_at, np.arange(s.blocks)[None], 1)
-        host[n : 2 * n] = block_at.reshape(-1)
-        host[-1] = s.kept
-        if s.spare and float(random[-1]) / 2.0**64 >= share_of_spare(s, dp, keep):
-            host[-1] -= 1
+                by_device.setdefault(entry.device, []).append(entry)
+        plans = {}
+        for device, entries in by_device.items():
+            lanes: dict[PatternSampler, list[np.ndarray[Any, Any]]] = {}
+            for entry in entries:
+                lanes.setdefault(entry.site.sampler, []).append(entry.lanes)
+            first = min(entry.use.at for entry in entries)
+            end = max(entry.use.at + entry.layout.size for entry in entries)
+            plans[device] = _Plan(entries, {s: np.concatenate(parts) for s, parts in lanes.items()}, first, end)
+        return plans
 
     def note(self, layer: str, before: Any, after: Any, multiplies: int) -> None:
         """Note a product of a graph for the report: between two sites, either of which may be None."""
@@ -259,7 +324,7 @@ class Book:
         """Patterns of the uses of a site in this step, in the order in which they were entered."""
         pair = self.pair(site)
         return tuple(
-            Drawn(e.layout.n, e.use, e.rows, self._host[e.device])
+            Drawn(e.layout.n, e.use, e.rows, self._staging[e.device].values)
             for e in self._entries.values()
             if e.site is site and e.pair == pair
         )
@@ -277,6 +342,27 @@ def site_of(key: str) -> tuple[Book, Site]:
     serial, index = key.split(".")
     book = _BOOKS[int(serial)]
     return book, book.sites[int(index)][0]
+
+
+def _draw(entry: Entry, random: np.ndarray[Any, Any], table: np.ndarray[Any, Any]) -> None:
+    """Write an entry's part of a table from a random number for each of its lanes."""
+    s, (dp, keep) = entry.layout, entry.pair
+    here = table[entry.use.at : entry.use.at + s.size]
+    n = s.orders * s.blocks
+    if entry.site.sampler.shuffle:
+        block_at = random[:-1].reshape(s.orders, s.blocks).argsort(1)
+    else:  # cell after cell in the natural order, from a random unit on
+        block_at = ((_by_cell(s.blocks, dp) + int(random[0] % np.uint64(s.blocks))) % s.blocks)[None]
+    here[block_at + np.arange(0, n, s.blocks)[:, None]] = np.arange(s.blocks)
+    here[n : 2 * n] = block_at.ravel()
+    here[-1] = s.kept
+    if s.spare and float(random[-1]) / 2.0**64 >= share_of_spare(s, dp, keep):
+        here[-1] -= 1
+
+
+def _salted(lanes: np.ndarray[Any, Any], sampler: PatternSampler) -> np.ndarray[Any, Any]:
+    """The lanes of a step."""
+    return lanes ^ np.uint64(sampler.seed_of_step * 0x9E3779B97F4A7C15 % 2**64)
 
 
 def _by_cell(blocks: int, dp: int) -> np.ndarray[Any, Any]:
