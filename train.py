@@ -67,6 +67,8 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
     log.info("data source: %s", datamodule.data_source)
     cfg.data_kind = getattr(datamodule, "data_kind", cfg.data_kind)
     model = make_model(cfg.model, datamodule)
+    if cfg.compile:
+        model.compile()  # in place: no key of a checkpoint changes
     trainer: Trainer = instantiate(
         cfg.trainer,
         callbacks=list(callbacks.values()),
@@ -187,6 +189,7 @@ def result(
     return {
         "model": type(model).__name__,
         "dropout": cfg.dropout.name,
+        "compiled": bool(cfg.compile),
         "rate": OmegaConf.to_container(cfg.dropout)["rate"],
         "seed": cfg.seed,
         "epochs": trainer.current_epoch,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch._dynamo.utils import counters
 
 
 class ThroughputLogger(Callback):
@@ -29,6 +30,9 @@ class ThroughputLogger(Callback):
     A batch may be a tensor or an array, or tuples, lists, mappings and dataclasses of them, with whatever else among
     them. What has no ``batch_dim`` (a scalar, a text) is passed over, and a list of texts has as many samples as
     texts. Steps of a batch in which nothing can be counted are not measured; the first one is warned of.
+
+    Nor do steps in which ``torch.compile`` compiles a graph, as late as they may come: a model has several graphs,
+    and some are seldom needed.
 
     Args:
         unit: what an item of a batch is. ``"samples"``: counted by the size of the first tensor's
@@ -51,6 +55,7 @@ class ThroughputLogger(Callback):
     _tokens: int
     _seconds: float
     _started: float
+    _graphs: int
 
     def __init__(
         self,
@@ -94,6 +99,7 @@ class ThroughputLogger(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
         _wait_for(trainer.strategy.root_device)
+        self._graphs = _compiled_graphs()
         self._started = perf_counter()
 
     def on_train_batch_end(
@@ -103,7 +109,7 @@ class ThroughputLogger(Callback):
         _wait_for(trainer.strategy.root_device)
         elapsed = perf_counter() - self._started
         self._seen += 1
-        if self._seen <= self.warmup_steps:
+        if self._seen <= self.warmup_steps or _compiled_graphs() != self._graphs:
             return
         counted = _count(batch, self.batch_dim)
         if counted is None:
@@ -144,6 +150,12 @@ class ThroughputLogger(Callback):
         self._window.clear()
         self._seen = self._steps = self._samples = self._tokens = 0
         self._seconds = self._started = 0.0
+        self._graphs = 0
+
+
+def _compiled_graphs() -> int:
+    """How many graphs ``torch.compile`` has compiled so far in this process."""
+    return counters["stats"]["unique_graphs"]
 
 
 def _wait_for(device: torch.device) -> None:

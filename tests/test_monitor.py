@@ -102,6 +102,19 @@ def test_what_later_callbacks_do_at_the_start_counts(tmp_path, clock):
     assert throughput.summary["seconds"] == 4 * 2.5
 
 
+def test_a_step_that_compiles_does_not_count(tmp_path, clock):
+    class Compiling(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 3:
+                clock.now += 1000.0
+                torch.compile(lambda x: x + 1, backend="eager")(batch)
+
+    throughput = ThroughputLogger(warmup_steps=1, window_size=2)
+    trainer = fit(tmp_path, clock, throughput, [torch.zeros(6, 1)] * 6, Compiling())
+    assert throughput.summary == {"samples_per_sec": 3.0, "steps": 4, "seconds": 8.0}
+    assert trainer.callback_metrics["throughput/samples_per_sec"] == 3.0
+
+
 def test_a_fit_within_the_warm_up_has_no_summary(tmp_path, clock):
     throughput = ThroughputLogger(warmup_steps=10)
     fit(tmp_path, clock, throughput, [torch.zeros(5, 1)] * 4)

@@ -6,15 +6,21 @@ import os
 import signal
 import subprocess
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.errors import ConfigCompositionException, InstantiationException
+from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import ROOT
+from support.compiled import rewriting
 from support.runs_of_train import QUICK, SMALL, command, config, weights
+from torch._dynamo.utils import counters
 
+from approxdrop_lightning.application.models import MLPClassifier
+from approxdrop_lightning.graph.rewrite import COUNTS
 from train import compare, find_checkpoint, train
 
 FILES = pytest.param(
@@ -99,6 +105,52 @@ def test_compare_trains_conventional_dropout_too(tmp_path):
     log = next(tmp_path.glob("*.log")).read_text()
     assert "data source: MNIST, a part (5,000 images, embedded)" in log
     assert f"test_acc {row['test']:.6g}" in log
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """``compile=true`` by a backend that generates no code, which takes long; the pass rewrites all the same."""
+    torch.compiler.reset()
+    counters.clear()
+    COUNTS.clear()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=rewriting))
+    yield
+    torch.compiler.reset()
+
+
+def test_compiled(tmp_path, compiled):
+    """Graphs skip; keys, evaluation and resumes are as without: a run goes on from whatever has saved it."""
+    overrides = [*SMALL["mlp"], *QUICK, SYNTHETIC, "dropout.min_multiplies=0", "compile=true"]
+    metrics, straight = train(config(tmp_path / "straight", *overrides, "trainer.max_epochs=2"))
+    assert COUNTS.producers == 2 * COUNTS.graphs > 0 and COUNTS.consumers == 2 * COUNTS.graphs
+    assert not counters["graph_break"]
+    assert [row.consumers for row in straight["callbacks"]["dropout"].report] == [("net.4",), ("net.7",)]
+    assert straight["result"]["compiled"] and straight["result"]["per_second"] > 0
+    keys = set(torch.load(straight["result"]["best_checkpoint"], weights_only=True)["state_dict"])
+    assert keys == {f"net.{i}.{name}" for i in (1, 4, 7) for name in ("weight", "bias")}
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, limit_test_batches=5)
+    # Into a model that is not compiled.
+    best = MLPClassifier.load_from_checkpoint(straight["result"]["best_checkpoint"])
+    assert trainer.test(best, straight["datamodule"])[0]["test/acc"] == metrics["test/acc"]
+
+    train(config(tmp_path / "half", *overrides, "test=false"))
+    resume = ["trainer.max_epochs=2", "test=false", f"ckpt_path={tmp_path / 'half'}"]
+    _, resumed = train(config(tmp_path / "resumed", *overrides, *resume))
+    assert resumed["trainer"].current_epoch == 2
+    assert resumed["result"]["realised_rate"] == straight["result"]["realised_rate"]  # the same pairs, step by step
+    _, eager = train(config(tmp_path / "eager", *overrides, *resume, "compile=false"))
+    assert eager["trainer"].current_epoch == 2 and not eager["result"]["compiled"]
+    assert set(weights(eager)) == keys
+
+
+def test_a_comparison_compiles_both(tmp_path, compiled):
+    overrides = [*SMALL["mlp"], *QUICK, SYNTHETIC, "dropout.min_multiplies=0", "compile=true", "test=false"]
+    _, objects = compare(config(tmp_path, *overrides))
+    assert objects["baseline"]["compiled"] and objects["result"]["compiled"]
+    assert objects["baseline"]["dropout"] == "standard"
+    # Two modes of each (training and validation), and of the other at most four pairs.
+    assert 2 * 2 <= counters["stats"]["unique_graphs"] <= 2 + 1 + 4
+    assert COUNTS.producers == 2 * COUNTS.graphs > 0
 
 
 @pytest.mark.parametrize(
@@ -214,8 +266,6 @@ def test_ctrl_c_leaves_checkpoints_and_log(tmp_path):
 
 
 def test_a_crash_leaves_the_state_of_its_step(tmp_path, monkeypatch):
-    from approxdrop_lightning.application.models import MLPClassifier
-
     step = MLPClassifier.training_step
 
     def crash(self, batch, batch_idx):

@@ -23,6 +23,9 @@ _EXTRAS = (
 )
 #: Steps of a model. What is raised in one is a matter of the program, and its place tells more than its message.
 _STEPS = ("training_step", "validation_step", "test_step")
+#: What inductor says where it has nothing to compile with, and what to do about it.
+_NO_COMPILER = "No working C++ compiler"
+_HOW_TO_COMPILE = "compile=true needs a C++ compiler: install g++ or clang++, or name one in the variable CXX"
 
 
 def missing_extra(arguments: Sequence[str]) -> str | None:
@@ -44,7 +47,7 @@ def one_line(error: BaseException) -> str | None:
     """The message of an error that somebody who starts a run can mend without reading code.
 
     That is a value outside of what is allowed, a checkpoint that does not fit, a file that is not there or not
-    writable, a loss that is no number.
+    writable, a loss that is no number, a compiler that ``compile=true`` lacks.
 
     Returns:
         One line, or None: for any other error, for the job of a sweep (which records it), and with
@@ -61,12 +64,16 @@ def one_line(error: BaseException) -> str | None:
         # "Error in call to target ...", the repr of what was raised there, "full_key: model"
         key = re.search(r"full_key: (\S+)", text)
         text = f"{key[1] if key else 'configuration'}: {error.__cause__ or text}"
+    if _NO_COMPILER in text:
+        text = _HOW_TO_COMPILE
     return f"{' '.join(text.split())} (HYDRA_FULL_ERROR=1 shows where)"
 
 
 def is_expected(error: BaseException) -> bool:
     """Whether an error is the user's to mend: see :func:`one_line`."""
     if isinstance(error, MisconfigurationException | InstantiationException | FloatingPointError | OSError):
+        return True
+    if isinstance(error, RuntimeError) and _NO_COMPILER in str(error):
         return True
     in_a_step = any(frame.name in _STEPS for frame in traceback.extract_tb(error.__traceback__))
     return isinstance(error, ValueError) and not in_a_step

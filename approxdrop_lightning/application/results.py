@@ -55,7 +55,7 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str | Text]]:
     metric = _METRICS[record["metric"].rpartition("/")[2]]
     rows: list[tuple[str, str | Text]] = [
         ("model", record["model"]),
-        ("dropout", f"{record['dropout']}, rate {record['rate']}"),
+        ("dropout", f"{record['dropout']}, rate {record['rate']}{', compiled' if record.get('compiled') else ''}"),
         (f"best validation {metric}", _number(record["best_validation"], perplexity)),
         (f"test {metric}", _number(record["test"], perplexity)),
         (f"training {unit} per second", _rate(record["per_second"])),

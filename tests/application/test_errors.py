@@ -43,6 +43,12 @@ def test_what_the_user_can_mend_is_one_line():
     assert "\n" not in line
 
 
+def test_a_compiler_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
+    error = caught(lambda: torch.compile(torch.nn.ReLU())(torch.ones(3)))
+    assert errors.one_line(error).startswith("compile=true needs a C++ compiler: install g++ or clang++, or name one")
+
+
 def test_anything_else_keeps_its_traceback(monkeypatch):
     for error in (RuntimeError("x"), KeyError("x"), caught(training_step)):
         assert errors.one_line(error) is None
