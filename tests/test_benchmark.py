@@ -4,9 +4,13 @@ import csv
 
 import pytest
 import torch
+from support.compiled import rewriting
+from torch._dynamo.utils import counters
 
 from approxdrop_lightning.benchmark import contenders, measure, workloads
 from approxdrop_lightning.benchmark.__main__ import COLUMNS, main
+from approxdrop_lightning.graph import packed
+from approxdrop_lightning.graph.rewrite import COUNTS
 from approxdrop_lightning.ops.row_linear import groups
 from approxdrop_lightning.ops.tile_linear import compact as tiles
 
@@ -86,6 +90,58 @@ def test_workloads_of_today(arguments, name, saved, tmp_path):
     assert low < 1 - 1 / by_name["row"]["ceiling"] < high
     assert by_name["shared"]["ceiling"] == pytest.approx(by_name["row"]["ceiling"], rel=0.02)
     assert sum(1 for _ in path.open()) == 1 + len(rows)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """``torch.compile`` by a backend that generates no code, which takes long; the pass rewrites all the same."""
+
+    def compile(model, backend="inductor", original=torch.compile):
+        return original(model, backend=rewriting if backend == "inductor" else backend)
+
+    torch.compiler.reset()
+    counters.clear()
+    COUNTS.clear()
+    monkeypatch.setattr(torch, "compile", compile)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+def test_compiled_contenders_beside_eager_ones(kind, compiled, monkeypatch):
+    sizes = {
+        "mlp": ["--hidden", "96", "96", "--batch", "24"],
+        "transformer": ["--hidden", "64", "--layers", "1", "--steps", "8", "--batch", "6", "--vocabulary", "50"],
+    }
+    late = []
+    timed = measure.interleaved
+
+    def watched(steps, *args, **kwargs):
+        before = counters["stats"]["unique_graphs"]
+        seconds = timed(steps, *args, **kwargs)
+        late.append(counters["stats"]["unique_graphs"] - before)
+        return seconds
+
+    monkeypatch.setattr(measure, "interleaved", watched)
+    arguments = [kind, *sizes[kind], *SMALL[:-2], "0.5", "--min-multiplies", "0", "--min-features", "0"]
+    rows = main([*arguments, "--compile", "--pattern", "row", "tile", "--baseline", "none"])
+    names = ["conventional", "none", "compiled", "row", "row, compiled", "tile"]
+    assert [row["contender"] for row in rows] == names
+    by_name = {row["contender"]: row for row in rows}
+    assert by_name["compiled"]["to_compiled"] == 1
+    if kind == "mlp":
+        assert by_name["row, compiled"]["ceiling"] == pytest.approx(by_name["row"]["ceiling"], rel=0.02)
+    assert COUNTS.producers > COUNTS.graphs > 0
+    assert late == [0]  # what is timed compiles nothing
+
+
+def test_wrong_compiled_products_are_not_timed(monkeypatch):
+    torch.compiler.reset()
+    step = contenders.contender(workloads.mlp([784, 96, 10], 24), "row", 0.5)
+    contenders.verify_compiled(step, 0.5)
+    torch.compiler.reset()
+    right = packed.linear
+    monkeypatch.setattr(packed, "linear", lambda *a: right(*a) * 1.01)
+    with pytest.raises(AssertionError):
+        contenders.verify_compiled(step, 0.5)
 
 
 def test_ops():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from approxdrop_lightning.benchmark import contenders, gpu, measure, ops, workloads
-from approxdrop_lightning.benchmark.contenders import BASELINES, PATTERNS
+from approxdrop_lightning.benchmark.contenders import BASELINES, PATTERNS, Step
 from approxdrop_lightning.benchmark.workloads import Workload
 from approxdrop_lightning.memory import keep_freed_memory
 from approxdrop_lightning.ops.backend import BACKENDS
@@ -19,7 +19,7 @@ from approxdrop_lightning.text_table import text_table
 
 COLUMNS = (
     "workload", "rate", "contender", "median_ms", "first_quartile_ms", "third_quartile_ms", "to_conventional",
-    "to_none", "ceiling", "of_ceiling", "peak_mb",
+    "to_compiled", "to_none", "ceiling", "of_ceiling", "peak_mb",
 )  # fmt: skip
 
 #: What a workload has if nothing is said: widths of its hidden layers, samples of a batch.
@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["auto"])
     parser.add_argument("--baseline", nargs="*", choices=BASELINES, default=["none", "narrow"],
                         help="beside conventional dropout, which always runs")  # fmt: skip
+    parser.add_argument("--compile", action="store_true",
+                        help="row patterns and conventional dropout under torch.compile as well")  # fmt: skip
     parser.add_argument("--recurrent", action="store_true", help="drop the LSTM's recurrent inputs too")
     parser.add_argument("--min-hidden", type=int, help="as of ApproxDropout")
     parser.add_argument("--orders", type=int, help="as of ApproxDropout")
@@ -124,8 +126,9 @@ def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> li
     """Rows of one workload and rate."""
     given = ("orders", "group_rows", "min_hidden", "min_features", "min_multiplies", "recurrent")
     settings = {key: value for key in given if (value := getattr(options, key)) is not None}
+    torch.compiler.reset()  # networks of one class share a limit of graphs, those of the rate before as well
     steps = {"conventional": contenders.contender(workload, "conventional", rate, options.seed)}
-    for name in options.baseline:
+    for name in dict.fromkeys([*options.baseline, *(["compiled"] if options.compile else [])]):
         if name in ("sliced", "sliceout") and workload.sliced is None:
             continue
         steps[name] = contenders.contender(workload, name, rate, options.seed)
@@ -135,6 +138,11 @@ def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> li
             if options.dtype in ("float32", "float64") and not options.tf32:
                 contenders.verify(step, rate, options.seed, backend=backend, **settings)
             steps[pattern if backend == "auto" else f"{pattern} ({backend})"] = step
+        if options.compile and PATTERNS[pattern].get("pattern", "row") == "row":
+            steps[f"{pattern}, compiled"] = _compiled(workload, pattern, rate, options, settings)
+    for step in steps.values():
+        if step.compiled:
+            step.compile_all()
     seconds = measure.interleaved(steps, options.repeats, consecutive=options.consecutive)
     rows = []
     for name, step in steps.items():
@@ -151,6 +159,7 @@ def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> li
                 "first_quartile_ms": first * 1e3,
                 "third_quartile_ms": third * 1e3,
                 "to_conventional": faster,
+                "to_compiled": measure.ratio(seconds["compiled"], seconds[name]) if "compiled" in seconds else None,
                 "to_none": measure.ratio(seconds["none"], seconds[name]) if "none" in seconds else None,
                 "ceiling": ceiling,
                 "of_ceiling": faster / ceiling if ceiling else None,
@@ -160,6 +169,16 @@ def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> li
         if options.profile:
             print(f"\n{workload.name}, rate {rate:g}: {name}\n{measure.where_time_goes(step)}")
     return rows
+
+
+def _compiled(
+    workload: Workload, pattern: str, rate: float, options: argparse.Namespace, settings: dict[str, Any]
+) -> Step:
+    step = contenders.contender(workload, pattern, rate, options.seed, **settings)
+    if options.dtype in ("float32", "float64") and not options.tf32:
+        contenders.verify_compiled(step, rate, options.seed, **settings)
+    step.compile()
+    return step
 
 
 def _show(rows: list[dict[str, Any]], surroundings: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from approxdrop_lightning.benchmark.workloads import Workload
+from approxdrop_lightning.graph.reference import mask
+from approxdrop_lightning.graph.rewrite import rewrite
 from approxdrop_lightning.report import Report
-from approxdrop_lightning.surgery import approximate, resample
+from approxdrop_lightning.surgery import approximate, conversion_of, resample
 
 #: What `approximate` is told for each pattern.
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -21,6 +24,8 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "tile": {"pattern": "tile"},
     "dropconnect": {"pattern": "dropconnect"},  # masked weights: what "tile" is to be compared with
 }
+#: Draws in which every pair of a compiled run comes: its probability is 1% at least.
+_DRAWS = 1000
 #: What they are compared with. "conventional" is what a user has today.
 BASELINES = ("conventional", "none", "compiled", "sliced", "sliceout", "narrow")
 
@@ -48,9 +53,23 @@ class Step:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, fused=True)
         self._forward = torch.compile(self.model) if self.compiled else self.model
 
-    def compile(self, backend: str = "inductor") -> None:
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Run the network under ``torch.compile`` from now on."""
         self._forward, self.compiled = torch.compile(self.model, backend=backend), True
+
+    def compile_all(self) -> None:
+        """Run a compiled step of each pair that may be drawn, the rare ones too: no graph is compiled later."""
+        book = None if self.report is None else conversion_of(self.model).book
+        if book is None:
+            self()
+            return
+        seen = set()
+        for _ in range(_DRAWS):
+            self.draw()
+            pairs = tuple(book.pair(site) for site, _ in book.sites)
+            if pairs not in seen:
+                seen.add(pairs)
+                self.after_draw()
 
     def draw(self) -> None:
         """Draw the patterns, if the network has any."""
@@ -118,10 +137,45 @@ def verify(step: Step, rate: float, seed: int = 0, **options: Any) -> None:
     reference = contender(
         step.workload, step.name, rate, seed, **options | {"backend": "reference"} | nothing_is_masked
     )
-    for _ in range(2):
+    _check_equal(step, reference)
+
+
+def verify_compiled(step: Step, rate: float, seed: int = 0, **options: Any) -> None:
+    """Compare loss and all gradients of a compiled network with those of one in whose graphs dropouts are masks.
+
+    Both graphs run as they are, without inductor's code. Nothing is left to native dropout because it is small.
+
+    Raises:
+        AssertionError: They differ by more than rounding does, or nothing was skipped.
+    """
+    options = options | {"min_hidden": 0, "min_multiplies": 0, "min_features": 0}
+    mine, masked = (contender(step.workload, step.name, rate, seed, **options) for _ in range(2))
+    mine.compile(_rewritten)
+    masked.compile(_masked)
+    _check_equal(mine, masked)
+    if mine.report is None or not any(site.skips for site in mine.report.sites):
+        raise AssertionError(f"{step.name}: nothing is skipped in its compiled graphs")
+
+
+def _rewritten(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+    """Backend of ``torch.compile``: the pass, and no code generator."""
+    rewrite(gm)
+    return gm.forward
+
+
+def _masked(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+    """The same, with masks."""
+    mask(gm)
+    return gm.forward
+
+
+def _check_equal(step: Step, reference: Step) -> None:
+    for seed in range(2):
+        losses = []
         for one in (step, reference):
             one.optimizer.zero_grad()
-        losses = [one.loss_and_gradients() for one in (step, reference)]
+            torch.manual_seed(seed)  # of native dropout, if there is some
+            losses.append(one.loss_and_gradients())
         torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
         largest = max(p.grad.norm() for p in reference.model.parameters() if p.grad is not None)
         for (key, found), wanted in zip(step.model.named_parameters(), reference.model.parameters(), strict=True):

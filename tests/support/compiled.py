@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule
 
-from approxdrop_lightning.graph.layout import mask_of
-from approxdrop_lightning.graph.rewrite import Rewriter, rewrite
+from approxdrop_lightning.graph.reference import mask
+from approxdrop_lightning.graph.rewrite import rewrite
 
 
 def rewriting(gm: GraphModule, inputs):
@@ -17,31 +17,8 @@ def rewriting(gm: GraphModule, inputs):
 
 def masking(gm: GraphModule, inputs):
     """The graph as it was captured, each dropout a mask of the pattern that the pass would give it."""
-    for child in gm.children():
-        if isinstance(child, GraphModule):
-            masking(child, ())
-
-    class Masking(Rewriter):
-        def _emit(self, drop):
-            graph = self.graph
-            with graph.inserting_before(drop.node):
-                if drop.entry is None:
-                    drop.node.replace_all_uses_with(self._native(drop))
-                else:
-                    new = graph.call_function(masked, (drop.x, drop.table, drop.entry.use, drop.entry.rows))
-                    drop.node.replace_all_uses_with(new)
-
-        def _sweep(self, but=None):
-            for node in self.drops:
-                self.graph.erase_node(node)
-
-    Masking(gm.graph).run()
-    gm.recompile()
+    mask(gm)
     return gm.forward
-
-
-def masked(x, table, use, rows):
-    return x * mask_of(use, table, rows, tuple(x.shape[:-1]), x.dtype)
 
 
 def results(f, x, model, seed=0):
