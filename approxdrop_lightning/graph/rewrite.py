@@ -130,7 +130,7 @@ class Rewriter:
         book = next(iter(self.drops.values())).book
         for node in self.graph.nodes:
             if multiplies := self._multiplies(node):
-                book.note(node.name, None, None, multiplies)
+                book.note(_key(node, book), None, None, multiplies)
 
     def _multiplies(self, node: Node) -> int:
         if self._is_linear(node):
@@ -141,6 +141,10 @@ class Rewriter:
         if node.target is F.scaled_dot_product_attention and is_tensor(node):
             length = shape(argument(node, 1, "key"))[-2]
             return 2 * _hint(math.prod(shape(node))) * _hint(length)
+        if node.target is F.multi_head_attention_forward and all(map(is_tensor, node.args[:3])):
+            query, key, entries = (math.prod(shape(n)) for n in node.args[:3])
+            width, length = shape(node.args[0])[-1], shape(node.args[1])[0]
+            return _hint(2 * query * width + (key + entries) * width + 2 * query * length)
         return 0
 
     # -- finding
@@ -361,7 +365,7 @@ class Rewriter:
         drop = inside or outside
         assert drop is not None
         multiplies = self._multiplies(node)
-        drop.book.note(node.name, inside and inside.site, outside and outside.site, multiplies)
+        drop.book.note(_key(node, drop.book), inside and inside.site, outside and outside.site, multiplies)
 
     def _sweep(self, but: Node | None = None) -> None:
         """Erase what was replaced and is read by nobody: of a graph with functions in place nothing else may go."""
@@ -439,6 +443,11 @@ class _After(_Before):
         rule = rule_for(node)
         assert rule is not None
         return rule.emit(node, self)
+
+
+def _key(layer: Node, book: Book) -> str:
+    """What tells a layer of the model from its others, in the graphs of all pairs and parts."""
+    return f"{layer_name(layer, book.names)} {layer.name}"
 
 
 def _rows(dims: tuple[Any, ...]) -> str:

@@ -170,6 +170,8 @@ RULES = {
             ("scale", lambda h: h * 0.5 / 3, 1, 0),
             ("view", lambda h: h.view(-1, 16), 1, 0),
             ("cast", lambda h: h.float().double(), 1, 0),
+            ("all of it", lambda h: h[..., :16][:], 1, 0),
+            ("a part of it", lambda h: F.pad(h[..., :15], (0, 1)), 0, 1),
             ("divided by zero", lambda h: torch.nan_to_num(h / 0.0), 0, 1),
             ("zero does not stay", torch.sigmoid, 0, 1),
             ("a sum", lambda h: h + 1, 0, 1),
@@ -383,6 +385,34 @@ def test_the_report_names_layers_and_multiplies():
     assert (row.producer, row.consumers) == ("a", ("b",))
     assert report.multiplies == 6 * (12 * 16 + 16 * 4)
     assert report.saved == pytest.approx(0.5)
+    restore(model)
+
+
+def test_attention_counts_as_in_eager_mode():
+    """A stock encoder layer's attention is one function of the graph."""
+    found = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.TransformerEncoderLayer(12, 2, 20, 0.5), nn.Linear(12, 4))
+        model[0].self_attn.dropout = 0.0
+        report, _ = converted(model)
+        f = torch.compile(model, backend=rewriting) if compiled else model
+        for _ in range(3):
+            resample(model)
+            f(torch.randn(5, 3, 12)).sum().backward()
+        found.append(report.multiplies)
+        restore(model)
+    assert found[0] == found[1] == 15 * (4 * 12**2 + 2 * 5 * 12 + 2 * 12 * 20 + 12 * 4)
+
+
+def test_parts_that_are_compiled_by_themselves_count_together():
+    """Nodes of their graphs have the same names."""
+    model = nn.ModuleList(nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 12)) for _ in range(2))
+    report, _ = converted(model)
+    parts = [torch.compile(part, backend=rewriting) for part in model]
+    resample(model)
+    parts[1](parts[0](torch.randn(6, 12))).sum().backward()
+    assert report.multiplies == 2 * 6 * (12 * 16 + 16 * 12)
     restore(model)
 
 

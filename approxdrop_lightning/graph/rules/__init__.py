@@ -19,9 +19,9 @@ from torch.fx import Node
 from approxdrop_lightning.graph.rules.gates import Chunk, Glu, Piece
 from approxdrop_lightning.graph.rules.pointwise import Cast, Pointwise, Prelu
 from approxdrop_lightning.graph.rules.rule import Rule
-from approxdrop_lightning.graph.rules.views import View
+from approxdrop_lightning.graph.rules.views import View, Whole
 
-RULES: tuple[Rule, ...] = (Pointwise(), Cast(), Prelu(), View(), Piece(), Chunk(), Glu())
+RULES: tuple[Rule, ...] = (Pointwise(), Cast(), Prelu(), View(), Whole(), Piece(), Chunk(), Glu())
 
 
 def rule_for(node: Node) -> Rule | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch.fx import Node
 
 from approxdrop_lightning.graph.rules.rule import Packer, Rule, is_tensor, overloads, shape, tensors
@@ -28,3 +30,18 @@ class View(Rule):
         if not before or not after or not isinstance(before[-1], int) or not isinstance(after[-1], int):
             return False
         return before[-1] == after[-1]
+
+
+class Whole(View):
+    """A slice that takes all of a tensor, as ``x[..., :n]`` of ``n`` units."""
+
+    targets = frozenset({operator.getitem})
+
+    def fits(self, node: Node) -> bool:
+        """Whether it is one."""
+        if not super().fits(node) or not is_tensor(node) or not is_tensor(node.args[0]):
+            return False
+        source, index = node.args
+        assert isinstance(source, Node)
+        parts = index if isinstance(index, tuple) else (index,)
+        return shape(source) == shape(node) and all(part is Ellipsis or isinstance(part, slice) for part in parts)
