@@ -15,6 +15,7 @@ each batch.
 | ``rewrite.py`` | the pass; ``mutation.py`` tells it what is changed in place, ``pays.py`` what gains |
 | ``rules/`` | functions that the pass knows, one rule each; how to add one is said there |
 | ``reference.py`` | what the pass must equal |
+| ``limit.py`` | the warning when no more graphs may be compiled |
 | ``packed.py`` | the maths of packed values |
 | ``doors.py`` | inductor's hook, and the backend of ``torch.compile`` |
 """

@@ -154,6 +154,8 @@ class Book:
         self._entries: dict[tuple[Any, ...], Entry] = {}
         self._pairs: dict[int, Pairs] = {}  # by sampler
         self._too_small: set[torch.device] = set()
+        #: Whether the user knows that no more graphs are compiled.
+        self.warned_of_limit = False
 
     @property
     def graphs(self) -> int:

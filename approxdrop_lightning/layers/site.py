@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from approxdrop_lightning.graph import limit
 from approxdrop_lightning.graph.book import Book, Drawn
 from approxdrop_lightning.layers.combined import Combination, PendingCombination
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
@@ -94,6 +95,8 @@ class Site:
         self.overhead = 0
         #: Whether a compiled graph ran it as a mask, its backend not knowing the operator.
         self.graph_masked = False
+        #: Whether it ran eagerly because no more graphs could be compiled.
+        self.beyond_limit = False
         #: Patterns of compiled graphs.
         self.book: weakref.ref[Book] | None = None
         self.steps = 0
@@ -140,9 +143,11 @@ class Site:
         """What is not."""
         readers = ", ".join(sorted(self.dense_readers))
         before = [f"{layer} is read whole by {reader}" for layer, reader in sorted(self.whole.items())]
+        eager = ["in part eager: the limit of graphs of torch.compile is reached"] if self.beyond_limit else []
         if self.skips:
-            return (["read whole by " + readers] if readers else []) + ([] if self.producers else before)
-        return [f"{', '.join(before) or 'no linear layer before it'}, and read whole by {readers or 'nobody'}"]
+            return [*(["read whole by " + readers] if readers else []), *([] if self.producers else before), *eager]
+        nothing = ", ".join(before) or "no linear layer before it"
+        return [f"{nothing}, and read whole by {readers or 'nobody'}", *eager]
 
     def _too_narrow(self, pattern: RowPattern) -> str | None:
         n = pattern.n
@@ -306,6 +311,8 @@ class ApproxDropoutSite(Converted, nn.Dropout):
         # cannot trace.
         if torch.compiler.is_dynamo_compiling() and self.graph_key is not None:
             return torch.ops.approxdrop.drop(input, self.graph_table, self.graph_key, self.graph_dp, self.graph_keep)
+        if self.graph_key is not None and limit.is_reached() and self.drops:
+            limit.warn(self.site)
         return self._run(input)
 
     @run_eagerly

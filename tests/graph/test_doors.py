@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils.data import DataLoader, TensorDataset
 
 from approxdrop_lightning import ApproxDropout, approximate, resample, restore
-from approxdrop_lightning.graph import doors, native
+from approxdrop_lightning.graph import doors, limit, native
 from approxdrop_lightning.graph.rewrite import COUNTS
 from approxdrop_lightning.surgery import conversion_of
 
@@ -275,4 +275,34 @@ def test_large_products_are_those_in_c(monkeypatch):
         conversion_of(model).resample(False)
         assert worst(found, results(torch.compile(model, backend=masking), x, model)) < 1e-3
     assert {name: calls.count(name) for name in calls} == {"product": 8, "input_grad": 8, "weight_grad": 8}
+    restore(model)
+
+
+def test_a_limit_of_graphs_that_is_reached_is_told_once():
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 2))
+    report = approximate(model, seed=0, min_multiplies=0, min_features=0)
+    compiled, x = torch.compile(model, backend=rewriting), torch.randn(5, 8)
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.warns(limit.RecompileLimitWarning) as warned:
+        for _ in range(200):
+            resample(model)
+            compiled(x).sum().backward()
+    text = str(warned.pop(limit.RecompileLimitWarning).message)
+    assert "recompile_limit=2): 2 and the layers beside it run eagerly" in text
+    assert f"needs {len(conversion_of(model).book._pairs[id(report.sites[0].sampler)].support)} graphs" in text
+    assert not [w for w in warned if issubclass(w.category, limit.RecompileLimitWarning)]
+    assert COUNTS.graphs == 2
+    assert "producer's rows and consumers' columns; in part eager: the limit of graphs" in str(report)
+    restore(model)
+
+
+@pytest.mark.parametrize("how", ["eager", "eager_on_recompile", "force_eager"])
+def test_who_asks_for_eager_is_not_told_of_a_limit(how, recwarn):
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
+    approximate(model, seed=0, **ALL)
+    compiled, x = model if how == "eager" else torch.compile(model, backend=rewriting), torch.randn(5, 8)
+    compiled(x)
+    with torch.compiler.set_stance("default" if how == "eager" else how):
+        resample(model)
+        compiled(torch.randn(6, 8)).sum().backward()
+    assert not [w for w in recwarn if issubclass(w.category, limit.RecompileLimitWarning)]
     restore(model)
