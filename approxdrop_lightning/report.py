@@ -96,6 +96,12 @@ class Report:
     #: Linear layers that could not be converted, and why.
     notes: list[str] = field(default_factory=list)
 
+    def left(self, name: str, rate: float | None, reason: str) -> None:
+        """Add a dropout that stays as it is, unless the very call, of this place in the code, has a row."""
+        place = name.rpartition(" (")[2] if ":" in name else None
+        if place is None or not any(row.name.endswith(f" ({place}") for row in self.rows):
+            self.rows.append(Row(name, rate, reason))
+
     def _products(self) -> list[tuple[int, float]]:
         """Multiplies and expected executed share of each product of the last step."""
         return [(n, _executed(*sites)) for work in self.work for sites, n in work.items()]

@@ -105,7 +105,7 @@ class Conversion:
 
     def left(self, name: str, own: float | None, reason: str) -> None:
         """Report a dropout that stays as it is."""
-        self.report.rows.append(Row(name, own, reason))
+        self.report.left(name, own, reason)
 
     def site(self, name: str, own: float) -> Site:
         """A new site; sites of one rate share a sampler, hence ``(dp, keep)`` of each step."""
@@ -198,7 +198,7 @@ class Conversion:
         modules = [m for m in self.layers if isinstance(m, ApproxDropoutSite) and m.site.rate]
         if self.options.pattern != "row" or not modules:
             return
-        self.book, self._entrances = Book(self.layers), Entrances(model)
+        self.book, self._entrances = Book(self.layers, self.report.left), Entrances(model)
         for module in modules:
             self.book.add(module.site, module)
         self.report.work.append(self.book.work)

@@ -14,6 +14,7 @@ each batch.
 | ``operator.py`` | the dropout as an operator |
 | ``rewrite.py`` | the pass; ``mutation.py`` tells it what is changed in place, ``pays.py`` what gains |
 | ``rules/`` | functions that the pass knows, one rule each; how to add one is said there |
+| ``functional.py`` | dropouts of a graph that are no layers, for the report |
 | ``reference.py`` | what the pass must equal |
 | ``limit.py`` | the warning when no more graphs may be compiled |
 | ``packed.py`` | the maths of packed values |

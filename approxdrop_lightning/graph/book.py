@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -135,14 +136,16 @@ class Book:
     Args:
         layers: Layers that were converted: where they are is asked before each batch, and their names are for the
             report.
+        left: Told of each dropout of a graph that stays as it is: its name, its rate, and why.
     """
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: list[nn.Module], left: Callable[[str, float, str], None]) -> None:
         self.serial = next(_SERIAL)
         _BOOKS[self.serial] = self
         self._layers = [weakref.ref(layer) for layer in layers]
         #: By ``id``: Dynamo's stack of modules has them so.
         self.names = {str(id(layer)): str(layer.name) for layer in layers if hasattr(layer, "name")}
+        self.left = left
         self._products: dict[str, tuple[Any, Any, int]] = {}
         #: Multiplies of the compiled products, for the report.
         self.work = Ledger()

@@ -18,7 +18,7 @@ class RecompileLimitWarning(UserWarning):
 
 
 def is_reached() -> bool:
-    """Whether the caller runs eagerly in a function of which no more graphs are made, and nobody has asked for that."""
+    """Whether the caller runs eagerly in a function of which no more graphs are made, and nobody asked for it."""
     return get_eval_frame_callback() is False and eval_frame._stance.stance == "default"
 
 

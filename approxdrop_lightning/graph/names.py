@@ -15,12 +15,17 @@ def layer_name(node: Node, names: Mapping[str, str]) -> str:
         node: The node.
         names: Names of the model's modules by their ``id``, by which Dynamo's stack of modules has them.
     """
+    return module_name(node, names) or function_name(node)
+
+
+def module_name(node: Node, names: Mapping[str, str]) -> str:
+    """Name of that module; empty if it is the model itself, or not known."""
     stack: dict[str, tuple[str, type]] = node.meta.get("nn_module_stack") or {}
     if not stack:
-        return function_name(node)
+        return ""
     key, (path, _) = next(reversed(stack.items()))
     known = names.get(re.sub(r"\D.*", "", key))
-    return known or re.sub(r"^L\['\w+'\]\.?", "", path) or function_name(node)
+    return known or re.sub(r"^L\['\w+'\]\.?", "", path)
 
 
 def function_name(node: Node) -> str:

@@ -21,8 +21,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from approxdrop_lightning.graph import packed
 from approxdrop_lightning.graph.book import Book, Entry, site_of
+from approxdrop_lightning.graph.functional import functional_dropout
 from approxdrop_lightning.graph.mutation import mutated
-from approxdrop_lightning.graph.names import function_name, layer_name
+from approxdrop_lightning.graph.names import function_name, layer_name, module_name
 from approxdrop_lightning.graph.operator import DROP
 from approxdrop_lightning.graph.pays import worthwhile
 from approxdrop_lightning.graph.rules import rule_for
@@ -109,6 +110,7 @@ class Rewriter:
         if not self.drops:
             return False
         self._count()
+        self._name_functions()
         for drop in self.drops.values():
             self._look_back(drop)
         for node in self.graph.nodes:
@@ -132,6 +134,14 @@ class Rewriter:
             if multiplies := self._multiplies(node):
                 book.note(_key(node, book), None, None, multiplies)
 
+    def _name_functions(self) -> None:
+        """Report functions that drop and are no layers of the model: they stay as they are."""
+        book = next(iter(self.drops.values())).book
+        for node in self.graph.nodes:
+            if (found := functional_dropout(node)) is not None:
+                rate, place, reason = found
+                book.left(f"{module_name(node, book.names) or 'the model'} ({place})", rate, reason)
+
     def _multiplies(self, node: Node) -> int:
         if self._is_linear(node):
             return _hint(math.prod(shape(node)[:-1])) * value(self.weight(node)).numel()
@@ -141,10 +151,12 @@ class Rewriter:
         if node.target is F.scaled_dot_product_attention and is_tensor(node):
             length = shape(argument(node, 1, "key"))[-2]
             return 2 * _hint(math.prod(shape(node))) * _hint(length)
-        if node.target is F.multi_head_attention_forward and all(map(is_tensor, node.args[:3])):
-            query, key, entries = (math.prod(shape(n)) for n in node.args[:3])
-            width, length = shape(node.args[0])[-1], shape(node.args[1])[0]
-            return _hint(2 * query * width + (key + entries) * width + 2 * query * length)
+        if node.target is F.multi_head_attention_forward:
+            inputs = [shape(n) for n in node.args[:3] if isinstance(n, Node)]
+            if len(inputs) == 3:
+                query, key, entries = map(math.prod, inputs)
+                width, length = inputs[0][-1], inputs[1][0]
+                return _hint(2 * query * width + (key + entries) * width + 2 * query * length)
         return 0
 
     # -- finding

@@ -388,6 +388,39 @@ def test_the_report_names_layers_and_multiplies():
     restore(model)
 
 
+def _helper(x, training):
+    return torch.dropout(x, 0.1, training)
+
+
+class Functions(nn.Module):
+    """Dropouts that are no layers: in its own code, which the conversion reads, and in a function that it calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.drop, self.b = nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = F.dropout(self.drop(self.a(x)), 0.3, self.training)
+        x = F.dropout(_helper(self.b(x), self.training), 0.2, training=False)
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.0)
+
+
+def test_functional_dropouts_of_the_graph_are_reported_once():
+    model = nn.Sequential(Functions(), Functions())
+    model[1].a = nn.Linear(4, 16)
+    report, _ = converted(model)
+    own = [row.name for row in report if row.site is None]
+    assert len(own) == 2  # by the source: that of 0.3, and one whose rate is said to be 0.2 but is not training
+    for _ in range(3):
+        resample(model)
+        torch.compile(model, backend=rewriting)(torch.randn(5, 12)).sum().backward()
+    (found,) = [row for row in report if row.site is None and row.name not in own]
+    line = _helper.__code__.co_firstlineno + 1
+    assert found.name.endswith(f"(test_rewrite.py:{line})")
+    assert (found.rate, found.skipped) == (0.1, "nothing: a function call; nn.Dropout in its place would be found")
+    restore(model)
+
+
 def test_attention_counts_as_in_eager_mode():
     """A stock encoder layer's attention is one function of the graph."""
     found = []
