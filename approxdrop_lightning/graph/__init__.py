@@ -16,6 +16,7 @@ each batch.
 | ``rules/`` | functions that the pass knows, one rule each; how to add one is said there |
 | ``functional.py`` | dropouts of a graph that are no layers, for the report |
 | ``reference.py`` | what the pass must equal |
+| ``frames.py`` | functions of layers that are captured within others only |
 | ``limit.py`` | the warning when no more graphs may be compiled |
 | ``packed.py`` | the maths of packed values |
 | ``doors.py`` | inductor's hook, and the backend of ``torch.compile`` |

@@ -9,6 +9,8 @@ import torch._dynamo.config as dynamo
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import eval_frame
 
+from approxdrop_lightning.graph.frames import never_alone
+
 if TYPE_CHECKING:
     from approxdrop_lightning.layers.site import Site
 
@@ -17,6 +19,7 @@ class RecompileLimitWarning(UserWarning):
     """A converted model runs eagerly in part, because ``torch.compile`` may make no more graphs of it."""
 
 
+@never_alone
 def is_reached() -> bool:
     """Whether the caller runs eagerly in a function of which no more graphs are made, and nobody asked for it."""
     return get_eval_frame_callback() is False and eval_frame._stance.stance == "default"

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils._pytree import tree_map
 
+from approxdrop_lightning.graph.frames import never_alone
+
 
 def _overloads(*names: str) -> frozenset[Callable[..., Any]]:
     """The forms of each function that PyTorch hands to ``__torch_function__``."""
@@ -66,6 +68,7 @@ def run_eagerly(function: _Function) -> _Function:
     disabled = torch.compiler.disable(function, reason="patterns change with every batch")
 
     @functools.wraps(function)
+    @never_alone
     def call(*args: Any, **kwargs: Any) -> Any:
         # Where no compiler is about, its detour of some microseconds is saved.
         if torch.compiler.is_dynamo_compiling() or get_eval_frame_callback() is not None:

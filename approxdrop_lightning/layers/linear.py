@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from approxdrop_lightning import functional
+from approxdrop_lightning.graph.frames import never_alone
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept, unpacked
 from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import (
@@ -66,6 +67,7 @@ class ApproxLinear(Converted, nn.Linear):
     read_whole_by: str | None
     work: Ledger
 
+    @never_alone
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         if torch.compiler.is_dynamo_compiling():  # the graph's pass makes of it what is to be made

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from approxdrop_lightning.graph import limit
 from approxdrop_lightning.graph.book import Book, Drawn
+from approxdrop_lightning.graph.frames import never_alone
 from approxdrop_lightning.layers.combined import Combination, PendingCombination
 from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
 from approxdrop_lightning.layers.converted import Converted
@@ -304,6 +305,7 @@ class ApproxDropoutSite(Converted, nn.Dropout):
         """Factor of the kept values in this step."""
         return self.site.scale
 
+    @never_alone
     def forward(self, input: Tensor) -> Tensor:
         """``[..., n]`` to ``[..., n]``."""
         # Both are constants to Dynamo; so are the pair and the key, by which each pair has a graph of its own.
