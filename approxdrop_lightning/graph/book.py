@@ -26,8 +26,6 @@ from approxdrop_lightning.work import Ledger
 if TYPE_CHECKING:
     from approxdrop_lightning.layers.site import Site
 
-#: Rows that a group has at least where there are several orders: each order gathers the weight anew.
-LEAST_ROWS = 64
 #: Entries of a new table: room for some hundred layers of 1,024 units.
 _ROOM = 1 << 17
 
@@ -250,9 +248,10 @@ class Book:
         layout = layout_of(
             n, dp, keep, interleave=sampler.interleave, block_size=sampler.block_size, shuffle=sampler.shuffle
         )
-        if sampler.interleave and sampler.shuffle and layout.groups > 1 and len(leading) > 1:
-            rows = int(np.prod(leading))
-            layout = layout._replace(orders=max(1, min(sampler.orders, rows // (layout.groups * LEAST_ROWS))))
+        if sampler.interleave and sampler.shuffle and layout.groups > 1:
+            # Whatever the block size: layers of all widths have as many orders, so that their groups line up.
+            orders = sampler.n_orders(layout.groups, 2 * keep > dp, leading, sampler.group_rows)
+            layout = layout._replace(orders=orders)
         rows_taken = rows_of(layout.all_groups, leading)
         index = next(i for i, (known, _) in enumerate(self.sites) if known is site)
         key = (index, number, layout, rows_taken, pair, device)

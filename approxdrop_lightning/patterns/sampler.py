@@ -123,7 +123,6 @@ class PatternSampler:
         batch, but one at least and ``orders`` at most. Samples (one leading dimension) that keep most units have one;
         docs/results.md shows what several are for.
         """
-        rows = math.prod(leading_shape) if leading_shape else 0
         interleave = self.interleave and not shared
         if self.keep == self.dp:
             return RowPattern(n, 1, 0)
@@ -134,14 +133,28 @@ class PatternSampler:
         n_blocks = -(-n // block_size)
         order = torch.randperm(n_blocks, generator=self._patterns, device="cpu")
         pattern = RowPattern.unchecked(n, self.dp, offset, self.keep, interleave, order, block_size)
-        least = pattern.n_groups * least_rows(block_size, self.group_rows)
-        orders = min(self.orders, rows // least) if interleave else 1
-        if len(leading_shape) == 1 and pattern.overlaps:
-            orders = 1  # samples that keep most units gain nothing by several (docs/results.md)
+        orders = 1
+        if interleave:
+            least = least_rows(block_size, self.group_rows)
+            orders = self.n_orders(pattern.n_groups, pattern.overlaps, leading_shape, least)
         if orders < 2:
             return pattern
         further = [torch.randperm(n_blocks, generator=self._patterns, device="cpu") for _ in range(orders - 1)]
         return pattern.reordered(torch.stack([order, *further]))
+
+    def n_orders(self, n_groups: int, overlaps: bool, leading_shape: tuple[int, ...], least: int) -> int:
+        """How many orders of the units the rows of a batch take in turn; see :meth:`pattern`.
+
+        Args:
+            n_groups: Groups of rows of one order.
+            overlaps: Whether these have kept units in common.
+            leading_shape: Of the batch.
+            least: Fewest rows of a group.
+        """
+        if len(leading_shape) == 1 and overlaps:
+            return 1  # samples that keep most units gain nothing by several (docs/results.md)
+        rows = math.prod(leading_shape) if leading_shape else 0
+        return max(1, min(self.orders, rows // (n_groups * least)))
 
     def tiles(self, n_out: int, n_in: int) -> TilePattern:
         """Draw a pattern of a weight ``[n_out, n_in]`` with the step's ``(dp, keep)``."""

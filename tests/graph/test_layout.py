@@ -111,6 +111,27 @@ def test_packed_maths_equals_masks(leading, pair, orders):
     restore(model)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"group_rows": 64}, {"orders": 2}, {"shuffle": False}, {"interleave": False}]
+)
+@pytest.mark.parametrize("rate", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("leading", [(128,), (512,), (20,), (35, 20), (4, 8, 20)])
+def test_a_batch_has_as_many_orders_as_in_eager_mode(leading, rate, options):
+    """Narrow layers have as many as wide ones, so that a product between them serves the patterns of both."""
+    model = nn.Sequential(nn.Linear(4, 2048), nn.Dropout(rate), nn.Linear(2048, 96), nn.Dropout(rate))
+    report = approximate(model, seed=0, concentration=float("inf"), **options)
+    resample(model)
+    book, sampler = conversion_of(model).book, report.sites[0].sampler
+    assert book.pair(report.sites[0]) == (sampler.dp, sampler.keep)
+    expected = sampler.pattern(2048, leading_shape=leading)
+    for site, n in zip(report.sites, (2048, 96), strict=True):
+        layout = book.use(site, 0, n, leading, book.pair(site), torch.device("cpu")).layout
+        assert (layout.orders, layout.all_groups) == (expected.n_orders, expected.n_groups)
+    if leading == (128,) and not options:
+        assert expected.n_orders == {0.3: 1, 0.5: 4, 0.7: 2}[rate]
+    restore(model)
+
+
 @pytest.mark.parametrize("groups", [2, 3, 6, 16])
 @pytest.mark.parametrize("leading", [(35, 20), (20, 35), (5, 32), (4, 4)])
 def test_a_sample_meets_several_groups(groups, leading):
