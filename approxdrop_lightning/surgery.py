@@ -14,6 +14,7 @@ from torch import nn
 
 from approxdrop_lightning.graph.book import Book
 from approxdrop_lightning.graph.doors import CHARGE
+from approxdrop_lightning.graph.frames import Callers
 from approxdrop_lightning.inspection import functional_dropouts
 from approxdrop_lightning.layers import (
     ApproxDropoutSite,
@@ -95,8 +96,10 @@ class Conversion:
         self._layers: dict[int, _Layer] = {}
         self._others: list[weakref.ref[nn.Module]] = []
         self._count: Count | None = None
-        #: Patterns of compiled graphs, and what watches the compiled parts of an eager model.
+        #: Patterns of compiled graphs; functions that run eagerly all the same; what watches compiled parts of an
+        #: eager model.
         self.book: Book | None = None
+        self._callers: Callers | None = None
         self._entrances: Entrances | None = None
 
     def rate(self, own: float) -> float:
@@ -143,6 +146,8 @@ class Conversion:
         layer = self._layers.get(id(module))
         if layer is not None and layer.ref() is module:
             layer.rest()
+            if self._callers is not None and isinstance(module, nn.LSTM):
+                self._callers.end()
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -174,6 +179,8 @@ class Conversion:
         self.end()
         if self.book is not None:
             self.book.begin()
+        if self._callers is not None:
+            self._callers.begin()
         if first:
             self._count = Count(self.others, self._note)
         typical = all(sampler.keep < sampler.dp for rate, sampler in self.samplers.items() if rate)
@@ -199,6 +206,7 @@ class Conversion:
         if self.options.pattern != "row" or not modules:
             return
         self.book, self._entrances = Book(self.layers, self.report.left), Entrances(model)
+        self._callers = Callers(model, [layer for layer in self.layers if isinstance(layer, ApproxLSTM)])
         for module in modules:
             self.book.add(module.site, module)
         self.report.work.append(self.book.work)
@@ -212,6 +220,8 @@ class Conversion:
             self.book.close()
         if self._entrances is not None:
             self._entrances.leave()
+        if self._callers is not None:
+            self._callers.end()
         model = self.model()
         if model is not None and _CONVERSIONS.get(model) is self:
             del _CONVERSIONS[model]

@@ -129,12 +129,32 @@ class Tagger(nn.Module):
         return self.tags(hidden), self.head(hidden), self.head(hidden.detach().sin())
 
 
-def test_beside_an_lstm_layers_skip_as_in_eager_mode():
+class InStatements(Tagger):
+    """Dynamo captures the first statement, with a dropout that only the LSTM reads; the LSTM is in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.ModuleList([self.lstm])
+        del self.lstm
+
+    def forward(self, words):
+        embedded = self.drop(self.embedding(words))
+        return self.read(embedded)
+
+    def read(self, embedded):
+        embedded = embedded * 2.0
+        hidden, _ = self.recurrent[0](embedded)
+        hidden = self.drop(hidden)
+        return self.tags(hidden), self.head(hidden), self.head(hidden.detach().sin())
+
+
+@pytest.mark.parametrize("kind", [Tagger, InStatements])
+def test_beside_an_lstm_layers_skip_as_in_eager_mode(kind):
     """What Dynamo runs eagerly has the eager path's saving and its patterns; what it captures is rewritten."""
     found, tables = [], []
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = Tagger().double()
+        model = kind().double()
         report, _ = converted(model, min_hidden=0)
         f = torch.compile(model, backend=rewriting) if compiled else model
         for _ in range(3):
@@ -147,7 +167,8 @@ def test_beside_an_lstm_layers_skip_as_in_eager_mode():
         restore(model)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and len(found[0]) == 1 + 1 + 8 + 2
     assert tables[0] == tables[1]
-    assert tables[0][0][2] == ("head.a", "lstm", "tags.0")
+    lstm = "lstm" if kind is Tagger else "recurrent.0"
+    assert tables[0][0][2] == ("head.a", lstm, "tags.0")
     assert COUNTS.graphs > 0 and COUNTS.producers == COUNTS.consumers == COUNTS.graphs  # the head's
 
 
@@ -390,6 +411,35 @@ def test_evaluation_is_the_stock_models_graph():
     restore(model)
     assert graphs[0] == graphs[1]
     assert torch.equal(expected, found)
+
+
+def test_evaluation_of_an_lstm_is_captured_as_that_of_the_stock_model():
+    torch.manual_seed(0)
+    model, x = InStatements(), torch.arange(35).remainder(30).view(7, 5)
+    graphs = []
+
+    def seen(gm, inputs):
+        graphs.append([(n.op, str(n.target)) for n in gm.graph.nodes if n.op != "placeholder"])
+        return gm.forward
+
+    f = torch.compile(model, backend=seen)
+    expected = f(x), model.eval() and f(x)
+    stock = graphs.copy()
+    torch.compiler.reset()
+    graphs.clear()
+    converted(model.train())
+    for _ in range(2):
+        resample(model)
+        torch.compile(model, backend=rewriting)(x)
+    found = model.eval() and f(x)
+    assert len(stock) == 2 * len(graphs) > 0 and graphs == stock[len(graphs) :]
+    assert all(torch.equal(a, b) for a, b in zip(expected[1], found, strict=True))
+    restore(model.train())
+    graphs.clear()
+    torch.compiler.reset()
+    f(x)
+    assert graphs == stock[: len(graphs)] and graphs
+    assert sum("dropout" in target for graph in graphs for _, target in graph) == 3
 
 
 def test_a_dropout_that_saves_nothing_is_the_native_one():
