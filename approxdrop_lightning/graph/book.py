@@ -26,6 +26,9 @@ from approxdrop_lightning.work import Ledger
 if TYPE_CHECKING:
     from approxdrop_lightning.layers.site import Site
 
+#: Rows that several orders leave a group at least. On CUDA each order packs a part of the weight anew, which takes as
+#: long as multiplying it by some hundred rows (docs/gpu_model.md), and smaller products are slower.
+LEAST_ROWS = {"cuda": 2048}
 #: Entries of a new table: room for some hundred layers of 1,024 units.
 _ROOM = 1 << 17
 
@@ -250,7 +253,8 @@ class Book:
         )
         if sampler.interleave and sampler.shuffle and layout.groups > 1:
             # Whatever the block size: layers of all widths have as many orders, so that their groups line up.
-            orders = sampler.n_orders(layout.groups, 2 * keep > dp, leading, sampler.group_rows)
+            least = max(sampler.group_rows, LEAST_ROWS.get(device.type, 1))
+            orders = sampler.n_orders(layout.groups, 2 * keep > dp, leading, least)
             layout = layout._replace(orders=orders)
         rows_taken = rows_of(layout.all_groups, leading)
         index = next(i for i, (known, _) in enumerate(self.sites) if known is site)
