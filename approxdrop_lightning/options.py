@@ -13,10 +13,17 @@ from typing import Any, Self, TypeVar, get_type_hints
 from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution, check_rate
 from approxdrop_lightning.ops.backend import check_backend
 from approxdrop_lightning.patterns.sampler import PatternSampler
+from approxdrop_lightning.policy import Policy
 
 PATTERNS = ("row", "tile", "dropconnect")
-#: Options that no measurement supports: still honoured in this release, with a warning.
-_DEPRECATED = ("block_size", "scale")
+#: Options that go with the next release and why: still honoured in this one, with a warning.
+_DEPRECATED = {
+    "block_size": "no measurement favours another value than 16",
+    "scale": "no measurement favours another value than 'rate'",
+    "min_features": "min_gain takes its place",
+    "min_multiplies": "min_gain takes its place",
+    "min_hidden": "min_gain takes its place",
+}
 #: What decides, besides the rates and the seed, which patterns are drawn.
 _OF_THE_SEQUENCE = (
     "pattern", "interleave", "shuffle", "block_size", "orders", "group_rows", "max_dp", "keep", "concentration",
@@ -49,12 +56,13 @@ class Options:
         concentration: 0: the most random distribution (the paper's); large: the dropped share hardly varies.
         search: ``"maxent"`` (closed form) or ``"sgd"`` (the paper's search).
         tile_size: Largest side of a tile, >= 1; small weights have smaller ones. For ``pattern="tile"``.
-        min_features: Narrower sites are masked and computed densely, as are weights with a shorter side if tiles are
-            dropped, and sites of sequences of up to about 320 units below rate .5. 0: none of them.
-        min_multiplies: Linear layers for which a dropout saves fewer multiplies per call (rows times inputs times
-            outputs times rate) are computed densely, and the dropout is a mask: skipping would save less time than it
-            costs. 0: none; None: as measured on the device (:func:`.policy.least_saved`). Not for tiles.
-        min_hidden: LSTMs of a smaller hidden size read interleaved inputs masked and dense, by the vendor's kernel.
+        min_gain: Fewest multiplies that a dropout must save in one product (rows times inputs times outputs times
+            rate), lest skipping cost more time than it saves; 0: skip whatever can be skipped; None: the thresholds
+            measured for the device, the type and the kind of layer (:data:`.policy.THRESHOLDS`).
+        min_features: Deprecated. Units below which a dropout skips nothing; of the shorter side of a weight, if tiles
+            are dropped.
+        min_multiplies: Deprecated. ``min_gain`` of linear layers alone.
+        min_hidden: Deprecated. Hidden size below which the vendor's kernel runs an LSTM.
         block_size: Deprecated. Most units permuted together, >= 1; narrow layers take smaller blocks.
         scale: Deprecated. ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep``.
     """
@@ -72,9 +80,10 @@ class Options:
     concentration: float = CONCENTRATION
     search: str = "maxent"
     tile_size: int = 32
-    min_features: int = 64
+    min_gain: int | None = None
+    min_features: int | None = None
     min_multiplies: int | None = None
-    min_hidden: int = 64
+    min_hidden: int | None = None
     block_size: int = 16
     scale: str = "rate"
 
@@ -100,8 +109,7 @@ class Options:
                 raise TypeError(f"{owner} has no option {name!r}; there are {allowed}")
             if name in _DEPRECATED and keywords[name] != getattr(cls, name):
                 warnings.warn(
-                    f"{owner}: {name} is deprecated and goes in the next release: no measurement favours another "
-                    f"value than {getattr(cls, name)!r}",
+                    f"{owner}: {name} is deprecated and goes in the next release: {_DEPRECATED[name]}",
                     FutureWarning,
                     stacklevel=3,
                 )
@@ -110,9 +118,9 @@ class Options:
     def __post_init__(self) -> None:
         check_choice("pattern", self.pattern, PATTERNS)
         check_choice("scale", self.scale, ("rate", "dp"))
-        least = {"block_size": 1, "orders": 1, "group_rows": 1, "tile_size": 1, "min_features": 0, "min_hidden": 0}
-        if self.min_multiplies is not None:
-            least["min_multiplies"] = 0
+        least = {"block_size": 1, "orders": 1, "group_rows": 1, "tile_size": 1}
+        optional = ("min_gain", "min_features", "min_multiplies", "min_hidden")
+        least |= {name: 0 for name in optional if getattr(self, name) is not None}
         for name, low in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -126,6 +134,13 @@ class Options:
             check_rate(self.rate)
         # Checks max_dp, keep, concentration and search even where the rates are the model's.
         self.distribution(0.0 if self.rate is None else self.rate)
+
+    @property
+    def policy(self) -> Policy:
+        """Decides what is skipped."""
+        return Policy(
+            min_gain=self.min_gain, saved=self.min_multiplies, features=self.min_features, hidden=self.min_hidden
+        )
 
     def distribution(self, rate: float) -> PatternDistribution:
         """The distribution over ``(dp, keep)`` for a rate."""

@@ -120,7 +120,7 @@ class Report:
         """Share of the time of the model's products that is saved in expectation on this device, in [0, 1).
 
         What each product saves of its multiplies, as far as it exceeds what skipping costs by the measure of the
-        policy (:func:`.policy.least_saved`). All other work takes the time it takes: normalisation,
+        policy (:data:`.policy.THRESHOLDS`). All other work takes the time it takes: normalisation,
         activations, the loss, the optimizer.
         """
         net = 0.0

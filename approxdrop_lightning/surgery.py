@@ -120,8 +120,7 @@ class Conversion:
             rate,
             self.samplers[rate],
             options.scale,
-            options.min_features,
-            options.min_multiplies,
+            options.policy,
             options.backend,
         )
         if options.pattern == "row":
@@ -388,9 +387,6 @@ def _convert_lstm(conversion: Conversion, name: str, module: nn.LSTM) -> None:
         backend=options.backend,
         sites=sites,
         recurrent_sites=recurrent,
-        # Narrower ones run the vendor's kernel on the masked input or with the masked weight; so do all where masking
-        # saves nothing.
-        sequence=module.hidden_size >= options.min_hidden and options.pattern != "dropconnect",
         work=Ledger(),
     )
 

@@ -165,12 +165,12 @@ def test_ops():
 )
 def test_a_wrong_gradient_is_not_timed(name, place, layer, monkeypatch):
     torch.manual_seed(0)
-    step = contenders.contender(workloads.mlp([784, 96, 10], 24), name, 0.5, min_features=0, min_multiplies=0)
-    contenders.verify(step, 0.5, min_features=0, min_multiplies=0)
+    step = contenders.contender(workloads.mlp([784, 96, 10], 24), name, 0.5, min_gain=0)
+    contenders.verify(step, 0.5, min_gain=0)
     right = getattr(*place)
     monkeypatch.setattr(*place, lambda *a: right(*a) * 1.01)
     with pytest.raises(AssertionError, match=rf"the gradient of {layer} is off by 1.0%"):
-        contenders.verify(step, 0.5, min_features=0, min_multiplies=0)
+        contenders.verify(step, 0.5, min_gain=0)
 
 
 def test_peak_memory_is_what_a_step_holds_at_once():

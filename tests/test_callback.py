@@ -64,7 +64,7 @@ class Record(Callback):
 @pytest.mark.parametrize(("make", "data", "sites"), [(mlp, loader, 2), (lstm, text, 3)])
 def test_fit_converts_draws_logs_and_restores(make, data, sites, tmp_path):
     seed_everything(0)
-    callback = ApproxDropout(min_multiplies=0, min_hidden=0)
+    callback = ApproxDropout(min_gain=0)
     record = Record(callback)
     model = make()
     before = [type(m) for m in model.modules()]
@@ -81,7 +81,7 @@ def test_fit_converts_draws_logs_and_restores(make, data, sites, tmp_path):
 
 def test_the_logged_rate_is_that_of_the_epoch(tmp_path):
     """At .7 the dropped share differs from step to step, so a mean of running means would not be it."""
-    callback = ApproxDropout(min_multiplies=0, rate=0.7, seed=0)
+    callback = ApproxDropout(min_gain=0, rate=0.7, seed=0)
     record = Record(callback)
     run = trainer(callback, record, tmp_path=tmp_path)
     run.fit(mlp(), loader())
@@ -106,7 +106,7 @@ def test_validation_and_test_are_those_of_the_stock_model(tmp_path):
             self.seen += 1
 
     compare = Compare()
-    run = trainer(ApproxDropout(min_multiplies=0), compare, tmp_path=tmp_path, max_epochs=1)
+    run = trainer(ApproxDropout(min_gain=0), compare, tmp_path=tmp_path, max_epochs=1)
     run.fit(model, loader(), loader(seed=1))
     run.test(model, loader(seed=1), verbose=False)
     assert compare.seen > 6
@@ -121,7 +121,7 @@ def test_data_order_initial_weights_and_global_generator_are_as_without(tmp_path
             self.seen.append((batch[0].clone(), module.net[1].weight.clone() if not self.seen else None))
 
     runs = []
-    for callbacks in ([], [ApproxDropout(min_multiplies=0)]):
+    for callbacks in ([], [ApproxDropout(min_gain=0)]):
         seed_everything(7)
         batches = Batches()
         model = MLPClassifier(in_features=20, hidden=(64,), num_classes=3, rate=0.5)
@@ -136,7 +136,7 @@ def test_seed_everything_reproduces_training_and_another_seed_does_not(tmp_path)
     def weights(seed, **options):
         seed_everything(0)
         model = mlp()
-        trainer(ApproxDropout(min_multiplies=0, seed=seed, **options), tmp_path=tmp_path).fit(model, loader())
+        trainer(ApproxDropout(min_gain=0, seed=seed, **options), tmp_path=tmp_path).fit(model, loader())
         return torch.cat([p.detach().view(-1) for p in model.parameters()])
 
     assert torch.equal(weights(None), weights(None))
@@ -147,7 +147,7 @@ def test_seed_everything_reproduces_training_and_another_seed_does_not(tmp_path)
 @pytest.mark.parametrize(("make", "data", "sites"), [(mlp, loader, 2), (lstm, text, 3)])
 def test_fit_with_weights_dropped(make, data, sites, pattern, tmp_path):
     seed_everything(0)
-    callback = ApproxDropout(min_multiplies=0, pattern=pattern, min_hidden=0, min_features=0)
+    callback = ApproxDropout(min_gain=0, pattern=pattern)
     record = Record(callback)
     model = make()
     before = [type(m) for m in model.modules()]
@@ -173,7 +173,7 @@ def test_resume_is_bit_identical_to_an_uninterrupted_run(make, data, every_n_ste
         seed_everything(3)
         model = make()
         checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=every_n_steps, save_top_k=-1)
-        callback = ApproxDropout(min_multiplies=0, rate=0.7, min_hidden=0, **options)
+        callback = ApproxDropout(min_gain=0, rate=0.7, **options)
         run = trainer(callback, checkpoint, tmp_path=tmp_path, max_epochs=3, max_steps=max_steps)
         run.fit(model, resumable(data()), ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
         return model, callback, run.callback_metrics.get("dropout/realised_rate")
@@ -190,11 +190,11 @@ def test_resume_is_bit_identical_to_an_uninterrupted_run(make, data, every_n_ste
 
 def test_fit_twice_goes_on_with_the_sequence(tmp_path):
     seed_everything(0)
-    callback, model = ApproxDropout(min_multiplies=0, seed=1), mlp()
+    callback, model = ApproxDropout(min_gain=0, seed=1), mlp()
     first, second = Record(callback), Record(callback)
     trainer(callback, first, tmp_path=tmp_path, max_epochs=1).fit(model, loader())
     trainer(callback, second, tmp_path=tmp_path, max_epochs=1).fit(model, loader())
-    longer = Record(other := ApproxDropout(min_multiplies=0, seed=1))
+    longer = Record(other := ApproxDropout(min_gain=0, seed=1))
     trainer(other, longer, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader())
     assert first.patterns + second.patterns == longer.patterns
 
@@ -210,9 +210,9 @@ def test_fit_twice_goes_on_with_the_sequence(tmp_path):
 )
 def test_one_callback_serves_the_fits_of_several_models(other, tmp_path):
     """As in cross-validation: a model with other sites begins as with a new callback."""
-    callback = ApproxDropout(min_multiplies=0, seed=1)
+    callback = ApproxDropout(min_gain=0, seed=1)
     trainer(callback, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
-    found, expected = Record(callback), Record(fresh := ApproxDropout(min_multiplies=0, seed=1))
+    found, expected = Record(callback), Record(fresh := ApproxDropout(min_gain=0, seed=1))
     trainer(callback, found, tmp_path=tmp_path).fit(other(), loader())
     trainer(fresh, expected, tmp_path=tmp_path).fit(other(), loader())
     assert found.patterns == expected.patterns
@@ -222,7 +222,7 @@ def test_one_callback_serves_the_fits_of_several_models(other, tmp_path):
 
 
 def test_the_folds_of_one_model_do_not_repeat_their_patterns(tmp_path):
-    callback = ApproxDropout(min_multiplies=0, seed=1)
+    callback = ApproxDropout(min_gain=0, seed=1)
     folds = [Record(callback) for _ in range(3)]
     for fold in folds:
         trainer(callback, fold, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
@@ -233,10 +233,10 @@ def test_the_folds_of_one_model_do_not_repeat_their_patterns(tmp_path):
 def test_a_checkpoint_that_was_refused_leaves_nothing_behind(tmp_path):
     """Half of it fits: the rates are the same, the epoch's counters are not there."""
     path = edited(tmp_path, lambda state: state.pop("steps"))
-    callback = ApproxDropout(min_multiplies=0, seed=1)
+    callback = ApproxDropout(min_gain=0, seed=1)
     with pytest.raises(MisconfigurationException, match="'steps' is missing"):
         trainer(callback, tmp_path=tmp_path).fit(mlp(), loader(), ckpt_path=path)
-    found, expected = Record(callback), Record(fresh := ApproxDropout(min_multiplies=0, seed=1))
+    found, expected = Record(callback), Record(fresh := ApproxDropout(min_gain=0, seed=1))
     trainer(callback, found, tmp_path=tmp_path).fit(mlp(), loader())
     trainer(fresh, expected, tmp_path=tmp_path).fit(mlp(), loader())
     assert found.patterns == expected.patterns
@@ -244,10 +244,10 @@ def test_a_checkpoint_that_was_refused_leaves_nothing_behind(tmp_path):
 
 def test_a_checkpoint_counts_for_more_than_an_earlier_fit(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "x", save_top_k=-1)
-    trainer(first := ApproxDropout(min_multiplies=0, seed=1), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(
+    trainer(first := ApproxDropout(min_gain=0, seed=1), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(
         mlp(), loader()
     )
-    callback = ApproxDropout(min_multiplies=0, seed=2)
+    callback = ApproxDropout(min_gain=0, seed=2)
     trainer(callback, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     straight, resumed = Record(first), Record(callback)
     trainer(first, straight, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
@@ -266,7 +266,7 @@ def test_a_checkpoint_counts_for_more_than_an_earlier_fit(tmp_path):
 def test_checkpoint_loads_without_the_callback_and_back(tmp_path):
     seed_everything(0)
     checkpoint = ModelCheckpoint(tmp_path, "with", save_last=False)
-    trainer(ApproxDropout(min_multiplies=0), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    trainer(ApproxDropout(min_gain=0), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     path = checkpoint.best_model_path
     assert list(torch.load(path, weights_only=True)["state_dict"]) == list(mlp().state_dict())
     MLPClassifier.load_from_checkpoint(path)
@@ -274,7 +274,7 @@ def test_checkpoint_loads_without_the_callback_and_back(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning says that a callback's state was left unused
         trainer(plain, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=path)
-    callback = ApproxDropout(min_multiplies=0)
+    callback = ApproxDropout(min_gain=0)
     trainer(callback, tmp_path=tmp_path, max_epochs=3).fit(mlp(), loader(), ckpt_path=plain.best_model_path)
     assert callback.realised_rate is not None
 
@@ -302,7 +302,7 @@ def test_optimizer_state_goes_from_a_run_with_the_callback_to_one_without_and_ba
     def run(with_callback, epochs, ckpt_path=None):
         model = Groups(in_features=20, hidden=(64, 64), num_classes=3, rate=0.5)
         checkpoint = ModelCheckpoint(tmp_path, f"{epochs}")
-        callbacks = [ApproxDropout(min_multiplies=0)] if with_callback else []
+        callbacks = [ApproxDropout(min_gain=0)] if with_callback else []
         run = trainer(*callbacks, checkpoint, Look(), tmp_path=tmp_path, max_epochs=epochs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Lightning says that a callback's state was left unused
@@ -318,9 +318,9 @@ def test_optimizer_state_goes_from_a_run_with_the_callback_to_one_without_and_ba
 
 def test_a_checkpoint_of_other_patterns_is_refused_before_training(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "x")
-    trainer(ApproxDropout(min_multiplies=0), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    trainer(ApproxDropout(min_gain=0), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     with pytest.raises(MisconfigurationException, match="do not fit this run"):
-        trainer(ApproxDropout(min_multiplies=0, rate=0.7), tmp_path=tmp_path).fit(
+        trainer(ApproxDropout(min_gain=0, rate=0.7), tmp_path=tmp_path).fit(
             mlp(), loader(), ckpt_path=checkpoint.best_model_path
         )
 
@@ -336,21 +336,19 @@ def test_a_checkpoint_of_other_patterns_is_refused_before_training(tmp_path):
 )
 def test_a_sequence_does_not_go_on_under_other_options(saved, now, message, tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "x")
-    trainer(ApproxDropout(min_multiplies=0, **saved), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(
-        mlp(), loader()
-    )
+    trainer(ApproxDropout(min_gain=0, **saved), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     with pytest.raises(MisconfigurationException, match=f"do not fit this run: {message}"):
-        trainer(ApproxDropout(min_multiplies=0, **now), tmp_path=tmp_path).fit(
+        trainer(ApproxDropout(min_gain=0, **now), tmp_path=tmp_path).fit(
             mlp(), loader(), ckpt_path=checkpoint.best_model_path
         )
 
 
-@pytest.mark.parametrize("option", [{"backend": "reference"}, {"min_features": 0}])
+@pytest.mark.parametrize("option", [{"backend": "reference"}, {"min_gain": 0}])
 def test_what_does_not_change_the_patterns_may_be_changed(option, tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "x")
-    first = ApproxDropout(min_multiplies=0)
+    first = ApproxDropout(min_gain=0)
     trainer(first, checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
-    second = ApproxDropout(min_multiplies=0, **option)
+    second = ApproxDropout(min_gain=0, **option)
     trainer(second, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=checkpoint.best_model_path)
     assert second._steps == 2 * first._steps
 
@@ -358,7 +356,7 @@ def test_what_does_not_change_the_patterns_may_be_changed(option, tmp_path):
 def edited(tmp_path, edit):
     """A checkpoint whose state of the callback was edited."""
     checkpoint = ModelCheckpoint(tmp_path, "x")
-    trainer(ApproxDropout(min_multiplies=0), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
+    trainer(ApproxDropout(min_gain=0), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     content = torch.load(checkpoint.best_model_path, weights_only=True)
     edit(next(state for key, state in content["callbacks"].items() if key.startswith("ApproxDropout")))
     torch.save(content, tmp_path / "edited.ckpt")
@@ -375,8 +373,8 @@ def test_a_checkpoint_of_the_first_format_is_refused_and_its_weights_load(tmp_pa
 
     path = edited(tmp_path, first_format)
     with pytest.raises(MisconfigurationException, match="'steps' is missing: another version wrote it"):
-        trainer(ApproxDropout(min_multiplies=0), tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=path)
-    trainer(ApproxDropout(min_multiplies=0), tmp_path=tmp_path, max_epochs=1).fit(
+        trainer(ApproxDropout(min_gain=0), tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=path)
+    trainer(ApproxDropout(min_gain=0), tmp_path=tmp_path, max_epochs=1).fit(
         MLPClassifier.load_from_checkpoint(path), loader()
     )
 
@@ -387,7 +385,7 @@ def test_a_checkpoint_of_the_last_format_goes_on(tmp_path):
     def last_format(state):
         del state["before"], state["options"]["tile_size"], state["options"]["recurrent"]
 
-    callback = ApproxDropout(min_multiplies=0)
+    callback = ApproxDropout(min_gain=0)
     path = edited(tmp_path, last_format)
     trainer(callback, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=path)
     assert callback._steps == 12
@@ -413,7 +411,7 @@ def test_a_damaged_state_is_refused_before_training(edit, tmp_path):
     path = edited(tmp_path, edit)
     model = mlp()
     with pytest.raises(MisconfigurationException, match="ApproxDropout: the checkpoint's patterns do not fit"):
-        trainer(ApproxDropout(min_multiplies=0), tmp_path=tmp_path, max_epochs=2).fit(model, loader(), ckpt_path=path)
+        trainer(ApproxDropout(min_gain=0), tmp_path=tmp_path, max_epochs=2).fit(model, loader(), ckpt_path=path)
     assert all("Approx" not in type(m).__name__ for m in model.modules())
 
 
@@ -432,7 +430,7 @@ def test_an_exception_or_interrupt_leaves_the_stock_model(tmp_path):
     ):
         model = mlp()
         with pytest.raises(raised):
-            trainer(ApproxDropout(min_multiplies=0), Fails(error), tmp_path=tmp_path).fit(model, loader())
+            trainer(ApproxDropout(min_gain=0), Fails(error), tmp_path=tmp_path).fit(model, loader())
         assert all("Approx" not in type(m).__name__ for m in model.modules())
 
 
@@ -452,7 +450,7 @@ def test_layers_built_in_configure_model_are_found(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    callback = ApproxDropout(min_multiplies=0)
+    callback = ApproxDropout(min_gain=0)
     trainer(callback, tmp_path=tmp_path, max_epochs=1).fit(Late(), loader())
     assert callback.report["net.1"].producer == "net.0"
 
@@ -486,7 +484,7 @@ def vendor_lstm_has_bfloat16():
 def test_trainer_options(options, make, data, tmp_path):
     if options.get("precision") and make is lstm and not vendor_lstm_has_bfloat16():
         pytest.skip("nn.LSTM has no bfloat16 on this CPU")
-    callback = ApproxDropout(min_multiplies=0, rate=0.5)
+    callback = ApproxDropout(min_gain=0, rate=0.5)
     record = Record(callback)
     run = trainer(callback, record, tmp_path=tmp_path, **options)
     run.fit(make(), data(), data())
@@ -526,19 +524,19 @@ def test_bad_arguments_are_refused_at_once(arguments, message):
 def test_a_rate_of_the_model_that_is_not_feasible_is_refused_before_training(tmp_path):
     model = MLPClassifier(in_features=20, hidden=(64,), num_classes=3, rate=0.95)
     with pytest.raises(MisconfigurationException, match="smallest max_dp that serves is 20"):
-        trainer(ApproxDropout(min_multiplies=0), tmp_path=tmp_path).fit(model, loader())
+        trainer(ApproxDropout(min_gain=0), tmp_path=tmp_path).fit(model, loader())
 
 
 def test_two_callbacks_are_refused(tmp_path):
     # The same pattern family: Lightning refuses, since their states would have one key.
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `ApproxDropout`"):
-        trainer(ApproxDropout(min_multiplies=0), ApproxDropout(min_multiplies=0, rate=0.3), tmp_path=tmp_path).fit(
+        trainer(ApproxDropout(min_gain=0), ApproxDropout(min_gain=0, rate=0.3), tmp_path=tmp_path).fit(
             mlp(), loader()
         )
 
 
 def test_the_callback_can_be_copied_before_and_after_fit(tmp_path):
-    callback = ApproxDropout(min_multiplies=0, seed=1)
+    callback = ApproxDropout(min_gain=0, seed=1)
     copy.deepcopy(callback)
     trainer(callback, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     assert copy.deepcopy(callback).realised_rate == callback.realised_rate
@@ -566,7 +564,7 @@ def spectral(module):
 
 @pytest.mark.parametrize("where", ["setup", "on_train_start", "on_train_epoch_end"])
 def test_a_layer_that_another_callback_parametrizes_is_trained_and_restored(where, tmp_path):
-    callback, model = ApproxDropout(min_multiplies=0), wide()
+    callback, model = ApproxDropout(min_gain=0), wide()
     once = lambda module: spectral(module) if not hasattr(module.net[4], "parametrizations") else None  # noqa: E731
     trainer(callback, Change(**{where: once}), tmp_path=tmp_path).fit(model, loader())
     assert callback.report.saved > 0
@@ -584,7 +582,7 @@ def take_away(module):
 @pytest.mark.parametrize("change", [spectral, take_away])
 @pytest.mark.filterwarnings("error::approxdrop_lightning.surgery.NotRestoredWarning")
 def test_restoring_hides_no_exception_and_leaves_nothing_half_converted(change, tmp_path):
-    callback, model = ApproxDropout(min_multiplies=0), wide()
+    callback, model = ApproxDropout(min_gain=0), wide()
     with pytest.raises(ArithmeticError, match="of the training's own"):
         trainer(
             callback, Change(on_train_batch_end=lambda module: (change(module), fail(module))), tmp_path=tmp_path
@@ -596,7 +594,7 @@ def test_restoring_hides_no_exception_and_leaves_nothing_half_converted(change, 
 
 
 def test_another_callback_that_fails_in_its_own_end_does_not_leave_the_model_converted_for_good(tmp_path):
-    callback, model = ApproxDropout(min_multiplies=0), wide()
+    callback, model = ApproxDropout(min_gain=0), wide()
     first = Change(on_train_batch_end=fail, on_exception=fail)  # then Lightning asks no further callback
     with pytest.raises(ArithmeticError):
         trainer(first, callback, tmp_path=tmp_path).fit(model, loader())
@@ -612,7 +610,7 @@ def test_copies_made_in_training_are_stock_and_can_be_trained(tmp_path):
     copies = []
     keep = Change(on_train_batch_end=lambda module: copies.append(copy.deepcopy(module.net)))
     average = Change(on_train_start=lambda module: copies.append(torch.optim.swa_utils.AveragedModel(module.net)))
-    trainer(ApproxDropout(min_multiplies=0), keep, average, tmp_path=tmp_path).fit(wide(), loader())
+    trainer(ApproxDropout(min_gain=0), keep, average, tmp_path=tmp_path).fit(wide(), loader())
     assert len(copies) == 13
     stock = {type(m) for m in wide().net.modules()}
     assert all({type(m) for m in net.modules()} <= {*stock, type(copies[0])} for net in copies)
@@ -620,6 +618,6 @@ def test_copies_made_in_training_are_stock_and_can_be_trained(tmp_path):
         net(torch.randn(4, 1, 4, 5)).sum().backward()
         model = wide()
         model.net = net
-        callback = ApproxDropout(min_multiplies=0)
+        callback = ApproxDropout(min_gain=0)
         trainer(callback, tmp_path=tmp_path).fit(model, loader())
         assert callback.report.saved > 0

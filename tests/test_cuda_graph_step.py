@@ -113,7 +113,7 @@ def test_the_module_is_given_back(tmp_path):
 
 def test_eager_layers_of_approx_dropout_are_not_repeated(tmp_path):
     """Their patterns are Python's: a replay would have the first one for ever. So the steps are eager, and right."""
-    options = {"min_features": 0, "min_multiplies": 0, "seed": 3}
+    options = {"min_gain": 0, "seed": 3}
     plain, model, callback = new(), new(), Captured(warmup=1)
     train(plain, ApproxDropout(**options), tmp_path=tmp_path)
     dropout = ApproxDropout(**options)

@@ -28,7 +28,7 @@ pytestmark = [
 @pytest.mark.parametrize("rate", [0.3, 0.7])
 def test_a_network_has_the_gradients_of_the_reference(pattern, backend, rate):
     workload = workloads.mlp([100, 256, 192, 10], 96)
-    options = {"backend": backend, "min_multiplies": 0, "min_features": 0}
+    options = {"backend": backend, "min_gain": 0}
     contenders.verify(contenders.contender(workload, pattern, rate, **options), rate, **options)
 
 
@@ -38,7 +38,7 @@ def test_a_network_has_the_gradients_of_the_reference(pattern, backend, rate):
 def test_a_language_model_has_the_gradients_of_the_reference(pattern, backend, recurrent):
     workload = workloads.lstm(96, 2, 7, 6, 130)
     options = {
-        "backend": backend, "recurrent": recurrent, "min_multiplies": 0, "min_features": 0, "min_hidden": 0
+        "backend": backend, "recurrent": recurrent, "min_gain": 0
     }  # fmt: skip
     contenders.verify(contenders.contender(workload, pattern, 0.5, **options), 0.5, **options)
 
@@ -46,7 +46,7 @@ def test_a_language_model_has_the_gradients_of_the_reference(pattern, backend, r
 @pytest.mark.parametrize("pattern", ["row", "shared", "tile", "dropconnect"])
 @pytest.mark.parametrize("least", [None, 0])
 def test_a_step_waits_for_nothing(pattern, least):
-    options = {"backend": "triton", "min_multiplies": least}
+    options = {"backend": "triton", "min_gain": least}
     step = contenders.contender(workloads.mlp([784, 512, 512, 10], 128), pattern, 0.5, **options)
     for _ in range(3):
         step()
@@ -135,7 +135,7 @@ def test_small_networks_are_masked_and_have_the_gradients_of_the_reference(patte
 
 
 def test_cudnn_is_not_given_weights_in_pieces(recwarn):
-    step = contenders.contender(workloads.lstm(128, 2, 5, 4, 100), "shared", 0.5, min_features=0, min_multiplies=0)
+    step = contenders.contender(workloads.lstm(128, 2, 5, 4, 100), "shared", 0.5, min_gain=0)
     for _ in range(3):
         step()
     assert not [w for w in recwarn if "contiguous chunk" in str(w.message)]
@@ -167,7 +167,7 @@ def test_training(precision, pattern, tmp_path):
     x = torch.randn(2048, 64)
     data = DataLoader(TensorDataset(x, (x @ torch.randn(64, 4)).argmax(1)), batch_size=128, shuffle=True)
     model = Classifier()
-    callback = ApproxDropout(pattern=pattern, min_multiplies=0, min_features=0)
+    callback = ApproxDropout(pattern=pattern, min_gain=0)
     lightning.Trainer(
         max_epochs=6, precision=precision, accelerator="gpu", devices=1, callbacks=[callback], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
@@ -225,7 +225,7 @@ def test_a_default_device_does_not_reach_patterns():
     """Patterns are the host's, whatever is the default."""
     assert torch.get_default_device().type == "cuda"
     assert RowPattern(64, 2, 0, interleave=True).mask(4).device.type == "cpu"
-    step = contenders.contender(workloads.mlp([64, 128, 10], 32), "row", 0.5, min_multiplies=0, min_features=0)
+    step = contenders.contender(workloads.mlp([64, 128, 10], 32), "row", 0.5, min_gain=0)
     resample(step.model)
     step()
 

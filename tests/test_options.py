@@ -40,9 +40,11 @@ def test_hydra_offers_every_option_with_its_default(tmp_path, dropout):
     }
 
 
-@pytest.mark.parametrize("name", ["block_size", "scale"])
-def test_deprecated_options_warn_and_still_count(name):
-    value = {"block_size": 4, "scale": "dp"}[name]
+DEPRECATED = {"block_size": 4, "scale": "dp", "min_features": 0, "min_multiplies": 0, "min_hidden": 0}
+
+
+@pytest.mark.parametrize(("name", "value"), DEPRECATED.items())
+def test_deprecated_options_warn_and_still_count(name, value):
     with pytest.warns(FutureWarning, match=f"ApproxDropout: {name} is deprecated"):
         callback = ApproxDropout(**{name: value})
     assert getattr(callback.options, name) == value
@@ -69,7 +71,7 @@ def test_all_but_the_rate_are_keywords():
 
 
 def test_fields_and_defaults_agree():
-    assert {f.name for f in fields(Options)} == {*defaults(Options), "block_size", "scale"}
+    assert {f.name for f in fields(Options)} == {*defaults(Options), *DEPRECATED}
 
 
 def test_a_checkpoint_of_another_rule_of_orders_says_so():

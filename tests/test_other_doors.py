@@ -33,7 +33,7 @@ def test_a_plain_loop():
     x = torch.randn(256, 16)
     y = (x.sum(1) > 0).long()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    report = approximate(model, min_multiplies=0, seed=0)
+    report = approximate(model, min_gain=0, seed=0)
     for _ in range(60):
         resample(model)
         optimizer.zero_grad()
@@ -168,7 +168,7 @@ class Net(BoringModel):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 2))
-callback = approxdrop_lightning.ApproxDropout(min_multiplies=0)
+callback = approxdrop_lightning.ApproxDropout(min_gain=0)
 options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 Trainer(max_steps=3, accelerator="cpu", callbacks=[callback], **options).fit(Net())
 from hydra import compose, initialize_config_module

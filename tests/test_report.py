@@ -4,17 +4,19 @@ import pytest
 import torch
 from support.flops import Flops
 from support.gallery import mlp
+from support.skipping import set_thresholds
 from torch import nn
 
 from approxdrop_lightning import approximate, resample, restore
 
 
-def test_the_report_says_what_is_skipped_and_why_not():
+def test_the_report_says_what_is_skipped_and_why_not(monkeypatch):
+    set_thresholds(monkeypatch, features=64, saved=16 * 64 * 128 // 2)
     model = nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 128), nn.Dropout(0.0), nn.Linear(128, 32),
         nn.Dropout(0.4), nn.LayerNorm(32), nn.Dropout(1.0), nn.AlphaDropout(0.3),
     )  # fmt: skip
-    report = approximate(model, min_features=64, min_multiplies=16 * 64 * 128 // 2)
+    report = approximate(model)
     assert report["2"].skipped == "not known before the first training batch"
     resample(model)
     model(torch.randn(16, 64)).sum().backward()
@@ -42,7 +44,7 @@ def test_the_report_says_what_is_skipped_and_why_not():
 def test_what_reads_the_layer_before_whole_is_named(between, name):
     """It needs all units of the layer, so none of their rows can be skipped: that is no fault of the model's."""
     model = nn.Sequential(nn.Linear(16, 64), between, nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 4), nn.Dropout(0.5))
-    report = approximate(model, min_features=0, min_multiplies=0)
+    report = approximate(model, min_gain=0)
     for _ in range(2):
         resample(model)
         model(torch.randn(16, 16)).sum().backward()
@@ -56,7 +58,7 @@ def test_what_reads_the_layer_before_whole_is_named(between, name):
 def test_layers_far_before_a_dropout_are_not_named():
     """What other products were made of has nothing to do with the dropout."""
     model = nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), nn.Conv1d(1, 1, 3, padding=1), nn.Dropout(0.5))
-    report = approximate(model, min_features=0, min_multiplies=0)
+    report = approximate(model, min_gain=0)
     resample(model)
     normed = model[1](model[0](torch.randn(16, 1, 8)))
     model[3](model[2](normed)).sum().backward()
@@ -67,7 +69,7 @@ def test_layers_far_before_a_dropout_are_not_named():
 def test_a_frozen_part_is_reported():
     """As LightningModule.freeze leaves it: in evaluation mode, without gradients."""
     model = mlp()
-    report = approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
+    report = approximate(model, min_gain=0)
     model[1].eval().requires_grad_(False)
     resample(model)
     model(torch.randn(4, 20)).sum().backward()
@@ -134,7 +136,7 @@ def test_the_report_counts_what_is_saved_in_expectation(rate):
     model = nn.Sequential(
         nn.Linear(60, 240), nn.ReLU(), nn.Dropout(rate), nn.Linear(240, 120), nn.Dropout(rate), nn.Linear(120, 60)
     )
-    report = approximate(model, min_multiplies=0, seed=0)
+    report = approximate(model, min_gain=0, seed=0)
     dense = 60 * 240 + 240 * 120 + 120 * 60
     executed = []
     for _ in range(300):

@@ -36,7 +36,7 @@ class Functional(nn.Module):
 
 def test_functional_dropout_and_dropout_inside_other_layers_are_named():
     model = nn.Sequential(Functional(), nn.MultiheadAttention(8, 2, dropout=0.1), nn.GRU(8, 8, 2, dropout=0.2))
-    report = approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
+    report = approximate(model, min_gain=0)
     lines = {row.name: row.skipped for row in report}
     calls = [name for name in lines if "test_surgery.py:" in name]
     assert len(calls) == 2
@@ -62,7 +62,7 @@ def test_conversion_after_the_optimizer_was_built():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = [p.clone() for p in model.parameters()]
-    approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
+    approximate(model, min_gain=0)
     resample(model)
     model(torch.randn(4, 20)).sum().backward()
     optimizer.step()
@@ -95,7 +95,7 @@ def test_unsupported_lstms_are_left_alone_by_name():
 def test_weight_norm_is_left_alone():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Dropout(0.5), nn.Linear(8, 8))
     kind = type(model[0])
-    approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
+    approximate(model, min_gain=0)
     assert type(model[0]) is kind
     assert type(model[2]) is ApproxLinear
     resample(model)

@@ -120,7 +120,7 @@ def compiled(monkeypatch):
 
 def test_compiled(tmp_path, compiled):
     """Graphs skip; keys, evaluation and resumes are as without: a run goes on from whatever has saved it."""
-    overrides = [*SMALL["mlp"], *QUICK, SYNTHETIC, "dropout.min_multiplies=0", "compile=true"]
+    overrides = [*SMALL["mlp"], *QUICK, SYNTHETIC, "dropout.min_gain=0", "compile=true"]
     metrics, straight = train(config(tmp_path / "straight", *overrides, "trainer.max_epochs=2"))
     assert COUNTS.producers == 2 * COUNTS.graphs > 0 and COUNTS.consumers == 2 * COUNTS.graphs
     assert not counters["graph_break"]
@@ -144,7 +144,7 @@ def test_compiled(tmp_path, compiled):
 
 
 def test_a_comparison_compiles_both(tmp_path, compiled):
-    overrides = [*SMALL["mlp"], *QUICK, SYNTHETIC, "dropout.min_multiplies=0", "compile=true", "test=false"]
+    overrides = [*SMALL["mlp"], *QUICK, SYNTHETIC, "dropout.min_gain=0", "compile=true", "test=false"]
     _, objects = compare(config(tmp_path, *overrides))
     assert objects["baseline"]["compiled"] and objects["result"]["compiled"]
     assert objects["baseline"]["dropout"] == "standard"

@@ -53,7 +53,7 @@ def fit(model, *callbacks, tmp_path, loaders=None, **options):
 
 @pytest.mark.parametrize("resample", ["batch", "step"])
 def test_accumulated_batches_have_their_own_patterns_or_share_them(resample, tmp_path):
-    callback = ApproxDropout(min_multiplies=0, resample=resample, seed=0)
+    callback = ApproxDropout(min_gain=0, resample=resample, seed=0)
     patterns = Patterns(callback)
     fit(Net(), callback, patterns, tmp_path=tmp_path, accumulate_grad_batches=2)
     pairs = list(zip(patterns.seen[::2], patterns.seen[1::2], strict=True))
@@ -63,14 +63,14 @@ def test_accumulated_batches_have_their_own_patterns_or_share_them(resample, tmp
 
 
 def test_manual_optimization_has_a_pattern_for_each_forward(tmp_path):
-    callback = ApproxDropout(min_multiplies=0, seed=0)
+    callback = ApproxDropout(min_gain=0, seed=0)
     patterns = Patterns(callback)
     fit(Manual(), callback, patterns, tmp_path=tmp_path)
     assert all(len(step) == 2 and step[0] != step[1] for step in patterns.seen)
 
 
 def test_several_dataloaders(tmp_path):
-    callback = ApproxDropout(min_multiplies=0)
+    callback = ApproxDropout(min_gain=0)
     patterns = Patterns(callback)
     fit(Net(), callback, patterns, tmp_path=tmp_path, loaders=[data(16), data(8)])
     assert all(len(step) == 2 for step in patterns.seen)
@@ -85,7 +85,7 @@ def test_finders_that_fit_inside_leave_no_trace(finder, tmp_path):
     runs = []
     for extra in ([], [finder()]):
         seed_everything(0)
-        callback = ApproxDropout(min_multiplies=0, seed=0)
+        callback = ApproxDropout(min_gain=0, seed=0)
         patterns = Patterns(callback)
         model = Net()
         fit(model, *extra, callback, patterns, tmp_path=tmp_path)
@@ -100,7 +100,7 @@ def test_finders_that_fit_inside_leave_no_trace(finder, tmp_path):
 
 @pytest.mark.parametrize("averaging", [lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1), WeightAveraging])
 def test_weight_averaging_beside_it(averaging, tmp_path):
-    callback, model = ApproxDropout(min_multiplies=0), Net()
+    callback, model = ApproxDropout(min_gain=0), Net()
     fit(model, callback, averaging(), tmp_path=tmp_path, max_epochs=3, loaders=None)
     assert callback.report["net.2"].producer == "net.0"
     assert [type(m) for m in model.net] == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
@@ -112,10 +112,10 @@ def test_untested_strategies_are_refused_by_name(tmp_path):
 
     strategy = Odd(device=torch.device("cpu"))
     with pytest.raises(MisconfigurationException, match="Odd is not among the tested strategies"):
-        fit(Net(), ApproxDropout(min_multiplies=0), tmp_path=tmp_path, strategy=strategy, accelerator="auto")
+        fit(Net(), ApproxDropout(min_gain=0), tmp_path=tmp_path, strategy=strategy, accelerator="auto")
     fit(
         Net(),
-        ApproxDropout(min_multiplies=0, untested_strategies=True),
+        ApproxDropout(min_gain=0, untested_strategies=True),
         tmp_path=tmp_path,
         strategy=strategy,
         accelerator="auto",
@@ -136,7 +136,7 @@ class Dump(Patterns):
 
 if __name__ == "__main__":
     seed_everything(0)
-    callback = ApproxDropout(min_multiplies=0, rate=0.7, block_size=4, sync_patterns=sys.argv[3] == "sync")
+    callback = ApproxDropout(min_gain=0, rate=0.7, block_size=4, sync_patterns=sys.argv[3] == "sync")
     trainer = Trainer(max_epochs=3, accelerator="cpu", devices=2, strategy="ddp", logger=False,
                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
                       callbacks=[callback, Dump(callback)])
@@ -167,7 +167,7 @@ def test_two_processes_stay_in_step(sync, tmp_path):
 def test_no_grad_forwards_in_training_mode_have_no_history(tmp_path):
     """Statistics taken in training mode under no_grad are masked like a training forward, without history."""
     model = Net()
-    callback = ApproxDropout(min_multiplies=0, seed=0)
+    callback = ApproxDropout(min_gain=0, seed=0)
 
     class Look(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):

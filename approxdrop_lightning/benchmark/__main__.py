@@ -83,11 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true",
                         help="row patterns and conventional dropout under torch.compile as well")  # fmt: skip
     parser.add_argument("--recurrent", action="store_true", help="drop the LSTM's recurrent inputs too")
-    parser.add_argument("--min-hidden", type=int, help="as of ApproxDropout")
     parser.add_argument("--orders", type=int, help="as of ApproxDropout")
     parser.add_argument("--group-rows", type=int, help="as of ApproxDropout")
-    parser.add_argument("--min-features", type=int, help="as of ApproxDropout")
-    parser.add_argument("--min-multiplies", type=int, help="as of ApproxDropout")
+    parser.add_argument("--min-gain", type=int, help="as of ApproxDropout")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
     parser.add_argument("--tf32", action="store_true", help="float32 products in tf32, on a GPU")
@@ -124,7 +122,7 @@ def _workload(kind: str, options: argparse.Namespace) -> Workload:
 
 def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one workload and rate."""
-    given = ("orders", "group_rows", "min_hidden", "min_features", "min_multiplies", "recurrent")
+    given = ("orders", "group_rows", "min_gain", "recurrent")
     settings = {key: value for key in given if (value := getattr(options, key)) is not None}
     torch.compiler.reset()  # networks of one class share a limit of graphs, those of the rate before as well
     steps = {"conventional": contenders.contender(workload, "conventional", rate, options.seed)}

@@ -133,10 +133,7 @@ def verify(step: Step, rate: float, seed: int = 0, **options: Any) -> None:
     """
     # Another one of its kind: the step itself is left as it is.
     step = contender(step.workload, step.name, rate, seed, **options)
-    nothing_is_masked = {"min_hidden": 0, "min_multiplies": 0}
-    reference = contender(
-        step.workload, step.name, rate, seed, **options | {"backend": "reference"} | nothing_is_masked
-    )
+    reference = contender(step.workload, step.name, rate, seed, **options | {"backend": "reference", "min_gain": 0})
     _check_equal(step, reference)
 
 
@@ -148,7 +145,7 @@ def verify_compiled(step: Step, rate: float, seed: int = 0, **options: Any) -> N
     Raises:
         AssertionError: They differ by more than rounding does, or nothing was skipped.
     """
-    options = options | {"min_hidden": 0, "min_multiplies": 0, "min_features": 0}
+    options = options | {"min_gain": 0}
     mine, masked = (contender(step.workload, step.name, rate, seed, **options) for _ in range(2))
     mine.compile(_rewritten)
     masked.compile(_masked)

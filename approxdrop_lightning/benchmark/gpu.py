@@ -273,7 +273,7 @@ def _check_tiles(name: str, device: str) -> Row:
 
 def _check_network(pattern: str, backend: str, compiled: bool, device: str) -> Row:
     torch.backends.cuda.matmul.allow_tf32 = False
-    options: dict[str, Any] = {"backend": backend, "min_multiplies": 0, "min_features": 0}
+    options: dict[str, Any] = {"backend": backend, "min_gain": 0}
     workload = _on(workloads.mlp([100, 256, 192, 10], 96), device)
     step = contenders.contender(workload, pattern, 0.5, **options)
     if not compiled:
@@ -498,7 +498,7 @@ def _new_step(make: Callable[[], Workload], name: str, rate: float, contender: s
     if workload.batch[0].is_floating_point():
         workload.batch = (workload.batch[0].to(dtype), workload.batch[1])
     # All that can be skipped is: from what it gains follows what the policy should leave alone.
-    options: dict[str, Any] = {"min_multiplies": 0, "min_features": 0, "min_hidden": 0} if contender == "row" else {}
+    options: dict[str, Any] = {"min_gain": 0} if contender == "row" else {}
     torch.set_default_dtype(dtype)
     try:
         return contenders.contender(workload, contender, rate, **options)

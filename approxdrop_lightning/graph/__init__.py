@@ -12,7 +12,7 @@ each batch.
 | ``pairs.py`` | which pairs a compiled run draws |
 | ``book.py`` | the tables of a model's dropouts, and their draw |
 | ``operator.py`` | the dropout as an operator |
-| ``rewrite.py`` | the pass; ``mutation.py`` tells it what is changed in place, ``pays.py`` what gains |
+| ``rewrite.py`` | the pass; ``mutation.py`` tells it what is changed in place |
 | ``rules/`` | functions that the pass knows, one rule each; how to add one is said there |
 | ``functional.py`` | dropouts of a graph that are no layers, for the report |
 | ``reference.py`` | what the pass must equal |

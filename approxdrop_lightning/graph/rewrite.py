@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,6 @@ from approxdrop_lightning.graph.functional import functional_dropout
 from approxdrop_lightning.graph.mutation import mutated
 from approxdrop_lightning.graph.names import function_name, layer_name, module_name
 from approxdrop_lightning.graph.operator import DROP
-from approxdrop_lightning.graph.pays import worthwhile
 from approxdrop_lightning.graph.rules import rule_for
 from approxdrop_lightning.graph.rules.rule import argument, is_tensor, overloads, shape, tensors, value
 
@@ -244,24 +243,30 @@ class Rewriter:
         if x.device != value(drop.table).device:
             site.too_small = f"its input is on {x.device}, not where the model's first parameter is"
             return
-        if drop.n < site.min_features:
-            site.too_small = f"{drop.n} features are too few to gain (min_features={site.min_features})"
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        too_few = site.policy.units(drop.n, x.device, dtype)
+        if too_few is not None:
+            site.too_small = too_few
             return
         if not all(self._can_name(shape(node)) for node in (drop.node, *drop.readers)):
             site.too_small = "sizes of the batch vary in a way that cannot be told"
             return
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        before, after = (
-            int(sum(map(self._multiplies, layers)) * site.rate) for layers in (drop.layers, drop.readers)
-        )
         if not drop.layers and not drop.readers:
             return
-        drop.packs_before = bool(drop.layers) and worthwhile(before, x.device, dtype, site.min_multiplies)
-        if not drop.packs_before and not worthwhile(after, x.device, dtype, site.min_multiplies):
-            site.too_small = f"{before + after:,} multiplies saved are too few to gain"
+        before, after = (self._saves_too_few(layers, site, x.device, dtype) for layers in (drop.layers, drop.readers))
+        drop.packs_before = before is None
+        if before is not None and after is not None:
+            site.too_small = before if drop.layers else after
             return
         leading = tuple(_hint(d) for d in dims[:-1])
         drop.entry = drop.book.use(site, number, drop.n, leading, drop.pair, x.device)
+
+    def _saves_too_few(self, layers: list[Node], site: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it would not gain to skip in the layers on one side of a dropout."""
+        if not layers:
+            return "no linear layer"
+        saved = int(sum(map(self._multiplies, layers)) * site.rate)
+        return cast(str | None, site.policy.compiled(saved, device, dtype))
 
     def _can_name(self, dims: tuple[Any, ...]) -> bool:
         return all(isinstance(d, int) or str(d.node.expr) in self._symbols for d in dims)

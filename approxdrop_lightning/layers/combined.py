@@ -215,6 +215,7 @@ class _Sites:
         self._widths = [tensor.held.shape[-1] for tensor in tensors]
         self.name, self.backend = ", ".join(dict.fromkeys(s.name for s in self._sites)), self._sites[0].backend
         self.steps = min(site.steps for site in self._sites)
+        self.policy = self._sites[0].policy
 
     def read_kept(self, name: str) -> None:
         for site in self._sites:
@@ -226,6 +227,9 @@ class _Sites:
 
     def saves_too_few(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
         return self._sites[0].saves_too_few(multiplies, device, dtype)
+
+    def saves_too_few_in_lstm(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
+        return self._sites[0].saves_too_few_in_lstm(multiplies, device, dtype)
 
     def shares(self, multiplies: int) -> list[tuple[Any, int]]:
         total = sum(self._widths)

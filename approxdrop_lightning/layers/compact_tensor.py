@@ -26,6 +26,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
 )
 from approxdrop_lightning.ops.derivative import must_be_differentiable, vjp
 from approxdrop_lightning.patterns.row import RowPattern
+from approxdrop_lightning.policy import Policy
 
 _SCALES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__}
 
@@ -36,12 +37,16 @@ class Reader(Protocol):
     name: str
     backend: str
     steps: int
+    policy: Policy
 
     def read_kept(self, name: str) -> None:
         """A layer of that name reads kept values only."""
 
     def read_whole(self, name: str) -> None:
         """A function of that name reads the dense tensor."""
+
+    def saves_too_few_in_lstm(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
+        """Likewise of an LSTM's product."""
 
     def saves_too_few(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a product of so many multiplies had better read the dense tensor."""

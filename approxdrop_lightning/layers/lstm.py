@@ -39,7 +39,6 @@ class ApproxLSTM(Converted, nn.LSTM):
         sites: Dropout on the output of each layer but the last; empty without ``dropout``.
         recurrent_sites: Dropout on the recurrent input of each layer, one pattern for all rows and steps (Gal and
             Ghahramani, 2016); empty without.
-        sequence: Whether interleaved inputs are read compact, by a recurrence of our own; else they are masked.
         work: Multiplies of its last products.
     """
 
@@ -48,7 +47,6 @@ class ApproxLSTM(Converted, nn.LSTM):
     backend: str
     sites: list[Site]
     recurrent_sites: list[Site]
-    sequence: bool
     work: Ledger
 
     @staticmethod
@@ -114,9 +112,11 @@ class ApproxLSTM(Converted, nn.LSTM):
         rows = x.shape[0] * x.shape[1]
         if held is not None and self._too_small(held.site, rows, weight_ih):
             x, held = as_dense(x), None
-        if held is not None and held.pattern.interleave and not self.sequence and dropped is None:
-            held.site.read_whole(f"{self.name} (hidden size below min_hidden)")
-            x, held = as_dense(x), None
+        if held is not None and held.pattern.interleave and dropped is None:
+            too_small = held.site.policy.recurrence(self.hidden_size, held.device, held.dtype)
+            if too_small is not None:
+                held.site.read_whole(f"{self.name} ({too_small})")
+                x, held = as_dense(x), None
         recurrent = None
         if dropped is not None:
             with outside_of_transforms() if is_transformed() else contextlib.nullcontext():
@@ -161,8 +161,8 @@ class ApproxLSTM(Converted, nn.LSTM):
         return is_transformed() or self._too_small(site, rows, weight)
 
     def _too_small(self, site: Any, rows: int, weight: Tensor) -> bool:
-        """Whether the vendor's kernel had better run the layer: on a GPU our recurrence is launch after launch."""
-        return not weight.is_cpu and site.saves_too_few(rows * weight.numel(), weight.device, weight.dtype)
+        """Whether the vendor's kernel had better run the layer."""
+        return bool(site.saves_too_few_in_lstm(rows * weight.numel(), weight.device, weight.dtype))
 
     def _weights(self, layer: int) -> tuple[Tensor, ...]:
         """``weight_ih``, ``weight_hh`` and, if there are any, both biases of a layer."""

@@ -29,7 +29,7 @@ from approxdrop_lightning.patterns.joined import join, of_as_many_orders
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
-from approxdrop_lightning.policy import least_saved
+from approxdrop_lightning.policy import Policy, thresholds
 
 Pattern = RowPattern | TilePattern | BernoulliPattern | Drawn
 
@@ -37,10 +37,6 @@ Pattern = RowPattern | TilePattern | BernoulliPattern | Drawn
 _MOST_HELD = 1024
 _MANY_PASSES = 100
 _WARNED: weakref.WeakSet[PatternSampler] = weakref.WeakSet()
-#: Blocks of fewer units, of a layer too narrow for larger ones, cost more to read for each of several orders than is
-#: saved where most units are kept: at .3 an LSTM of 256 ran at 0.9, one of 512, in blocks of 8, at 1.1
-#: (``benchmark lstm --hidden 256 --vocabulary 2000 --consecutive 1 --min-features 0``).
-_NARROW = 8
 
 #: Functions as a reader of the report knows them: what follows a linear layer is normalised in one dimension.
 _MODULES = {
@@ -62,10 +58,7 @@ class Site:
         rate: Share of units dropped in expectation, in (0, 1).
         sampler: Source of the patterns, shared with the other sites of this rate.
         scale: ``"rate"``: kept values times ``1 / (1 - rate)``; ``"dp"``: times ``dp / keep`` of the pattern.
-        min_features: Narrower inputs are masked and computed densely, and so are somewhat wider ones of which several
-            orders keep most; 0 for none.
-        min_multiplies: So are the products of a linear layer of which the dropout saves fewer multiplies; None for
-            what was measured for the device and the type.
+        policy: Says what is masked and computed densely because skipping would not gain.
         backend: Backend of packing.
     """
 
@@ -75,13 +68,12 @@ class Site:
         rate: float,
         sampler: PatternSampler,
         scale: str = "rate",
-        min_features: int = 0,
-        min_multiplies: int | None = None,
+        policy: Policy | None = None,
         backend: str = "auto",
     ) -> None:
         self.name, self.rate, self.sampler = name, rate, sampler
         self.scale_by, self.backend = scale, backend
-        self.min_features, self.min_multiplies = min_features, min_multiplies
+        self.policy = Policy(min_gain=0) if policy is None else policy
         #: What was seen so far: layers before it and after it, functions that read it whole, steps begun.
         self.producers: set[str] = set()
         self.consumers: set[str] = set()
@@ -150,26 +142,25 @@ class Site:
         nothing = ", ".join(before) or "no linear layer before it"
         return [f"{nothing}, and read whole by {readers or 'nobody'}", *eager]
 
-    def _too_narrow(self, pattern: RowPattern) -> str | None:
-        n = pattern.n
-        if n < self.min_features:
-            return f"{n} features are too few to gain (min_features={self.min_features})"
-        if self.min_features and pattern.overlaps and pattern.n_orders > 1 and pattern.block_size < _NARROW:
-            return f"{n} features are too few to gain at a rate below .5 (min_features=0 skips all the same)"
-        return None
+    def _too_narrow(self, pattern: RowPattern, device: torch.device, dtype: torch.dtype) -> str | None:
+        reason = self.policy.units(pattern.n, device, dtype)
+        if reason is None and pattern.overlaps and pattern.n_orders > 1:
+            return self.policy.blocks(pattern.n, pattern.block_size, device, dtype)
+        return reason
 
     def saves_too_few(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a product of so many multiplies is too small to gain by the dropout; then the report says so."""
-        saved, least = int(multiplies * self.rate), self.min_multiplies
-        if least is None or not self.overhead:
-            self.overhead = least_saved(device, dtype)
-        if least is None:
-            least = self.overhead
-        if saved >= least:
-            return False
-        if self.too_small is None:
-            self.too_small = f"{saved:,} multiplies saved are too few to gain (min_multiplies={least:,})"
-        return True
+        self.overhead = thresholds(device, dtype).saved
+        return self._refuses(self.policy.product(int(multiplies * self.rate), device, dtype))
+
+    def saves_too_few_in_lstm(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
+        """Likewise of a product of an LSTM."""
+        return self._refuses(self.policy.lstm(int(multiplies * self.rate), device, dtype))
+
+    def _refuses(self, reason: str | None) -> bool:
+        if reason is not None and self.too_small is None:
+            self.too_small = reason
+        return reason is not None
 
     def shares(self, multiplies: int) -> list[tuple[Site, int]]:
         """Sites that so many multiplies of a product fall to: this one."""
@@ -184,12 +175,11 @@ class Site:
             n: Number of units.
             shared: Whether it is one for all rows of the batch.
             leading_shape: Shape of the batch.
-            widths: Units of each tensor of which ``n`` are the concatenation, if they are. Each then has a pattern of
-                its own, unless one is too narrow.
+            widths: Units of each tensor of which ``n`` are the concatenation, if each is to have its own pattern.
         """
 
         def draw() -> RowPattern:
-            if widths and min(widths) >= self.min_features and self.sampler.keep < self.sampler.dp:
+            if widths and self.sampler.keep < self.sampler.dp:
                 drawn = [self.sampler.pattern(width, shared, leading_shape) for width in widths]
                 found = join(of_as_many_orders(drawn))
                 if found is not None:
@@ -246,20 +236,23 @@ class Site:
             return self._under_transforms(as_dense(x))
         source = x if isinstance(x, (PendingLinear, PendingCombination)) and x.is_lazy else None
         pending: Pending | Combination | None = None if source is None else source.held
+        kind = (x.device, x.dtype) if pending is None else (pending.device, pending.dtype)
         widths = pending.widths if isinstance(pending, Combination) else ()
+        if widths and self.policy.units(min(widths), *kind) is not None:
+            widths = ()
         pattern = self.pattern(shape[-1], leading_shape=shape[:-1], widths=widths)
         for layer in () if pending is None else pending.layers:
             layer.dropped_by.add(self)
         if pattern.keeps_all:
             return as_dense(x) * self.scale
-        if too_narrow := self._too_narrow(pattern):
+        if too_narrow := self._too_narrow(pattern, *kind):
             self.too_small = too_narrow
             x = as_dense(x)
             y = x * pattern.mask(*shape[:-1], dtype=x.dtype, value=self.scale, device=x.device)
             if self.steps < 2 and y.requires_grad:  # has resample been forgotten? Later it has not.
                 y.register_hook(note_backward)
             return y
-        if pending is not None and self.saves_too_few(pending.multiplies, pending.device, pending.dtype):
+        if pending is not None and self.saves_too_few(pending.multiplies, *kind):
             pending = None
         if pending is None:  # a mask or packed, as its readers wish
             x = as_dense(x)

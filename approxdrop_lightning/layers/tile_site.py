@@ -79,12 +79,13 @@ class TileSite(Site):
             use["", rows, n] = self.sampler.bernoulli(rows, n)
         return use["", rows, n]
 
-    def read_by(self, name: str, weight: Tensor, dense: str | None = None) -> bool:
+    def read_by(self, name: str, weight: Tensor, rows: int, dense: str | None = None) -> bool:
         """A layer of that name reads with part of its weight.
 
         Args:
             name: Of the layer.
             weight: ``[n_out, n_in]``.
+            rows: Rows of the batch.
             dense: Why the layer multiplies densely, if it does for a reason of its own.
 
         Returns:
@@ -92,8 +93,9 @@ class TileSite(Site):
         """
         if self.independent:
             dense = "pattern='dropconnect'"
-        elif min(weight.shape) < self.min_features:
-            dense = f"a side of {min(weight.shape)} is below min_features={self.min_features}"
+        elif dense is None:
+            saved = int(rows * weight.numel() * self.rate)
+            dense = self.policy.tiles(tuple(weight.shape), saved, weight.device, weight.dtype)
         if dense is None:
             self.consumers.add(name)
         else:

@@ -20,6 +20,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     settle,
 )
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
+from approxdrop_lightning.policy import Policy
 from approxdrop_lightning.work import Ledger
 
 #: Patterns of one use of a site: by reader and shape of what it drops from.
@@ -32,6 +33,8 @@ class WeightDropper(Protocol):
     name: str
     backend: str
     rate: float
+    policy: Policy
+    independent: bool
 
     @property
     def scale(self) -> float:
@@ -43,7 +46,7 @@ class WeightDropper(Protocol):
     def units(self, use: Use, rows: int, n: int) -> TilePattern | BernoulliPattern:
         """The pattern of units for those that have no weight."""
 
-    def read_by(self, name: str, weight: Tensor, dense: str | None = None) -> bool:
+    def read_by(self, name: str, weight: Tensor, rows: int, dense: str | None = None) -> bool:
         """A layer of that name reads with part of its weight; returns whether the rest is skipped."""
 
     def read_whole(self, name: str) -> None:
@@ -174,7 +177,7 @@ class TiledTensor(LazyTensor):
         """``F.linear(self, weight, bias)`` with weights dropped; ``work`` is told its multiplies."""
         source, site = self._read(), self.held.site
         pattern = site.weights(self.held.use, reader, weight)
-        skipped = site.read_by(reader, weight)
+        skipped = site.read_by(reader, weight, source.numel() // weight.shape[1])
         if work is not None and torch.is_grad_enabled():
             work.note(site if skipped else None, None, source.numel() * weight.shape[0])
         return functional.tile_linear(
@@ -189,8 +192,8 @@ class TiledTensor(LazyTensor):
 
     def masked_weight(self, weight: Tensor, reader: str, why: str) -> Tensor:
         """The weight of a product that is computed densely, for the reason given: dropped weights are zero in it."""
-        self._read()
-        self.held.site.read_by(reader, weight, dense=why)
+        source = self._read()
+        self.held.site.read_by(reader, weight, source.numel() // weight.shape[1], why)
         return self.masked(weight, reader)
 
     def masked(self, weight: Tensor, reader: str) -> Tensor:

@@ -50,7 +50,8 @@ class TileLSTM(ApproxLSTM):
     """``nn.LSTM`` that drops weights of its inputs, layer by layer, by tiles.
 
     The input product of all steps is one product with kept tiles, and the recurrence runs over ready-made gate
-    inputs; without ``sequence`` the vendor's kernel runs with the masked weight. Recurrent weights are not dropped.
+    inputs; where that would not gain, the vendor's kernel runs with the masked weight. Recurrent weights are not
+    dropped.
     """
 
     stock = nn.LSTM
@@ -61,8 +62,14 @@ class TileLSTM(ApproxLSTM):
         weight_ih, weight_hh, *biases = self._weights(layer)
         reader = self._reader(layer)
         self.work.note(None, None, x.shape[0] * x.shape[1] * weight_hh.numel())
-        too_small = self._too_small(x.held.site, x.shape[0] * x.shape[1], weight_hh)
-        if self.sequence and not too_small:
+        site = x.held.site
+        if site.independent:
+            dense: str | None = "masking skips nothing"
+        elif self._too_small(site, x.shape[0] * x.shape[1], weight_hh):
+            dense = "too small for a recurrence of our own"
+        else:
+            dense = site.policy.recurrence(self.hidden_size, weight_hh.device, weight_hh.dtype)
+        if dense is None:
             gates = x.linear(weight_ih, biases[0] + biases[1] if biases else None, reader, self.work)
 
             def dropped(weight: Tensor) -> Tensor:
@@ -70,9 +77,5 @@ class TileLSTM(ApproxLSTM):
 
             return self._sequence(gates, state, weight_hh, None, 1.0, x.held.source, [weight_ih, *biases], dropped)
         self.work.note(None, None, x.numel() * len(weight_ih))
-        weight_ih = x.masked_weight(
-            weight_ih,
-            reader,
-            "too small for a recurrence of our own" if too_small else "its hidden size is below min_hidden",
-        )
+        weight_ih = x.masked_weight(weight_ih, reader, dense)
         return self._vendor(x.held.source, state, [weight_ih, weight_hh, *biases])

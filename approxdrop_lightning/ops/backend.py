@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from approxdrop_lightning.ops.derivative import is_transformed
+from approxdrop_lightning.policy import tiles_gain_by_triton
 
 BACKENDS = ("auto", "reference", "compact", "triton")
 
@@ -60,4 +60,4 @@ def has_triton() -> bool:
 
 
 def _tiles_gain(x: Tensor | None) -> bool:
-    return x is not None and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and has_triton()
+    return x is not None and tiles_gain_by_triton(x.device, x.dtype) and has_triton()

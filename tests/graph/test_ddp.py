@@ -68,7 +68,7 @@ if __name__ == "__main__":
     seed_everything(0)
     model = Net()
     model.compile(backend=backend)
-    callback = ApproxDropout(min_multiplies=0, min_features=0, rate=0.7, sync_patterns=given["sync"])
+    callback = ApproxDropout(min_gain=0, rate=0.7, sync_patterns=given["sync"])
     strategy = DDPStrategy(bucket_cap_mb=given["bucket"], process_group_backend="gloo")
     trainer = Trainer(max_epochs=6, accelerator="cpu", devices=2, strategy=strategy, logger=False,
                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

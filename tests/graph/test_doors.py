@@ -18,7 +18,7 @@ from approxdrop_lightning.graph import doors, limit, native
 from approxdrop_lightning.graph.rewrite import COUNTS
 from approxdrop_lightning.surgery import conversion_of
 
-ALL = {"min_multiplies": 0, "min_features": 0, "concentration": float("inf")}
+ALL = {"min_gain": 0, "concentration": float("inf")}
 SILENT = {
     "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
     "enable_model_summary": False,
@@ -280,7 +280,7 @@ def test_large_products_are_those_in_c(monkeypatch):
 
 def test_a_limit_of_graphs_that_is_reached_is_told_once():
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 2))
-    report = approximate(model, seed=0, min_multiplies=0, min_features=0)
+    report = approximate(model, seed=0, min_gain=0)
     compiled, x = torch.compile(model, backend=rewriting), torch.randn(5, 8)
     with torch._dynamo.config.patch(recompile_limit=2), pytest.warns(limit.RecompileLimitWarning) as warned:
         for _ in range(200):

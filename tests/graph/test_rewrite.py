@@ -57,7 +57,7 @@ def fresh():
 
 
 def converted(model, **options):
-    report = approximate(model, **{"min_multiplies": 0, "min_features": 0, "seed": 3, **options})
+    report = approximate(model, **{"min_gain": 0, "seed": 3, **options})
     return report, conversion_of(model)
 
 
@@ -155,7 +155,7 @@ def test_beside_an_lstm_layers_skip_as_in_eager_mode(kind):
     for compiled in (False, True):
         torch.manual_seed(0)
         model = kind().double()
-        report, _ = converted(model, min_hidden=0)
+        report, _ = converted(model)
         f = torch.compile(model, backend=rewriting) if compiled else model
         for _ in range(3):
             resample(model)
@@ -444,7 +444,7 @@ def test_evaluation_of_an_lstm_is_captured_as_that_of_the_stock_model():
 
 def test_a_dropout_that_saves_nothing_is_the_native_one():
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4))
-    report, _ = converted(model, min_multiplies=None)
+    report, _ = converted(model, min_gain=None)
     resample(model)
     torch.manual_seed(4)
     found = torch.compile(model, backend=rewriting)(x := torch.randn(3, 12))

@@ -18,7 +18,7 @@ from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import LazyTensor
 from approxdrop_lightning.surgery import conversion_of
 
-ALL = {"min_features": 0, "min_multiplies": 0, "min_hidden": 0}
+ALL = {"min_gain": 0}
 
 
 @pytest.mark.parametrize("pattern", ["row", "tile"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.flops import Flops
 from support.gallery import Sums, Towers, twin
+from support.skipping import set_thresholds
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +21,7 @@ from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.patterns.joined import JoinedPattern
 from approxdrop_lightning.surgery import conversion_of
 
-ALL = {"min_features": 0, "min_multiplies": 0}
+ALL = {"min_gain": 0}
 
 
 class Pair(nn.Module):
@@ -94,9 +95,10 @@ def test_each_tensor_of_a_concatenation_has_a_pattern_of_its_own():
         assert piece.share == pytest.approx(0.5, abs=0.1)
 
 
-def test_narrow_tensors_have_one_pattern_together():
+def test_narrow_tensors_have_one_pattern_together(monkeypatch):
+    set_thresholds(monkeypatch, features=32)
     model = Pair(cat, widths=(64, 16))
-    report = approximate(model, seed=0, min_multiplies=0, min_features=32)
+    report = approximate(model, seed=0)
     resample(model)
     model(torch.randn(12, 16)).sum().backward()
     (pattern,) = report["dropout"].site.last_patterns

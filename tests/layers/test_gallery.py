@@ -18,7 +18,7 @@ SETTINGS = {
     "several kept of dp": {"rate": 0.3, "block_size": 1},
     "scale dp": {"scale": "dp", "rate": 0.7},
     "reference": {"backend": "reference"},
-    "masked": {"min_features": 1000},
+    "masked": {"min_gain": 1 << 60},
     "masked before an LSTM": {"min_hidden": 1000},
     "recurrent": {"recurrent": True},
     "tile": {"pattern": "tile", "tile_size": 2},
@@ -26,7 +26,7 @@ SETTINGS = {
     "tile, one kept of dp, any dp": {"pattern": "tile", "keep": "one", "concentration": 0.0},
     "tile, scale dp": {"pattern": "tile", "scale": "dp", "rate": 0.7},
     "tile, reference": {"pattern": "tile", "backend": "reference"},
-    "tile, masked": {"pattern": "tile", "min_features": 1000},
+    "tile, masked": {"pattern": "tile", "min_gain": 1 << 60},
     "tile, masked before an LSTM": {"pattern": "tile", "min_hidden": 1000},
     "dropconnect": {"pattern": "dropconnect"},
     "recurrent, all shared, .7": {"recurrent": True, "interleave": False, "rate": 0.7, "shuffle": False},
@@ -41,9 +41,7 @@ def test_outputs_and_all_gradients_are_those_of_the_masked_model(name, setting):
     model, x = make().double(), make_input()
     x = x.double() if x.is_floating_point() else x
     stock = copy.deepcopy(model)
-    report = approximate(
-        model, seed=1, **{"min_features": 0, "min_multiplies": 0, "min_hidden": 0, **SETTINGS[setting]}
-    )
+    report = approximate(model, seed=1, **{"min_gain": 0, **SETTINGS[setting]})
     for step in range(4):
         resample(model)
         inputs = [t.clone().requires_grad_() if t.is_floating_point() else t for t in (x, x)]
@@ -72,7 +70,7 @@ def test_evaluation_and_state_dict_are_untouched(name):
     model, x = make().double(), make_input()
     x = x.double() if x.is_floating_point() else x
     stock = copy.deepcopy(model)
-    approximate(model, min_features=0, min_multiplies=0, min_hidden=0)
+    approximate(model, min_gain=0)
     resample(model)
     model(x)
     model.eval(), stock.eval()

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from approxdrop_lightning import approximate, resample
 from approxdrop_lightning.layers.lazy_tensor import LazyTensor
 
-ALL = {"min_features": 0, "min_multiplies": 0, "min_hidden": 0}
+ALL = {"min_gain": 0}
 SETTINGS = {
     "row": {},
     "shared": {"interleave": False},

@@ -44,7 +44,7 @@ def test_a_change_in_place_is_seen_by_all_views(change, whose, layers):
     torch.manual_seed(0)
     model, x = Views().double(), torch.randn(2, 5, 6, dtype=torch.float64)
     stock = copy.deepcopy(model)
-    report = approximate(model, min_features=0)
+    report = approximate(model, min_gain=0)
     resample(model)
     found = model(x)
     expected = twin(stock, report)(x)

@@ -32,7 +32,7 @@ def test_an_lstm_too_small_for_a_gpu_is_the_vendor_s_with_masks(pattern, recurre
             monkeypatch.setattr(ApproxLSTM, "_too_small", lambda *_: True)
         torch.manual_seed(0)
         workload = workloads.lstm(24, 2, 5, 6, 30)
-        options = {"recurrent": recurrent, "min_features": 0, "min_multiplies": 0, "min_hidden": 0}
+        options = {"recurrent": recurrent, "min_gain": 0}
         step = contenders.contender(workload, pattern, 0.5, **options)
         found.append([step.loss_and_gradients(), *(p.grad for p in step.model.parameters())])
         readers = {name for site in step.report.sites for name in site.consumers}

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.gallery import Attention, mlp
+from support.skipping import set_thresholds
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,7 +15,7 @@ from approxdrop_lightning.layers import TileLinear, TileLSTM
 from approxdrop_lightning.patterns.tile import BernoulliPattern
 from approxdrop_lightning.surgery import conversion_of
 
-TILE = {"pattern": "tile", "tile_size": 2, "min_features": 0, "min_hidden": 0, "seed": 0}
+TILE = {"pattern": "tile", "tile_size": 2, "min_gain": 0, "seed": 0}
 
 
 def step(model, *inputs):
@@ -93,7 +94,7 @@ def test_the_report_says_what_is_skipped_and_why_not():
     assert report["2"].skipped == "not known before the first training batch"
     step(model, torch.randn(16, 64))
     assert (report["2"].producer, report["2"].consumers, report["2"].skipped) == (None, ("3",), "consumers' tiles")
-    assert report["4"].skipped == "nothing: 5 is masked and dense (a side of 10 is below min_features=64)"
+    assert report["4"].skipped == "nothing: 5 is masked and dense (a side of 10 is too short to gain (below 64))"
     assert report["6"].skipped == "nothing: units are dropped for layer_norm"
     assert report["8"].skipped == "nothing: the rate is 0"
     dense = 64 * 128 + 128 * 128 + 128 * 10
@@ -101,19 +102,20 @@ def test_the_report_says_what_is_skipped_and_why_not():
     assert report.multiplies == 16 * dense
 
 
-def test_lstm_layers_below_min_hidden_run_the_vendors_kernel_with_a_masked_weight():
-    for min_hidden, skipped in (
+def test_lstm_layers_too_narrow_to_gain_run_the_vendors_kernel_with_a_masked_weight(monkeypatch):
+    for least, skipped in (
         (0, "consumers' tiles"),
-        (100, "nothing: {} is masked and dense (its hidden size is below min_hidden)"),
+        (100, "nothing: {} is masked and dense (its hidden size 96 is too small to gain (below 100))"),
     ):
+        set_thresholds(monkeypatch, hidden=least)
         model = nn.Sequential(nn.Dropout(0.5), nn.LSTM(64, 96, 2, dropout=0.5))
-        report = approximate(model, pattern="tile", min_hidden=min_hidden, seed=0)
+        report = approximate(model, pattern="tile", seed=0)
         step(model, torch.randn(3, 5, 64))
         assert report["0"].skipped == skipped.format("1")
         assert report["1 (after layer 0)"].skipped == skipped.format("1 (layer 1)")
         assert report.multiplies == 15 * 4 * 96 * (64 + 3 * 96)
         saved = 0.5 * (64 + 96) / (64 + 3 * 96)
-        assert report.saved == pytest.approx(0 if min_hidden else saved)
+        assert report.saved == pytest.approx(0 if least else saved)
 
 
 @pytest.mark.parametrize("kind", ["tile", "dropconnect"])

@@ -39,7 +39,7 @@ def test_several_rates_at_the_last_seed(seed):
     """Each rate has a sampler of its own, of the next seed."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 64), nn.Dropout(0.3), nn.Linear(64, 8))
-    report = approximate(model, min_multiplies=0, min_features=0)
+    report = approximate(model, min_gain=0)
     resample(model)
     model(torch.randn(4, 8)).sum().backward()
     assert report.saved > 0
@@ -260,7 +260,7 @@ def test_a_default_device_does_not_reach_patterns(options):
     x = torch.randn(30, 64)
     torch.set_default_device("meta")
     try:
-        approximate(model, min_multiplies=0, **options)
+        approximate(model, min_gain=0, **options)
         for _ in range(2):
             resample(model)
             model(x).sum().backward()

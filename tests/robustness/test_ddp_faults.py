@@ -40,7 +40,7 @@ class Steps(Callback):
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     seed_everything(0)
-    callback = ApproxDropout(min_multiplies=0, rate=0.7, block_size=4)
+    callback = ApproxDropout(min_gain=0, rate=0.7, block_size=4)
     checkpoint = ModelCheckpoint(given["out"], "{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = Trainer(max_steps=given["steps"], max_epochs=-1, accelerator="cpu", devices=given["devices"],
                       strategy="ddp" if given["devices"] > 1 else "auto", logger=False, enable_progress_bar=False,

@@ -86,7 +86,7 @@ def test_the_callback_takes_any_argument_or_refuses_it(number):
 
     names = st.sampled_from([
         "rate", "pattern", "interleave", "shuffle", "block_size", "max_dp", "keep", "concentration", "search",
-        "scale", "recurrent", "tile_size", "min_features", "min_hidden", "backend", "seed", "resample",
+        "scale", "recurrent", "tile_size", "min_gain", "backend", "seed", "resample",
     ])  # fmt: skip
     values = st.one_of(ODD, RATES, st.sampled_from(["tile", "any", "dp", "step"]))
     fuzz(number, make, name=names, value=values)

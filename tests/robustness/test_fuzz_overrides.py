@@ -18,7 +18,7 @@ from train import make_dropout, make_model
 KEYS = [
     "dropout.rate", "dropout.max_dp", "dropout.keep", "dropout.interleave", "dropout.shuffle", "dropout.block_size",
     "dropout.concentration", "dropout.search", "dropout.scale", "dropout.recurrent", "dropout.tile_size",
-    "dropout.min_features", "dropout.min_hidden", "dropout.backend", "dropout.seed", "dropout.pattern",
+    "dropout.min_gain", "dropout.backend", "dropout.seed", "dropout.pattern",
     "datamodule.batch_size", "datamodule.source", "datamodule.val_size", "datamodule.train_limit",
     "datamodule.unroll",
     "datamodule.vocabulary", "datamodule.fraction", "datamodule.num_workers", "model.hidden", "model.hidden_size",

@@ -45,7 +45,7 @@ def test_an_lstm_on_batches_of_changing_sizes(options):
     for backend in ("compact", "reference"):
         torch.manual_seed(0)
         models.append(LSTMLanguageModel(vocab_size=30, hidden_size=64, rate=0.5))
-        approximate(models[-1], seed=0, backend=backend, min_hidden=0, **options)
+        approximate(models[-1], seed=0, backend=backend, min_gain=0, **options)
     for steps, rows in [(5, 4), (1, 4), (1, 1), (7, 1), (3, 9)]:
         words = torch.randint(30, (steps, rows))
         results = []
@@ -63,7 +63,7 @@ def test_an_lstm_on_batches_of_changing_sizes(options):
 def test_an_lstm_on_an_empty_batch(options):
     """As the stock LSTM: on a batch of no rows PyTorch's has nothing to say or an error of its own."""
     stock, model = (LSTMLanguageModel(vocab_size=30, hidden_size=64, rate=0.5) for _ in range(2))
-    approximate(model, seed=0, min_hidden=0, **options)
+    approximate(model, seed=0, min_gain=0, **options)
     resample(model)
     words = torch.zeros(3, 0, dtype=torch.int64)
     outcomes = []

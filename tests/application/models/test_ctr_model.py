@@ -11,7 +11,7 @@ from approxdrop_lightning.application.models import ClickModel
 from train import train
 
 FULL = ["trainer.limit_train_batches=1.0", "trainer.limit_val_batches=1.0", "trainer.limit_test_batches=1.0"]
-SKIP = ["dropout.min_multiplies=0"]
+SKIP = ["dropout.min_gain=0"]
 
 
 def make_model(**arguments):
@@ -67,7 +67,7 @@ def test_refuses_bad_values(arguments, message):
 def test_what_is_skipped(batch_norm):
     """Batch norm reads all units of the layer before it, so only the columns of the one after are skipped."""
     model = make_model(batch_norm=batch_norm, rate=0.5)
-    report = approximate(model, seed=0, min_multiplies=0)
+    report = approximate(model, seed=0, min_gain=0)
     numbers, fields, clicked = batch()
     F.binary_cross_entropy_with_logits(model(numbers, fields), clicked.float()).backward()
     found = [(row.producer, row.consumers) for row in report]

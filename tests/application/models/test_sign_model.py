@@ -10,7 +10,7 @@ from approxdrop_lightning.application.models import SIGNClassifier
 from train import train
 
 FULL = ["trainer.limit_train_batches=1.0", "trainer.limit_val_batches=1.0", "trainer.limit_test_batches=1.0"]
-SKIP = ["dropout.min_multiplies=0"]
+SKIP = ["dropout.min_gain=0"]
 
 
 def make_model(**arguments):
@@ -60,7 +60,7 @@ def test_refuses_a_batch_of_other_hops():
 
 def test_what_is_skipped():
     model = make_model()
-    report = approximate(model, seed=0, min_multiplies=0)
+    report = approximate(model, seed=0, min_gain=0)
     F.cross_entropy(model(torch.randn(24, 3, 6)), torch.randint(4, (24,))).backward()
     assert {row.name: (row.producer, row.consumers) for row in report} == {
         **{f"towers.{k}.2": (f"towers.{k}.0", (f"towers.{k}.3",)) for k in range(3)},

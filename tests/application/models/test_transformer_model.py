@@ -175,7 +175,7 @@ def test_refuses_data_of_another_vocabulary(tmp_path):
 def test_what_is_skipped_of_a_stock_encoder_layer():
     """Between the linear layers of a feed-forward block both sides; of the second its rows; the decoder's columns."""
     model = make_model(hidden_size=64, num_layers=1, rate=0.5, tie_weights=False)
-    report = approximate(model, seed=0, min_multiplies=0, min_features=0)
+    report = approximate(model, seed=0, min_gain=0)
     words = torch.randint(V, (T, B))
     F.cross_entropy(model(words).flatten(0, 1), words.flatten()).backward()
     assert {row.name: (row.producer, row.consumers) for row in report} == {
@@ -191,7 +191,7 @@ def test_what_is_skipped_of_a_stock_encoder_layer():
 
 def test_command_line_trains_resumes_and_skips(tmp_path, monkeypatch):
     overrides = [*SMALL["transformer"], *QUICK, "datamodule.source=synthetic"]
-    unbounded = ["dropout.min_multiplies=0", "dropout.min_features=0"]
+    unbounded = ["dropout.min_gain=0"]
     metrics, objects = train(config(tmp_path / "straight", *overrides, *unbounded, "trainer.max_epochs=2"))
     assert objects["result"]["test"] == metrics["test/ppl"] < 300  # that of guessing
     assert objects["result"]["unit"] == "tokens" and objects["result"]["per_second"] > 0

@@ -22,7 +22,7 @@ def test_what_others_free_is_not_kept(options):
     from approxdrop_lightning import approximate, resample
 
     model = nn.Sequential(nn.Linear(32, 64), nn.Dropout(0.5), nn.Linear(64, 8000))
-    approximate(model, seed=0, min_multiplies=0, **options)
+    approximate(model, seed=0, min_gain=0, **options)
     buffers.free_buffers()
     resample(model)
     logits = model(torch.randn(100, 32))

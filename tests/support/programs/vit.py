@@ -51,7 +51,7 @@ if __name__ == "__main__":
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
-        callbacks=[ApproxDropout(min_features=0, min_multiplies=0)],
+        callbacks=[ApproxDropout(min_gain=0)],
     )
     model = LitViT()
     before = trainer.validate(model, val)[0]["val_loss"]
