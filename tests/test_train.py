@@ -16,7 +16,8 @@ from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import ROOT
 from support.compiled import rewriting
-from support.runs_of_train import QUICK, SMALL, command, config, weights
+from support.runs_of_train import QUICK, SMALL, command, config, last_weights, weights
+from support.skipping import assert_skips
 from torch._dynamo.utils import counters
 
 from approxdrop_lightning.application.models import MLPClassifier
@@ -35,7 +36,10 @@ SYNTHETIC = "datamodule.source=synthetic"
 @pytest.mark.parametrize("model", ["mlp", "lstm"])
 def test_end_to_end(tmp_path, model, source, dropout):
     overrides = [*SMALL[model], *QUICK, f"dropout={dropout}", f"datamodule.source={source}"]
-    metrics, objects = train(config(tmp_path, *overrides))
+    skip = [] if dropout == "standard" else ["dropout.min_gain=0"]
+    metrics, objects = train(config(tmp_path, *overrides, *skip))
+    if skip:
+        assert_skips(objects["callbacks"]["dropout"].report, everywhere=dropout == "row")
 
     unit = {"mlp": "samples", "lstm": "tokens"}[model]
     for name in ("train/loss", "val/loss", f"throughput/{unit}_per_sec"):
@@ -355,10 +359,22 @@ def test_dropout_none_means_none_whatever_the_rate(tmp_path):
 
 
 def test_rates_per_layer_reach_their_layers(tmp_path):
-    overrides = [*SMALL["mlp"], *QUICK, SYNTHETIC, "dropout.rate=[0.2,0.6]", "test=false"]
+    overrides = [*SMALL["mlp"], *QUICK, SYNTHETIC, "dropout.rate=[0.2,0.6]", "dropout.min_gain=0", "test=false"]
     _, objects = train(config(tmp_path, *overrides))
     assert [layer.p for layer in objects["model"].net if isinstance(layer, torch.nn.Dropout)] == [0.2, 0.6]
     assert 0.2 < objects["result"]["realised_rate"] < 0.6
+    assert_skips(objects["callbacks"]["dropout"].report, everywhere=True)
+
+
+def test_a_network_too_small_to_gain_is_trained_as_with_conventional_dropout(tmp_path):
+    """Bit for bit: nothing of the callback's is left."""
+    found = []
+    for dropout in ("row", "standard"):
+        overrides = [*SMALL["mlp"], *QUICK, SYNTHETIC, f"dropout={dropout}", "test=false"]
+        _, objects = train(config(tmp_path / dropout, *overrides))
+        assert objects["result"]["realised_rate"] == "nominal"
+        found.append(last_weights(tmp_path / dropout))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_the_model_brings_its_data_and_the_command_line_wins():

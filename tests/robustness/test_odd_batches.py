@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.skipping import assert_skips
 from torch import nn
 
 from approxdrop_lightning import approximate, resample
@@ -17,7 +18,7 @@ def test_an_mlp_on_batches_of_changing_sizes(options, rate):
     model = nn.Sequential(
         nn.Linear(20, 80), nn.ReLU(), nn.Dropout(rate), nn.Linear(80, 64), nn.Dropout(rate), nn.Linear(64, 3)
     )
-    approximate(model, seed=0, **options)
+    report = approximate(model, seed=0, min_gain=0, **options)
     for rows in [16, 1, 0, 2, 7, 1, 16, 3, 0, 129]:
         resample(model)
         x = torch.randn(rows, 20)
@@ -36,16 +37,17 @@ def test_an_mlp_on_batches_of_changing_sizes(options, rate):
             gradients, torch.autograd.grad(expected.square().sum(), list(model.parameters())), strict=True
         ):
             torch.testing.assert_close(a, b)
+    assert_skips(report, "2", "4")
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"recurrent": True}])
 def test_an_lstm_on_batches_of_changing_sizes(options):
     """The compact backend against the reference, with the same patterns."""
-    models = []
+    models, reports = [], []
     for backend in ("compact", "reference"):
         torch.manual_seed(0)
         models.append(LSTMLanguageModel(vocab_size=30, hidden_size=64, rate=0.5))
-        approximate(models[-1], seed=0, backend=backend, min_gain=0, **options)
+        reports.append(approximate(models[-1], seed=0, backend=backend, min_gain=0, **options))
     for steps, rows in [(5, 4), (1, 4), (1, 1), (7, 1), (3, 9)]:
         words = torch.randint(30, (steps, rows))
         results = []
@@ -57,6 +59,8 @@ def test_an_lstm_on_batches_of_changing_sizes(options):
             results.append([logits, h, c, *gradients])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for report in reports:
+        assert_skips(report, everywhere=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"pattern": "tile"}, {"pattern": "dropconnect"}])

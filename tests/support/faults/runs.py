@@ -12,15 +12,18 @@ import time
 import torch
 from hydra import compose, initialize_config_dir
 from support import ROOT, TESTS
+from support.skipping import assert_skips
 
 #: Models whose checkpoints are large enough (some megabytes) that writing one takes a moment; three epochs of about
 #: 40 steps, a checkpoint after every fourth.
 SMALL = {
     "mlp": [
+        "dropout.min_gain=0",
         *("model.hidden=[512,256]", "datamodule.train_limit=2600", "datamodule.val_size=500"),
         *("datamodule.batch_size=64", "trainer.limit_test_batches=8"),
     ],
     "lstm": [
+        "dropout.min_gain=0",
         *("model=lstm", "model.hidden_size=128", "model.init_range=0.1", "datamodule.batch_size=10"),
         *("datamodule.unroll=12", "datamodule.vocabulary=1000", "datamodule.fraction=0.0055"),
         *("trainer.limit_val_batches=8", "trainer.limit_test_batches=8"),
@@ -66,9 +69,12 @@ def here(model, folder, trace, *overrides):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return train(cfg)
+        metrics, objects = train(cfg)
     finally:
         torch.set_num_threads(threads)
+    if "dropout" in objects["callbacks"]:
+        assert_skips(objects["callbacks"]["dropout"].report)
+    return metrics, objects
 
 
 def finish(process, timeout=600):
