@@ -180,9 +180,12 @@ def result(
     callbacks: dict[str, Callback],
     trainer: Trainer,
 ) -> dict[str, Any]:
-    """The record of a run: plain values, the same keys for every model and dropout."""
+    """The record of a run: plain values, the same keys for every model and dropout.
+
+    The realised rate is ``"nominal"`` where only conventional dropout ran.
+    """
     if "dropout" in callbacks:
-        realised = callbacks["dropout"].realised_rate
+        realised = callbacks["dropout"].realised_rate or "nominal"
     else:
         realised = 0.0 if cfg.dropout.name == "none" else "nominal"
     speed = callbacks["throughput"].summary if "throughput" in callbacks else {}

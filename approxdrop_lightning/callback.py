@@ -56,6 +56,7 @@ class ApproxDropout(Callback):
         self._saved_sites: list[tuple[str, float]] | None = None
         self._dropped, self._steps = 0.0, 0
         self._before = (0.0, 0)  # of both, at the beginning of the epoch
+        self._generators: dict[str, Any] | None = None  # of a checkpoint, until training goes on
         self._reported = False
 
     @classmethod
@@ -76,7 +77,7 @@ class ApproxDropout(Callback):
 
     @property
     def realised_rate(self) -> float | None:
-        """Mean share of units or weights dropped per step and site so far; None before the first step."""
+        """Mean share of units or weights that patterns dropped per step and site so far; None if none was drawn."""
         return self._dropped / self._steps if self._steps else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -111,7 +112,7 @@ class ApproxDropout(Callback):
         return [(site.name, site.rate) for site in conversion.report.sites]
 
     def _forget(self) -> None:
-        self._saved = self._saved_sites = None
+        self._saved = self._saved_sites = self._generators = None
         self._dropped, self._steps = 0.0, 0
         self._before = (0.0, 0)
 
@@ -126,13 +127,27 @@ class ApproxDropout(Callback):
         except ValueError:
             raise ValueError(f"the environment's PL_GLOBAL_SEED must be an integer, got {everything!r}") from None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with PyTorch's random numbers where stock dropout draws from them.
+
+        Before the loader is asked for the order of the data, which draws from them as well.
+        """
+        if trainer.world_size > 1:  # the state is that of the first process
+            self._generators = None
+        if self._generators is not None:
+            _set_generators(self._generators)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draw this batch's patterns."""
         if batch_idx == 0:  # a run that is resumed within an epoch begins none
             self._before = (self._dropped, self._steps)
         fresh = self.options.resample == "batch" or batch_idx % trainer.accumulate_grad_batches == 0
         assert self._conversion is not None  # setup has run
-        self._conversion.resample(fresh)
+        self._conversion.resample(fresh, batch)
+        if self._generators is not None:
+            if batch_idx:  # a run that is resumed within an epoch has drawn for its order of the data, too
+                _set_generators(self._generators)
+            self._generators = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -143,10 +158,10 @@ class ApproxDropout(Callback):
         if patterns:
             self._dropped += sum(1 - p.share for p in patterns) / len(patterns)
             self._steps += 1
-        self._conversion.stepping = False  # what is called in training mode after it, dropout as a sampler, is stock
+        self._conversion.finish()  # dropout as a sampler, for one, is stock from here on
         if not self._reported:
             self._reported = True
-            self._conversion.end()  # of later steps it is the next one's beginning that does it
+            self._conversion.end()
             rank_zero_info(f"ApproxDropout:\n{self.report}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,12 +184,18 @@ class ApproxDropout(Callback):
             log.warning("ApproxDropout: %s", error)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the samplers, the realised rate, and the options that made them."""
+        """State of the samplers, what is skipped where, the realised rate, and the options that made them.
+
+        Where stock dropout runs, the state of PyTorch's generators is part of it.
+        """
         if self._conversion is None:
             return self._saved or {}
         return {
             "options": asdict(self.options),
             "samplers": self._conversion.state_dict(),
+            "policy": self.options.policy.state(),
+            "settled": self._conversion.settling.state_dict(),
+            "generators": _generators() if self._conversion.settling.has_stock else None,
             "dropped": self._dropped,
             "steps": self._steps,
             "before": self._before,
@@ -187,13 +208,18 @@ class ApproxDropout(Callback):
             self._continue(self._conversion, self._saved)
 
     def _continue(self, conversion: Conversion, state: dict[str, Any]) -> None:
-        fresh = conversion.state_dict()
+        fresh, undecided = conversion.state_dict(), conversion.settling.state_dict()
         try:
             check_same_sequence(state["options"], self.options)
             conversion.load_state_dict(state["samplers"])
+            if self._saved_sites is None:  # a checkpoint, which resumes all of a run
+                self._generators = state.get("generators")
+            if state.get("policy") == self.options.policy.state():  # else it is decided anew
+                conversion.settling.load_state_dict(state["settled"])
             self._dropped, self._steps = float(state["dropped"]), int(state["steps"])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:  # the last: of a generator
             conversion.load_state_dict(fresh)  # nothing of it stays, neither for this fit nor for a later one
+            conversion.settling.load_state_dict(undecided)
             self._forget()
             what = f"{error} is missing: another version wrote it" if isinstance(error, KeyError) else error
             raise MisconfigurationException(
@@ -201,6 +227,20 @@ class ApproxDropout(Callback):
                 "LightningModule.load_from_checkpoint takes its weights and begins a new sequence"
             ) from error
         self._before = tuple(state.get("before", (self._dropped, self._steps)))
+
+
+def _generators() -> dict[str, Any]:
+    """State of PyTorch's generators: of the CPU, and of the current GPU if it is in use."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].cpu())
 
 
 # One place describes the options; ``help()``, LightningCLI and the API reference read them here.

@@ -59,6 +59,8 @@ class Options:
         min_gain: Fewest multiplies that a dropout must save in one product (rows times inputs times outputs times
             rate), lest skipping cost more time than it saves; 0: skip whatever can be skipped; None: the thresholds
             measured for the device, the type and the kind of layer (:data:`.policy.THRESHOLDS`).
+        pattern_everywhere: Whether dropouts by which nothing is skipped drop by patterns as well, as masks, for
+            studies of these; otherwise they are stock dropout.
         min_features: Deprecated. Units below which a dropout skips nothing; of the shorter side of a weight, if tiles
             are dropped.
         min_multiplies: Deprecated. ``min_gain`` of linear layers alone.
@@ -81,6 +83,7 @@ class Options:
     search: str = "maxent"
     tile_size: int = 32
     min_gain: int | None = None
+    pattern_everywhere: bool = False
     min_features: int | None = None
     min_multiplies: int | None = None
     min_hidden: int | None = None
@@ -125,7 +128,7 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-        for name in ("interleave", "shuffle", "recurrent"):
+        for name in ("interleave", "shuffle", "recurrent", "pattern_everywhere"):
             check_flag(name, getattr(self, name))
         if self.recurrent and self.pattern != "row":
             raise ValueError(f"recurrent=True needs pattern='row', got {self.pattern!r}")
@@ -139,7 +142,11 @@ class Options:
     def policy(self) -> Policy:
         """Decides what is skipped."""
         return Policy(
-            min_gain=self.min_gain, saved=self.min_multiplies, features=self.min_features, hidden=self.min_hidden
+            min_gain=self.min_gain,
+            everywhere=self.pattern_everywhere,
+            saved=self.min_multiplies,
+            features=self.min_features,
+            hidden=self.min_hidden,
         )
 
     def distribution(self, rate: float) -> PatternDistribution:

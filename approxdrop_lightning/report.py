@@ -58,6 +58,8 @@ class Row:
             return "nothing: the rate is 0"
         if self.site.graph_masked and not self.site.skips:
             return "nothing: compiled by a backend that does not know it: masked"
+        if self.site.reason:
+            return f"nothing: {self.site.reason}"
         if self.site.too_small and not self.site.skips:
             return f"nothing: {self.site.too_small}"
         if self.site.conventional:
@@ -77,7 +79,9 @@ class Row:
     def is_unseen(self) -> bool:
         """Whether it became a site that has dropped nothing so far."""
         site = self.site
-        return site is not None and not (site.last_patterns or site.producers | site.consumers | site.dense_readers)
+        return site is not None and not (
+            site.uses or site.last_patterns or site.producers | site.consumers | site.dense_readers
+        )
 
 
 @dataclass

@@ -6,11 +6,11 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from approxdrop_lightning.graph.book import Book
 from approxdrop_lightning.graph.doors import CHARGE
@@ -25,13 +25,14 @@ from approxdrop_lightning.layers import (
     TileLSTM,
     TileSite,
 )
-from approxdrop_lightning.layers.converted import Converted, attributes, class_for, give_back
-from approxdrop_lightning.layers.entrances import Entrances
+from approxdrop_lightning.layers.converted import Converted, class_for, give_back
+from approxdrop_lightning.layers.entrances import Entrances, compiled_parts
 from approxdrop_lightning.layers.lazy_tensor import settle
 from approxdrop_lightning.multiplies import Count
 from approxdrop_lightning.options import Options
 from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.report import Report, Row
+from approxdrop_lightning.settling import Layer, Settling
 from approxdrop_lightning.work import Ledger
 
 #: What was done to each converted model. Kept beside the models: no copy and no pickle of one takes it along.
@@ -46,43 +47,6 @@ class NotRestoredWarning(UserWarning):
     """The class of a layer could not be put back. It computes as the stock layer all the same."""
 
 
-@dataclass
-class _Layer:
-    """A converted layer.
-
-    Attributes:
-        name: Its name in the model.
-        ref: The layer.
-        cls: Its class in training.
-        attributes: What it has beside the stock layer, while it is one; else nothing.
-    """
-
-    name: str
-    ref: weakref.ref[nn.Module]
-    cls: type
-    attributes: dict[str, Any]
-
-    def wake(self) -> None:
-        """Convert it, if it is in training mode and nobody else has changed its class."""
-        module = self.ref() if self.attributes else None
-        if module is None or not module.training or type(module) is not vars(self.cls)["stock"]:
-            return
-        module.__class__ = self.cls
-        for name, value in self.attributes.items():
-            # Past nn.Module.__setattr__: nothing of ours may be registered or saved.
-            object.__setattr__(module, name, value)
-        self.attributes = {}
-
-    def rest(self) -> None:
-        """Make it the stock layer."""
-        module = self.ref()
-        if module is None or type(module) is not self.cls:
-            return
-        mine = attributes(self.cls) & module.__dict__.keys()
-        self.attributes = {name: module.__dict__[name] for name in mine}
-        give_back(module)
-
-
 class Conversion:
     """What was done to a model: its report, samplers and converted layers."""
 
@@ -93,7 +57,8 @@ class Conversion:
         self.samplers: dict[float, PatternSampler] = {}
         #: Whether a step is under way. Loops of one's own do not say where it ends.
         self.stepping = True
-        self._layers: dict[int, _Layer] = {}
+        self.settling = Settling(self.report)
+        self._layers = self.settling.layers
         self._others: list[weakref.ref[nn.Module]] = []
         self._count: Count | None = None
         #: Patterns of compiled graphs; functions that run eagerly all the same; what watches compiled parts of an
@@ -134,7 +99,11 @@ class Conversion:
         """Change a layer's class in place: same object, same parameters, same hooks."""
         name = attributes["name"] if "name" in attributes else attributes["site"].name
         ref = weakref.ref(module)
-        layer = _Layer(name, ref, class_for(cls, type(module)), attributes | {"owner": (ref, weakref.ref(self))})
+        sites = [attributes["site"]] if "site" in attributes else []
+        for more in ("sites", "recurrent_sites"):
+            sites += attributes.get(more, [])
+        owned = attributes | {"owner": (ref, weakref.ref(self))}
+        layer = Layer(name, ref, class_for(cls, type(module)), owned, tuple(sites))
         self._layers[id(module)] = layer
         layer.wake()
         if "work" in attributes:
@@ -158,46 +127,79 @@ class Conversion:
         """The layers of the model that were not converted."""
         return [layer for ref in self._others if (layer := ref()) is not None]
 
+    def know_sizes(self, model: nn.Module) -> None:
+        """Tell the sites how large the model's weights are, and the layers whether they are compiled."""
+        weights = list(model.parameters())
+        if not any(isinstance(weight, UninitializedParameter) for weight in weights):
+            largest = max((weight.numel() for weight in weights if weight.dim() == 2), default=0)
+            lstm = any(issubclass(layer.cls, ApproxLSTM) for layer in self._layers.values())
+            for site in self.report.sites:
+                site.largest, site.beside_lstm = largest, lstm
+        compiled = {id(module) for part in compiled_parts(model) for module in part.modules()}
+        for key, layer in self._layers.items():
+            layer.compiled = key in compiled
+
     def stays(self, modules: Iterable[nn.Module]) -> None:
         """Note which layers of the model were not converted."""
         self._others = [weakref.ref(module) for module in modules if not isinstance(module, Converted)]
 
-    def resample(self, fresh: bool = True) -> None:
-        """Begin a training step: with the next patterns, or with those of the last step again."""
+    def resample(self, fresh: bool = True, batch: Any = None) -> None:
+        """Begin a training step: with the next patterns, or with those of the last step again.
+
+        Args:
+            fresh: Whether patterns are drawn.
+            batch: What the step is going to read; None if it is not known.
+        """
+        self.end()
+        self.settling.begin(batch)
         for layer in self._layers.values():
-            if layer.attributes:  # they rest
+            if layer.attributes and not layer.stock:  # they rest
                 layer.wake()
         self.stepping = True
         if fresh:
-            for sampler in self.samplers.values():
+            for sampler in self._drawn_from():
                 sampler.draw()
         sites = self.report.sites
         first = not any(site.steps for site in sites)
         for site in sites:
-            site.begin(fresh)
-        self.end()
+            if not site.resting:
+                site.begin(fresh)
         if self.book is not None:
             self.book.begin()
         if self._callers is not None:
             self._callers.begin()
         if first:
-            self._count = Count(self.others, self._note)
+            stock = [module for layer in self._layers.values() if layer.stock and (module := layer.ref()) is not None]
+            self._count = Count([*self.others, *stock], self._note)
         typical = all(sampler.keep < sampler.dp for rate, sampler in self.samplers.items() if rate)
         for ledger in self.report.work:
-            ledger.begin(typical)
+            ledger.begin(typical and (first or self.settling.watching))
+
+    def _drawn_from(self) -> Iterable[PatternSampler]:
+        """Samplers that a step needs.
+
+        Several processes draw from all, so that none is ahead of another, and so do sites that may be compiled.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        compiled = self.book is not None and not all(site.uses for site in self.report.sites)
+        return self.samplers.values() if distributed or compiled else self.settling.samplers()
 
     def _note(self, multiplies: int) -> None:
         self.report.elsewhere += multiplies
 
     def end(self) -> None:
-        """End the training step: layers learn from it, and outputs that somebody holds get their values."""
+        """End the training step: it is decided what is skipped, and outputs that somebody holds get their values."""
         settle()
         if self._count is not None:
             self._count.stop()
             self._count = None
-        for layer in self.layers:
-            if isinstance(layer, ApproxLinear) and layer.is_live and layer.defers:
-                layer.learn()
+        self.settling.end()
+
+    def finish(self) -> None:
+        """Say that a training step is over: what is called in training mode from now on is stock."""
+        self.stepping = False
+        if self.settling.watching or any(site.opened for site in self.report.sites):
+            self.end()  # of other steps it is the next one's beginning that does it
 
     def serve_compiled(self, model: nn.Module) -> None:
         """Let compiled graphs of the model skip as well."""
@@ -236,7 +238,7 @@ class Conversion:
                     give_back(module)
             except Exception as error:
                 failed.append(f"{layer.name} of the class {type(module).__name__} ({error})")
-        self._layers = {}
+        self._layers.clear()
         if failed:
             warnings.warn(
                 f"not restored: {'; '.join(failed)}. These layers compute as the stock ones all the same",
@@ -289,6 +291,7 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
                 _convert_linear(conversion, name, module)
             elif isinstance(module, nn.Linear) and not type(module).__module__.startswith("torch."):
                 conversion.report.notes.append(f"{name} is left as it is: {_own_forward(module)}")
+        conversion.know_sizes(model)
         conversion.stays(model.modules())
     else:
         warnings.warn(f"no dropout could be converted:\n{conversion.report}", NoEffectWarning, stacklevel=3)
@@ -351,8 +354,7 @@ def _convert_linear(conversion: Conversion, name: str, module: nn.Linear) -> Non
         name=name,
         backend=conversion.options.backend,
         defers=True,
-        waited=False,
-        dropped_by=set(),
+        watched=True,
         read_whole_too=False,
         read_whole_by=None,
         work=Ledger(),
@@ -412,19 +414,25 @@ def approximate(model: nn.Module, *, seed: int | None = None, **options: Any) ->
     return convert(model, chosen, torch.initial_seed() if seed is None else seed).report
 
 
-def resample(model: nn.Module) -> None:
+def resample(model: nn.Module, batch: Any = None) -> None:
     """Draw the next patterns of a converted model: once per training step.
+
+    Args:
+        model: The model.
+        batch: What the step is going to read: tensors, in whatever containers. By their shapes larger batches than
+            those seen so far are noticed, for which skipping may gain. Without it steps 1, 2, 4, ... look for that.
 
     Raises:
         ValueError: The model is not converted.
     """
-    conversion_of(model).resample()
+    conversion_of(model).resample(batch=batch)
 
 
 def replay_key(model: nn.Module) -> Hashable:
     """What the code of this step depends on. Steps of one key may share a CUDA graph.
 
-    That is ``(dp, keep)`` of each rate, in eager layers and in compiled graphs, and where the tables of these are.
+    That is ``(dp, keep)`` of each rate, in eager layers and in compiled graphs, where the tables of these are, and
+    which layers are stock.
 
     Args:
         model: A model that is converted, or parts of which are, or none.
@@ -435,7 +443,8 @@ def replay_key(model: nn.Module) -> Hashable:
         for conversion in conversions
         for rate, sampler in sorted(conversion.samplers.items())
     )
-    return *eager, *(conversion.book.replay_key for conversion in conversions if conversion.book is not None)
+    settled = (conversion.settling.version for conversion in conversions)
+    return *eager, *settled, *(c.book.replay_key for c in conversions if c.book is not None)
 
 
 def check_replayable(model: nn.Module) -> None:

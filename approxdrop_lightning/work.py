@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from approxdrop_lightning.layers.site import Site
 
-class Ledger(dict[tuple[Any, Any], int]):
+
+#: The site before a product and the one after it.
+Sites = tuple["Site | None", "Site | None"]
+
+
+class Ledger(dict[Sites, int]):
     """Dense multiplies of one layer in the last step, by ``(site before, site after)``.
 
     Steps that drop nothing are not recorded, because they do not show the sites.
@@ -17,13 +24,13 @@ class Ledger(dict[tuple[Any, Any], int]):
         super().__init__()
         self._stale = self._closed = False
         #: Number of products of each entry.
-        self.calls: dict[tuple[Any, Any], int] = {}
+        self.calls: dict[Sites, int] = {}
 
     def begin(self, open_: bool) -> None:
         """Start a step; the last entries stay until a product is recorded."""
         self._stale, self._closed = True, not open_
 
-    def note(self, before: Any, after: Any, multiplies: int) -> None:
+    def note(self, before: Site | None, after: Site | None, multiplies: int) -> None:
         """Record a product, unless activation checkpointing recomputes it in a backward pass."""
         if self._closed or torch._C._current_graph_task_id() != -1:
             return
@@ -34,3 +41,17 @@ class Ledger(dict[tuple[Any, Any], int]):
         sites = before, after
         self[sites] = self.get(sites, 0) + multiplies
         self.calls[sites] = self.calls.get(sites, 0) + 1
+
+    def forget(self, stock: set[Site]) -> None:
+        """Take sites out of the record by which nothing is skipped after all."""
+        for sites in list(self):
+            before, after = (None if site in stock else site for site in sites)
+            if (before, after) != sites:
+                multiplies, calls = self.pop(sites), self.calls.pop(sites)
+                self[before, after] = self.get((before, after), 0) + multiplies
+                self.calls[before, after] = self.calls.get((before, after), 0) + calls
+
+    def forget_outputs(self) -> None:
+        """Take the products out whose kept units were computed beside the whole output."""
+        for sites in [sites for sites in self if sites[1] is not None]:
+            del self[sites], self.calls[sites]

@@ -25,7 +25,7 @@ def _settings_of_the_process():
 
 
 SMALL = ["--repeats", "2", "--malloc", "default", "--rate", "0.3", "0.5"]
-MLP = ["mlp", "--hidden", "96", "96", "--batch", "24", "--min-multiplies", "0", *SMALL]
+MLP = ["mlp", "--hidden", "96", "96", "--batch", "24", "--min-gain", "0", *SMALL]
 
 
 def test_one_table_with_every_contender_and_a_csv_that_grows(tmp_path, capsys):
@@ -40,7 +40,7 @@ def test_one_table_with_every_contender_and_a_csv_that_grows(tmp_path, capsys):
     # 784-96-96-10 at .5, mostly (dp, keep) = (2, 1): halves of the outer products, a quarter of the middle one
     assert by_name["row", 0.5]["ceiling"] == pytest.approx(2.1, abs=0.1)
     # the ten outputs are too few for tiles, and nothing is dropped of the first layer's weight
-    assert by_name["tile", 0.5]["ceiling"] == pytest.approx(1 / (1 - 0.5 * 96 / (784 + 96 + 10)))
+    assert by_name["tile", 0.5]["ceiling"] == pytest.approx(1 / (1 - 0.5 * (96 + 10) / (784 + 96 + 10)))
     assert by_name["dropconnect", 0.5]["ceiling"] == 1
     assert all(row["peak_mb"] > 0 and row["first_quartile_ms"] <= row["median_ms"] for row in rows)
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -54,7 +54,7 @@ def test_one_table_with_every_contender_and_a_csv_that_grows(tmp_path, capsys):
 
 
 def test_lstm_and_profile(capsys):
-    arguments = ["lstm", "--hidden", "64", "--steps", "5", "--batch", "4", "--vocabulary", "50", "--min-hidden", "0"]
+    arguments = ["lstm", "--hidden", "64", "--steps", "5", "--batch", "4", "--vocabulary", "50", "--min-gain", "0"]
     rows = main([*arguments, *SMALL, "--profile", "--recurrent"])
     assert {row["contender"] for row in rows} == {"conventional", "none", "narrow", "row", "shared"}
     assert "aten::mm" in capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_lstm_and_profile(capsys):
 )
 def test_workloads_of_today(arguments, name, saved, tmp_path):
     path = tmp_path / "b.csv"
-    unbounded = ["--min-multiplies", "0", "--min-features", "0", "--csv", str(path)]
+    unbounded = ["--min-gain", "0", "--csv", str(path)]
     rows = main([*arguments, *SMALL[:-2], "0.5", *unbounded, "--pattern", "row", "shared", "tile"])
     assert [row["contender"] for row in rows] == ["conventional", "none", "narrow", "row", "shared", "tile"]
     assert {row["workload"] for row in rows} == {name}

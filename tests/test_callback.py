@@ -343,12 +343,12 @@ def test_a_sequence_does_not_go_on_under_other_options(saved, now, message, tmp_
         )
 
 
-@pytest.mark.parametrize("option", [{"backend": "reference"}, {"min_gain": 0}])
+@pytest.mark.parametrize("option", [{"backend": "reference"}, {"min_gain": 1}, {"pattern_everywhere": True}])
 def test_what_does_not_change_the_patterns_may_be_changed(option, tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, "x")
     first = ApproxDropout(min_gain=0)
     trainer(first, checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
-    second = ApproxDropout(min_gain=0, **option)
+    second = ApproxDropout(**{"min_gain": 0} | option)
     trainer(second, tmp_path=tmp_path, max_epochs=2).fit(mlp(), loader(), ckpt_path=checkpoint.best_model_path)
     assert second._steps == 2 * first._steps
 
@@ -575,7 +575,7 @@ def test_a_layer_that_another_callback_parametrizes_is_trained_and_restored(wher
 
 def take_away(module):
     """What the layers learn with, and the class."""
-    del module.net[1].__dict__["dropped_by"]
+    del module.net[1].__dict__["read_whole_too"]
     module.net[4].__class__ = nn.Identity
 
 

@@ -110,13 +110,13 @@ def test_the_saved_share_is_one_of_the_whole_model():
     model = Mixed()
     with Flops() as dense:
         model(torch.randn(5, 4, 4, 4))
-    report = approximate(model, seed=0)
+    report = approximate(model, seed=0, min_gain=0)
     for _ in range(2):
         resample(model)
         with Flops() as executed:
             model(torch.randn(5, 4, 4, 4)).sum()
         assert report.multiplies == dense.total / 2
-        assert report.saved == pytest.approx(1 - executed.total / dense.total)
+        assert report.saved == pytest.approx(1 - executed.total / dense.total) and report.saved > 0.1
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -142,7 +142,7 @@ def test_the_report_counts_what_is_saved_in_expectation(rate):
     for _ in range(300):
         resample(model)
         with Flops() as counter:
-            model(torch.randn(12, 60))
+            model(torch.randn(12, 60)).sum()
         executed.append(counter.total / (2 * 12 * dense))
     spread = torch.tensor(executed).std().item() / 300**0.5
     assert report.saved > 0.5

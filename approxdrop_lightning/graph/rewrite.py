@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from approxdrop_lightning.graph.names import function_name, layer_name, module_n
 from approxdrop_lightning.graph.operator import DROP
 from approxdrop_lightning.graph.rules import rule_for
 from approxdrop_lightning.graph.rules.rule import argument, is_tensor, overloads, shape, tensors, value
+from approxdrop_lightning.policy import Thresholds, product_dtype
 
 CONVOLUTIONS = frozenset({F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d})
 RELU = overloads("relu", "relu_")
@@ -243,8 +244,8 @@ class Rewriter:
         if x.device != value(drop.table).device:
             site.too_small = f"its input is on {x.device}, not where the model's first parameter is"
             return
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        too_few = site.policy.units(drop.n, x.device, dtype)
+        ask: Thresholds = site.policy.at(x.device, product_dtype(x.device, x.dtype))
+        too_few = ask.units(drop.n)
         if too_few is not None:
             site.too_small = too_few
             return
@@ -253,7 +254,7 @@ class Rewriter:
             return
         if not drop.layers and not drop.readers:
             return
-        before, after = (self._saves_too_few(layers, site, x.device, dtype) for layers in (drop.layers, drop.readers))
+        before, after = (self._saves_too_few(layers, site, ask) for layers in (drop.layers, drop.readers))
         drop.packs_before = before is None
         if before is not None and after is not None:
             site.too_small = before if drop.layers else after
@@ -261,12 +262,11 @@ class Rewriter:
         leading = tuple(_hint(d) for d in dims[:-1])
         drop.entry = drop.book.use(site, number, drop.n, leading, drop.pair, x.device)
 
-    def _saves_too_few(self, layers: list[Node], site: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    def _saves_too_few(self, layers: list[Node], site: Any, ask: Thresholds) -> str | None:
         """Why it would not gain to skip in the layers on one side of a dropout."""
         if not layers:
             return "no linear layer"
-        saved = int(sum(map(self._multiplies, layers)) * site.rate)
-        return cast(str | None, site.policy.compiled(saved, device, dtype))
+        return ask.compiled(int(sum(map(self._multiplies, layers)) * site.rate))
 
     def _can_name(self, dims: tuple[Any, ...]) -> bool:
         return all(isinstance(d, int) or str(d.node.expr) in self._symbols for d in dims)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from approxdrop_lightning import functional
-from approxdrop_lightning.layers.compact_tensor import Combine, CompactTensor, Kept, Reader
+from approxdrop_lightning.layers.compact_tensor import Combine, CompactTensor, Kept, Seen
 from approxdrop_lightning.layers.lazy_tensor import (
     COMBINATIONS,
     Autocast,
@@ -28,10 +28,14 @@ from approxdrop_lightning.layers.linear import (
     tensors_of,
     with_tensors,
 )
+from approxdrop_lightning.layers.use import Use
 from approxdrop_lightning.ops.derivative import vjp
 from approxdrop_lightning.ops.row_linear import joined
 from approxdrop_lightning.patterns.joined import JoinedPattern, join
 from approxdrop_lightning.patterns.row import RowPattern
+
+if TYPE_CHECKING:
+    from approxdrop_lightning.layers.site import Site
 
 _CATS = tuple(getattr(torch, name) for name in ("cat", "concat", "concatenate"))
 _ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
@@ -111,24 +115,24 @@ class Combination:
             ]
             return run_chain(self.chain, _combined(parts, self.adds))
 
-    def kept_values(self, pattern: RowPattern, site: Any) -> Tensor:
+    def kept_values(self, pattern: RowPattern, use: Use) -> Tensor:
         """Values of the units that a site's pattern keeps, packed; of pending outputs the others are not computed."""
         self._check()
         rows = self.shape[:-1]
         with self.autocast.context():
             if self.adds:
-                values = [self._kept(part, pattern, site) for part in self.parts]
+                values = [self._kept(part, pattern, use) for part in self.parts]
                 return run_chain(self.chain, sum(values[1:], values[0]))
             if isinstance(pattern, JoinedPattern) and tuple(piece.n for piece in pattern.pieces) == self.widths:
                 pieces = zip(self.parts, pattern.pieces, strict=True)
-                values = [self._kept(part, piece, site) for part, piece in pieces]
+                values = [self._kept(part, piece, use) for part, piece in pieces]
                 return run_chain(self.chain, joined.cat(tuple(values), pattern, rows))
             return functional.pack(self.compute(), pattern, self.backend)
 
-    def _kept(self, part: Tensor, pattern: RowPattern, site: Any) -> Tensor:
+    def _kept(self, part: Tensor, pattern: RowPattern, use: Use) -> Tensor:
         if isinstance(part, PendingLinear) and part.is_lazy:
             part.place.use()
-            return part.held.kept_values(pattern, site)
+            return part.held.kept_values(pattern, use)
         return functional.pack(as_dense(part), pattern, self.backend)
 
 
@@ -207,34 +211,46 @@ class PendingCombination(LazyTensor):
             part._read_by(name)
 
 
-class _Sites:
-    """Several sites whose outputs are side by side."""
+class _SideBySide:
+    """Uses of several sites whose outputs are side by side."""
 
     def __init__(self, tensors: Sequence[CompactTensor]) -> None:
-        self._sites: list[Reader] = [tensor.held.site for tensor in tensors]
+        self._uses: list[Seen] = [tensor.held.use for tensor in tensors]
         self._widths = [tensor.held.shape[-1] for tensor in tensors]
-        self.name, self.backend = ", ".join(dict.fromkeys(s.name for s in self._sites)), self._sites[0].backend
-        self.steps = min(site.steps for site in self._sites)
-        self.policy = self._sites[0].policy
+        self.name, self.backend = ", ".join(dict.fromkeys(use.name for use in self._uses)), self._uses[0].backend
+        self.ask = self._uses[0].ask
+        for use in self.parts:
+            use.put_beside(self.parts)
 
-    def read_kept(self, name: str) -> None:
-        for site in self._sites:
-            site.read_kept(name)
+    @property
+    def parts(self) -> list[Use]:
+        """Uses of single sites."""
+        return [part for use in self._uses for part in use.parts]
+
+    @property
+    def steps(self) -> int:
+        return min(use.steps for use in self._uses)
+
+    def _shared(self, multiplies: int) -> list[tuple[Seen, int]]:
+        total = sum(self._widths)
+        return [(use, multiplies * width // total) for use, width in zip(self._uses, self._widths, strict=True)]
+
+    def read_kept(self, name: str, multiplies: int) -> None:
+        for use, share in self._shared(multiplies):
+            use.read_kept(name, share)
 
     def read_whole(self, name: str) -> None:
-        for site in self._sites:
-            site.read_whole(name)
+        for use in self._uses:
+            use.read_whole(name)
 
-    def saves_too_few(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
-        return self._sites[0].saves_too_few(multiplies, device, dtype)
+    def saves_too_few(self, multiplies: int) -> bool:
+        return self._uses[0].saves_too_few(multiplies)
 
-    def saves_too_few_in_lstm(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
-        return self._sites[0].saves_too_few_in_lstm(multiplies, device, dtype)
+    def saves_too_few_in_lstm(self, multiplies: int) -> bool:
+        return self._uses[0].saves_too_few_in_lstm(multiplies)
 
-    def shares(self, multiplies: int) -> list[tuple[Any, int]]:
-        total = sum(self._widths)
-        shares = [multiplies * width // total for width in self._widths]
-        return [found for site, n in zip(self._sites, shares, strict=True) for found in site.shares(n)]
+    def shares(self, multiplies: int) -> list[tuple[Site, int]]:
+        return [found for use, share in self._shared(multiplies) for found in use.shares(share)]
 
 
 def stand_below(tensor: LazyTensor, parts: Sequence[LazyTensor]) -> None:
@@ -315,7 +331,13 @@ def _cat_of_dropped(parts: tuple[Any, ...]) -> Any:
     else:
         given = torch.cat([h.given.view(h.shape) for h in helds], dim=-1)
     held = Kept(
-        (*first.rows, pattern.n), pattern, first.rows, _Sites(parts), given, packed, 1.0 if packed else first.scale
+        (*first.rows, pattern.n),
+        pattern,
+        first.rows,
+        _SideBySide(parts),
+        given,
+        packed,
+        1.0 if packed else first.scale,
     )
     for part in parts:
         part.place.use()

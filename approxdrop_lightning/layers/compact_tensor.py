@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,32 +26,43 @@ from approxdrop_lightning.layers.lazy_tensor import (
 )
 from approxdrop_lightning.ops.derivative import must_be_differentiable, vjp
 from approxdrop_lightning.patterns.row import RowPattern
-from approxdrop_lightning.policy import Policy
+from approxdrop_lightning.policy import Thresholds
+
+if TYPE_CHECKING:
+    from approxdrop_lightning.layers.site import Site
+    from approxdrop_lightning.layers.use import Use
 
 _SCALES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__}
 
 
-class Reader(Protocol):
-    """The site, as seen from here: told who reads what it has dropped from."""
+class Seen(Protocol):
+    """What is told who reads a dropped-out tensor: a :class:`.Use`, or several of tensors side by side."""
 
     name: str
     backend: str
-    steps: int
-    policy: Policy
+    ask: Thresholds
 
-    def read_kept(self, name: str) -> None:
-        """A layer of that name reads kept values only."""
+    @property
+    def steps(self) -> int:
+        """Steps that the site has begun."""
+
+    @property
+    def parts(self) -> list[Use]:
+        """Uses of single sites, whose outputs are side by side."""
+
+    def read_kept(self, name: str, multiplies: int) -> None:
+        """A layer of that name reads kept values only, in a product of so many multiplies."""
 
     def read_whole(self, name: str) -> None:
         """A function of that name reads the dense tensor."""
 
-    def saves_too_few_in_lstm(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
-        """Likewise of an LSTM's product."""
-
-    def saves_too_few(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
+    def saves_too_few(self, multiplies: int) -> bool:
         """Whether a product of so many multiplies had better read the dense tensor."""
 
-    def shares(self, multiplies: int) -> Sequence[tuple[Any, int]]:
+    def saves_too_few_in_lstm(self, multiplies: int) -> bool:
+        """Likewise of an LSTM's product."""
+
+    def shares(self, multiplies: int) -> Sequence[tuple[Site, int]]:
         """Sites that so many multiplies of a product fall to."""
 
 
@@ -62,7 +73,7 @@ class Kept:
         shape: Shape that is shown, ``[..., n]``.
         pattern: What is kept of the ``n`` units.
         rows: Leading shape by which the pattern groups the rows; a later view may show another one.
-        site: The site that drops; it is told who reads.
+        use: What is told who reads.
         given: Kept values as :func:`approxdrop_lightning.functional.pack` returns them.
         packed: Whether it is these; else it is the dense tensor to drop from, packed only if a consumer asks.
         scale: Factor of the kept entries of what is given.
@@ -73,12 +84,12 @@ class Kept:
         shape: tuple[int, ...],
         pattern: RowPattern,
         rows: tuple[int, ...],
-        site: Reader,
+        use: Seen,
         given: Tensor,
         packed: bool = True,
         scale: float = 1.0,
     ) -> None:
-        self.shape, self.pattern, self.rows, self.site = shape, pattern, rows, site
+        self.shape, self.pattern, self.rows, self.use = shape, pattern, rows, use
         self.given, self.scale = given, scale
         self._values = given if packed else None
         #: Whether a change of what is given would change values that are yet to be computed.
@@ -107,7 +118,7 @@ class Kept:
         if self._values is None:
             self._check()
             with saving_as_where(self._hooks):
-                values = functional.pack(self.given, self.pattern, self.site.backend)
+                values = functional.pack(self.given, self.pattern, self.use.backend)
                 self._values = values if self.scale == 1.0 else values * self.scale
                 self.may_change = False
         return self._values
@@ -115,21 +126,21 @@ class Kept:
     def _check(self) -> None:
         if self.has_changed:
             raise RuntimeError(
-                f"{self.site.name}: its output is read for the first time after its input was changed in place; "
+                f"{self.use.name}: its output is read for the first time after its input was changed in place; "
                 "read it before that"
             )
 
     def compute(self) -> Tensor:
         with saving_as_where(self._hooks):
             if self._values is not None:
-                dense = functional.unpack(self._values, self.pattern, self.rows, self.site.backend)
+                dense = functional.unpack(self._values, self.pattern, self.rows, self.use.backend)
                 return dense.view(self.shape)
             self._check()
             return masked(self.given, self.pattern, self.rows, self.scale).view(self.shape)
 
     def with_values(self, values: Tensor, shape: tuple[int, ...]) -> Kept:
         """The same pattern with other values, shown in another shape."""
-        return Kept(shape, self.pattern, self.rows, self.site, values)
+        return Kept(shape, self.pattern, self.rows, self.use, values)
 
 
 def masked(dense: Tensor, pattern: RowPattern, rows: tuple[int, ...], scale: float) -> Tensor:
@@ -333,7 +344,7 @@ class CompactTensor(LazyTensor):
                 return self._as_function_of_itself()
             place = place.above
         dense = self.held.compute()
-        if self.held.site.steps < 2 and dense.requires_grad:  # has resample been forgotten? Later it has not.
+        if self.held.use.steps < 2 and dense.requires_grad:  # has resample been forgotten? Later it has not.
             dense.register_hook(note_backward)
         return dense
 
@@ -361,10 +372,10 @@ class CompactTensor(LazyTensor):
         held = self.held
         if not self.is_lazy or held.has_values:
             return self.is_lazy
-        return not held.site.saves_too_few(multiplies, held.device, held.dtype)
+        return not held.use.saves_too_few(multiplies)
 
     def _read_by(self, name: str) -> None:
-        self.held.site.read_whole(name)
+        self.held.use.read_whole(name)
 
     def _with(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompactTensor:
         self.place.use()
@@ -379,9 +390,9 @@ class CompactTensor(LazyTensor):
     ) -> Tensor:
         """``F.linear(self, weight, bias)``, reading only the columns of the weight that are kept."""
         held = self.held
-        held.site.read_kept(reader)
+        held.use.read_kept(reader, math.prod(held.shape) * len(weight))
         y = functional.row_linear(
-            held.values, weight, bias, held.pattern, backend=held.site.backend, leading_shape=held.rows
+            held.values, weight, bias, held.pattern, backend=held.use.backend, leading_shape=held.rows
         )
         if held.rows != held.shape[:-1]:
             y = y.view(*held.shape[:-1], weight.shape[0])

@@ -27,7 +27,7 @@ class Entrances:
 
     def __init__(self, model: nn.Module) -> None:
         self._leave: list[Callable[[], Any]] = []
-        for module in model.modules():
+        for module in compiled_parts(model):
             if isinstance(module, OptimizedModule):
                 self._leave.append(module.register_forward_pre_hook(_hook, with_kwargs=True).remove)
             elif (compiled := module._compiled_call_impl) is not None:
@@ -39,6 +39,11 @@ class Entrances:
         for leave in self._leave:
             leave()
         self._leave = []
+
+
+def compiled_parts(model: nn.Module) -> list[nn.Module]:
+    """The modules that ``torch.compile(module)`` has made, and those compiled by ``module.compile()``."""
+    return [m for m in model.modules() if isinstance(m, OptimizedModule) or m._compiled_call_impl is not None]
 
 
 def _put_back(ref: weakref.ref[nn.Module], compiled: Callable[..., Any]) -> None:

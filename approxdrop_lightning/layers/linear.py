@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,13 @@ from approxdrop_lightning.layers.lazy_tensor import (
     settle,
     shape_of,
 )
+from approxdrop_lightning.layers.use import Use
 from approxdrop_lightning.ops.derivative import is_transformed, vjp
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.work import Ledger
+
+if TYPE_CHECKING:
+    from approxdrop_lightning.layers.site import Site
 
 #: Key of the metadata of a node that computes the whole output of a layer: that layer.
 _MADE_BY = "approxdrop_lightning"
@@ -50,8 +54,7 @@ class ApproxLinear(Converted, nn.Linear):
         name: Name in the model, for the report.
         backend: Backend of its products.
         defers: Whether outputs wait for a site.
-        waited: Whether an output has waited yet.
-        dropped_by: Sites reached so far.
+        watched: Whether it is yet to be seen what reads them.
         read_whole_too: Whether an output was read whole after a site had its kept units computed.
         read_whole_by: Name of the function that has last read an output whole.
         work: Multiplies of its last products.
@@ -61,8 +64,7 @@ class ApproxLinear(Converted, nn.Linear):
     name: str
     backend: str
     defers: bool
-    waited: bool
-    dropped_by: set[Any]
+    watched: bool
     read_whole_too: bool
     read_whole_by: str | None
     work: Ledger
@@ -85,34 +87,14 @@ class ApproxLinear(Converted, nn.Linear):
         multiplies = math.prod(shape) * self.out_features
         if isinstance(x, LazyTensor) and not (isinstance(x, CompactTensor) and x.serves(multiplies)):
             x = x.dense()
-        waits = self.defers and not self._too_small(multiplies, x)
-        if not waits:
+        if not self.defers:
             if isinstance(x, CompactTensor):
-                for site, share in x.held.site.shares(multiplies):
+                for site, share in x.held.use.shares(multiplies):
                     self.work.note(site, None, share)
                 return x.linear(self.weight, self.bias, self.name)
             self.work.note(None, None, multiplies)
             return super().forward(x)
-        pending = Pending(self, x, (*shape[:-1], self.out_features))
-        self.waited = True
-        return PendingLinear(pending)
-
-    def _too_small(self, multiplies: int, x: Tensor) -> bool:
-        """Whether none of the sites reached so far skips anything of so small a product: it need not wait."""
-        source = x.held if isinstance(x, LazyTensor) else x  # past the detour of a lazy tensor's attributes
-        kind = source.device, source.dtype
-        return bool(self.dropped_by) and all(site.saves_too_few(multiplies, *kind) for site in self.dropped_by)
-
-    def learn(self) -> None:
-        """Stop deferring if no dropout consumed the output of a step; a wrong guess costs speed only."""
-        if self.read_whole_too:
-            self.defers = False
-            for site in self.dropped_by:
-                site.producers.discard(self.name)
-            for before, after in [sites for sites in self.work if sites[1] is not None]:
-                del self.work[before, after]
-        elif self.waited and not self.dropped_by:
-            self.defers = False
+        return PendingLinear(Pending(self, x, (*shape[:-1], self.out_features)))
 
 
 class _Product:
@@ -226,8 +208,8 @@ class Pending:
         self.layer, self.x, self.shape = layer, x, shape
         #: Elementwise functions put down so far, as ``(function, arguments, keywords)``.
         self.chain: tuple[Any, ...] = ()
-        #: Sites that had kept units of this very output computed; common to all that is derived from it.
-        self.readers: list[Any] = []
+        #: Uses of sites that had kept units of this very output computed; common to all that is derived from it.
+        self.readers: list[Use] = []
         self.name, self.backend, self._work = layer.name, layer.backend, layer.work
         # Those of the call: torch.func.functional_call, for one, puts others in their place for its duration.
         self.weight, self.bias = layer.weight, layer.bias
@@ -307,7 +289,7 @@ class Pending:
             y = self.x.linear(self.weight, self.bias, reader=self.name)
         else:
             y = F.linear(self.x, self.weight, self.bias)
-        if y.grad_fn is not None and not self.layer.dropped_by:
+        if y.grad_fn is not None and self.layer.watched:
             metadata: Any = y.grad_fn.metadata  # declared as a function
             metadata[_MADE_BY] = self.layer
         return y.view(self.shape)
@@ -317,10 +299,10 @@ class Pending:
         """Of the dense product."""
         return math.prod(shape_of(self.x)) * self.weight.shape[0]
 
-    def _note(self, after: Any) -> None:
+    def _note(self, after: Site | None) -> None:
         """Note the product: between the site that made ``x``, if any, and the site ``after`` it, if any."""
         if isinstance(self.x, CompactTensor) and self.x.is_lazy:
-            for before, multiplies in self.x.held.site.shares(self.multiplies):
+            for before, multiplies in self.x.held.use.shares(self.multiplies):
                 self._work.note(before, after, multiplies)
         else:
             self._work.note(None, after, self.multiplies)
@@ -339,21 +321,21 @@ class Pending:
         context.enter_context(self.autocast.context())
         return context
 
-    def kept_values(self, pattern: RowPattern, site: Any) -> Tensor:
+    def kept_values(self, pattern: RowPattern, use: Use) -> Tensor:
         """Values of the units that a site's pattern keeps, packed; the others are not computed."""
         rows = self.shape[:-1]
-        self.readers.append(site)
+        self.readers.append(use)
         compact = self.x.held if isinstance(self.x, CompactTensor) else None
         with self._context():
             if compact is None:
-                self._note(site)
+                self._note(use.site)
                 x = self.x if self.x.shape[:-1] == rows else self.x.reshape(*rows, self.x.shape[-1])
                 values = functional.row_linear(
                     x, self.weight, self.bias, None, pattern, backend=self.backend,
                 )  # fmt: skip
             elif self._one_grouping(compact, pattern):
-                self._note(site)
-                compact.site.read_kept(self.name)
+                self._note(use.site)
+                compact.use.read_kept(self.name, self.multiplies)
                 values = functional.row_linear(
                     compact.values, self.weight, self.bias, compact.pattern, pattern, backend=self.backend,
                     leading_shape=rows,

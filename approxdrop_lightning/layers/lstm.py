@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from approxdrop_lightning import functional
-from approxdrop_lightning.layers.compact_tensor import CompactTensor, past
+from approxdrop_lightning.layers.compact_tensor import CompactTensor, Seen, past
 from approxdrop_lightning.layers.converted import Converted
-from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
+from approxdrop_lightning.layers.lazy_tensor import LazyTensor, as_dense, run_eagerly
 from approxdrop_lightning.layers.site import Site
+from approxdrop_lightning.layers.use import Use
 from approxdrop_lightning.ops.derivative import is_transformed, outside_of_transforms
 from approxdrop_lightning.ops.lstm import reference
 from approxdrop_lightning.patterns.row import RowPattern
+from approxdrop_lightning.policy import product_dtype
 from approxdrop_lightning.work import Ledger
 
 _State = tuple[Tensor, Tensor]
@@ -63,7 +65,7 @@ class ApproxLSTM(Converted, nn.LSTM):
         """As ``nn.LSTM``: ``[T, B, input]`` (``[B, T, input]`` if ``batch_first``, ``[T, input]`` unbatched)."""
         if not self.drops or isinstance(input, PackedSequence):
             return self._stock(input, hx)
-        x = input  # the name by which nn.LSTM may be called
+        x, given = input, hx  # the name by which nn.LSTM may be called
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             return super().forward(as_dense(x), hx)  # it raises nn.LSTM's own error
         batched = x.dim() == 3
@@ -76,6 +78,8 @@ class ApproxLSTM(Converted, nn.LSTM):
             hx = (zeros, zeros)
         else:
             self.check_forward_args(torch.empty(x.shape, dtype=x.dtype, device="meta"), hx, None)
+        if self._is_stock(x):
+            return self._conventional(as_dense(input), given)
         states = []
         for layer in range(self.num_layers):
             if layer and self.sites:
@@ -91,7 +95,6 @@ class ApproxLSTM(Converted, nn.LSTM):
         """As the stock layer; in training with the rate that was asked for."""
         if not (self.drops and isinstance(input, PackedSequence)):
             return super().forward(as_dense(input), hx)
-        own, self.dropout = self.dropout, self.sites[0].rate if self.sites else self.dropout
         for site in self.sites:
             site.conventional = f"nn.LSTM runs packed sequences, with conventional dropout of {site.rate:g}"
         for site in self.recurrent_sites:
@@ -99,10 +102,37 @@ class ApproxLSTM(Converted, nn.LSTM):
         if torch.is_grad_enabled():
             weights = sum(p.numel() for p in self._parameters.values() if p is not None and p.dim() == 2)
             self.work.note(None, None, len(input.data) * weights)
+        return self._conventional(input, hx)
+
+    def _conventional(self, input: Tensor | PackedSequence, hx: _State | None) -> tuple[Any, _State]:
+        """The stock layer with the rate that was asked for."""
+        own, self.dropout = self.dropout, self.sites[0].rate if self.sites else self.dropout
         try:
             return super().forward(input, hx)
         finally:
             self.dropout = own
+
+    def _is_stock(self, x: Tensor) -> bool:
+        """Whether nothing is dropped by a pattern in a call, neither of what is read nor between the layers."""
+        if not self.sites or self.recurrent_sites or (isinstance(x, LazyTensor) and x.is_lazy):
+            return False
+        shape = *x.shape[:-1], self.hidden_size
+        uses = [site.use(shape, x.device, x.dtype) for site in self.sites]
+        for site, use in zip(self.sites, uses, strict=True):
+            if use.skips is None and not use.seen:
+                reason = self._against(use, site, x.shape[0] * x.shape[1])
+                if reason is not None:
+                    use.decide(reason)
+        stock = all(use.is_stock for use in uses)
+        if stock and torch.is_grad_enabled():
+            weights = sum(p.numel() for p in self._parameters.values() if p is not None and p.dim() == 2)
+            self.work.note(None, None, x.shape[0] * x.shape[1] * weights)
+        return stock
+
+    def _against(self, use: Use, site: Site, rows: int) -> str | None:
+        """Why a layer had better read all of what a site between layers drops from, by the vendor's kernel."""
+        reason = use.ask.lstm(int(rows * 4 * self.hidden_size**2 * site.rate))
+        return use.ask.recurrence(self.hidden_size) if reason is None and site.sampler.interleave else reason
 
     def _layer(self, layer: int, x: Tensor, state: _State) -> tuple[Tensor, _State]:
         """One layer, reading ``x`` dense, compact with a shared pattern, or compact and interleaved."""
@@ -110,12 +140,12 @@ class ApproxLSTM(Converted, nn.LSTM):
         held = x.held if isinstance(x, CompactTensor) and x.is_lazy else None
         dropped = self.recurrent_sites[layer] if self.recurrent_sites else None
         rows = x.shape[0] * x.shape[1]
-        if held is not None and self._too_small(held.site, rows, weight_ih):
+        if held is not None and self._too_small(held.use, rows, weight_ih):
             x, held = as_dense(x), None
         if held is not None and held.pattern.interleave and dropped is None:
-            too_small = held.site.policy.recurrence(self.hidden_size, held.device, held.dtype)
+            too_small = held.use.ask.recurrence(self.hidden_size)
             if too_small is not None:
-                held.site.read_whole(f"{self.name} ({too_small})")
+                held.use.read_whole(f"{self.name} ({too_small})")
                 x, held = as_dense(x), None
         recurrent = None
         if dropped is not None:
@@ -125,11 +155,11 @@ class ApproxLSTM(Converted, nn.LSTM):
             weight_hh = masked_columns(weight_hh, recurrent, dropped.scale)
             dropped = recurrent = None
         multiplies = rows * x.shape[-1] * 4 * self.hidden_size
-        for site, share in [(None, multiplies)] if held is None else held.site.shares(multiplies):
+        for site, share in [(None, multiplies)] if held is None else held.use.shares(multiplies):
             self.work.note(site, None, share)
         self.work.note(dropped, None, rows * self.hidden_size * 4 * self.hidden_size)
         if held is not None:
-            held.site.read_kept(self._reader(layer))
+            held.use.read_kept(self._reader(layer), multiplies)
         if dropped is not None:
             dropped.read_kept(self.name)
         elif held is None:
@@ -156,13 +186,16 @@ class ApproxLSTM(Converted, nn.LSTM):
         y, h, c = past(of_the_dense, x, (y, h, c), (*state, *weights))
         return y, (h, c)
 
-    def _masks(self, site: Any, rows: int, weight: Tensor) -> bool:
-        """Whether a dropout is a mask: of a product too small, and under transforms, which see nothing else."""
-        return is_transformed() or self._too_small(site, rows, weight)
+    def _masks(self, site: Site, rows: int, weight: Tensor) -> bool:
+        """Whether recurrent dropout is a mask: of a product too small, and under transforms."""
+        ask = site.policy.at(weight.device, product_dtype(weight.device, weight.dtype))
+        saved = int(rows * weight.numel() * site.rate)
+        return is_transformed() or site.refuse(ask.lstm(saved))
 
-    def _too_small(self, site: Any, rows: int, weight: Tensor) -> bool:
+    @staticmethod
+    def _too_small(use: Seen, rows: int, weight: Tensor) -> bool:
         """Whether the vendor's kernel had better run the layer."""
-        return bool(site.saves_too_few_in_lstm(rows * weight.numel(), weight.device, weight.dtype))
+        return use.saves_too_few_in_lstm(rows * weight.numel())
 
     def _weights(self, layer: int) -> tuple[Tensor, ...]:
         """``weight_ih``, ``weight_hh`` and, if there are any, both biases of a layer."""

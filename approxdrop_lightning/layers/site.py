@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from approxdrop_lightning.graph import limit
@@ -24,28 +26,21 @@ from approxdrop_lightning.layers.lazy_tensor import (
     shape_of,
 )
 from approxdrop_lightning.layers.linear import Pending, PendingLinear, read_whole_before
+from approxdrop_lightning.layers.use import Key, Use
 from approxdrop_lightning.ops.derivative import batch_of_transforms, is_transformed, outside_of_transforms
 from approxdrop_lightning.patterns.joined import join, of_as_many_orders
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
-from approxdrop_lightning.policy import Policy, thresholds
+from approxdrop_lightning.policy import Policy, Thresholds, measured, product_dtype
 
 Pattern = RowPattern | TilePattern | BernoulliPattern | Drawn
 
-#: Patterns that a site holds at most, and backward passes of one step at which it says that there are too many.
+#: Patterns, and shapes, that a site holds at most; backward passes of one step at which it says that there are too
+#: many.
 _MOST_HELD = 1024
 _MANY_PASSES = 100
 _WARNED: weakref.WeakSet[PatternSampler] = weakref.WeakSet()
-
-#: Functions as a reader of the report knows them: what follows a linear layer is normalised in one dimension.
-_MODULES = {
-    "batch_norm": "BatchNorm1d",
-    "instance_norm": "InstanceNorm1d",
-    "layer_norm": "LayerNorm",
-    "group_norm": "GroupNorm",
-    "rms_norm": "RMSNorm",
-}
 
 
 class Site:
@@ -74,6 +69,14 @@ class Site:
         self.name, self.rate, self.sampler = name, rate, sampler
         self.scale_by, self.backend = scale, backend
         self.policy = Policy(min_gain=0) if policy is None else policy
+        #: Multiplies of the largest product between one row and the next layer, of all the model's weights; and
+        #: whether one of them is an LSTM's. None: not known.
+        self.largest: int | None = None
+        self.beside_lstm = False
+        #: Whether a use has been open in the step; whether a stock layer is in its place.
+        self.opened = self.resting = False
+        #: By shape of the input: what was seen, and what follows from it.
+        self.uses: dict[Key, Use] = {}
         #: What was seen so far: layers before it and after it, functions that read it whole, steps begun.
         self.producers: set[str] = set()
         self.consumers: set[str] = set()
@@ -126,6 +129,11 @@ class Site:
         self._passes_before = backward_passes()
         self.steps += 1
 
+    def forget_patterns(self) -> None:
+        """Stock dropout takes its place: there are none."""
+        self._patterns.clear()
+        self._uses = self._forgotten = 0
+
     @property
     def skips(self) -> list[str]:
         """What is skipped, as far as it was seen."""
@@ -142,29 +150,86 @@ class Site:
         nothing = ", ".join(before) or "no linear layer before it"
         return [f"{nothing}, and read whole by {readers or 'nobody'}", *eager]
 
-    def _too_narrow(self, pattern: RowPattern, device: torch.device, dtype: torch.dtype) -> str | None:
-        reason = self.policy.units(pattern.n, device, dtype)
-        if reason is None and pattern.overlaps and pattern.n_orders > 1:
-            return self.policy.blocks(pattern.n, pattern.block_size, device, dtype)
-        return reason
+    def use(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Use:
+        """The use at inputs of a shape: open, or decided before, by sizes alone or by those of other rows."""
+        key = shape, product_dtype(device, dtype), device.type
+        use = self.uses.get(key)
+        if use is None:
+            if len(self.uses) == _MOST_HELD:
+                del self.uses[next(iter(self.uses))]
+            use = self.uses[key] = Use(self, key, self.policy.at(device, key[1]))
+            self.overhead = measured(device, key[1]).saved
+        if use.skips is None:
+            if not use.seen and self.decides:
+                self._decide_by_sizes(use)
+            self.opened |= use.skips is None
+        return use
 
-    def saves_too_few(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether a product of so many multiplies is too small to gain by the dropout; then the report says so."""
-        self.overhead = thresholds(device, dtype).saved
-        return self._refuses(self.policy.product(int(multiplies * self.rate), device, dtype))
+    def _decide_by_sizes(self, use: Use) -> None:
+        *leading, n = use.key[0]
+        rows = math.prod(leading)
+        reason = self._against(use.ask, n, rows)
+        if reason is not None:
+            use.decide(reason)
+            return
+        sampler = self.sampler
+        if sampler.overlaps and sampler.keep < sampler.dp:
+            block_size, orders = sampler.blocks_and_orders(n, tuple(leading))
+            reason = use.ask.blocks(n, block_size) if orders > 1 else None
+            if reason is not None:
+                use.decide(reason)
+                return
+        for other in self.uses.values():
+            alike = other.key[1:] == use.key[1:] and len(other.key[0]) == len(leading) + 1 and other.key[0][-1] == n
+            if alike and other.skips is not None and other.by_readers:
+                known = math.prod(other.key[0][:-1])
+                if known <= rows if other.skips else known >= rows:
+                    use.follow(other, rows / known)
+                    return
 
-    def saves_too_few_in_lstm(self, multiplies: int, device: torch.device, dtype: torch.dtype) -> bool:
-        """Likewise of a product of an LSTM."""
-        return self._refuses(self.policy.lstm(int(multiplies * self.rate), device, dtype))
+    def _against(self, ask: Thresholds, n: int, rows: int) -> str | None:
+        """Why nothing of a dropout of so many units and rows is skipped, whoever reads it; None if that depends."""
+        reason = ask.units(n)
+        if reason is not None or self.largest is None:
+            return reason
+        return ask.any_product(int(self.largest * rows * self.rate), self.beside_lstm, tiles=False)
 
-    def _refuses(self, reason: str | None) -> bool:
+    def refuse(self, reason: str | None) -> bool:
+        """Whether there is a reason against skipping; it is noted."""
         if reason is not None and self.too_small is None:
             self.too_small = reason
         return reason is not None
 
-    def shares(self, multiplies: int) -> list[tuple[Site, int]]:
-        """Sites that so many multiplies of a product fall to: this one."""
-        return [(self, multiplies)]
+    @property
+    def decides(self) -> bool:
+        """Whether it is stock where nothing is skipped."""
+        return True
+
+    def unread(self, use: Use) -> str:
+        """Why nothing is skipped at a use, if no product was too small."""
+        before = [f"{layer} is read whole by {reader}" for layer, reader in sorted(use.read_before.items())]
+        readers = ", ".join(sorted(use.whole))
+        return f"{', '.join(before) or 'no linear layer before it'}, and read whole by {readers or 'nobody'}"
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether stock dropout runs in its place, at every shape that was seen."""
+        return bool(self.uses) and all(use.is_stock for use in self.uses.values())
+
+    @property
+    def reason(self) -> str | None:
+        """Why nothing is skipped, if that is decided for every shape."""
+        if not self.uses or any(use.skips is not False for use in self.uses.values()):
+            return None
+        return next(iter(self.uses.values())).reason
+
+    def sum_up(self) -> None:
+        """Forget whom uses were seen beside that skip nothing."""
+        if self.uses:
+            skipping = [use for use in self.uses.values() if use.skips is not False]
+            self.producers = {name for use in skipping for names in use.before for name in names}
+            self.consumers = {name for use in skipping for name in use.after}
+            self.dense_readers = {name for use in skipping for name in use.whole}
 
     def pattern(
         self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = (), widths: tuple[int, ...] = ()
@@ -227,41 +292,56 @@ class Site:
         """A function of that name reads everything, zeros too."""
         self.dense_readers.add(name)
 
-    def drop(self, x: Tensor) -> Tensor:
-        """Dropout of ``x`` (``[..., n]``) by the next pattern; what it drops of a pending product is not computed."""
+    def drop(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """Dropout of ``x`` (``[..., n]``): stock, or by the next pattern.
+
+        What a pattern drops of a pending product is not computed. ``inplace`` is for stock dropout.
+        """
         shape = shape_of(x)
-        if not shape or 0 in shape:
-            return as_dense(x) * self.scale
-        if is_transformed():
-            return self._under_transforms(as_dense(x))
+        if not shape or 0 in shape or self.rate == 0:
+            return F.dropout(as_dense(x), self.rate, True, inplace)
         source = x if isinstance(x, (PendingLinear, PendingCombination)) and x.is_lazy else None
         pending: Pending | Combination | None = None if source is None else source.held
         kind = (x.device, x.dtype) if pending is None else (pending.device, pending.dtype)
+        use = self.use(shape, *kind)
+        if use.is_stock:
+            return F.dropout(as_dense(x), self.rate, True, inplace)
+        if is_transformed():
+            return self._under_transforms(as_dense(x))
         widths = pending.widths if isinstance(pending, Combination) else ()
-        if widths and self.policy.units(min(widths), *kind) is not None:
+        if widths and use.ask.units(min(widths)) is not None:
             widths = ()
         pattern = self.pattern(shape[-1], leading_shape=shape[:-1], widths=widths)
-        for layer in () if pending is None else pending.layers:
-            layer.dropped_by.add(self)
+        use.unseen |= pattern.keeps_all
         if pattern.keeps_all:
             return as_dense(x) * self.scale
-        if too_narrow := self._too_narrow(pattern, *kind):
-            self.too_small = too_narrow
+        if use.skips is False:  # a mask is asked for all the same
             x = as_dense(x)
             y = x * pattern.mask(*shape[:-1], dtype=x.dtype, value=self.scale, device=x.device)
             if self.steps < 2 and y.requires_grad:  # has resample been forgotten? Later it has not.
                 y.register_hook(note_backward)
             return y
-        if pending is not None and self.saves_too_few(pending.multiplies, *kind):
+        use.seen |= torch.is_grad_enabled()
+        if pending is not None and not self._packs(use, pending):
             pending = None
         if pending is None:  # a mask or packed, as its readers wish
             x = as_dense(x)
-            if self.steps <= 1 and not self.producers:
-                self.whole.update((name, _MODULES.get(by, by)) for name, by in read_whole_before(x).items())
-            return CompactTensor(Kept(shape, pattern, shape[:-1], self, x, packed=False, scale=self.scale))
-        self.producers.update(layer.name for layer in pending.layers)
-        held = Kept(shape, pattern, shape[:-1], self, pending.kept_values(pattern, self), scale=self.scale)
+            if use.skips is None and not use.before:
+                use.note_before(read_whole_before(x))
+            return CompactTensor(Kept(shape, pattern, shape[:-1], use, x, packed=False, scale=self.scale))
+        held = Kept(shape, pattern, shape[:-1], use, pending.kept_values(pattern, use), scale=self.scale)
         return CompactTensor(held, source=source)
+
+    @staticmethod
+    def _packs(use: Use, pending: Pending | Combination) -> bool:
+        """Whether the layers before a use compute kept units only."""
+        names = tuple(layer.name for layer in pending.layers)
+        if use.skips:
+            return names in use.before
+        if use.saves_too_few(pending.multiplies):
+            return False
+        use.made_by(names, pending.multiplies)
+        return True
 
     def _under_transforms(self, x: Tensor) -> Tensor:
         """Dropout by a mask: transforms of ``torch.func`` see nothing else."""
@@ -314,7 +394,7 @@ class ApproxDropoutSite(Converted, nn.Dropout):
     def _run(self, input: Tensor) -> Tensor:
         if not (self.training and self.drops):
             return super().forward(input)
-        dropped = self.site.drop(input)
+        dropped = self.site.drop(input, self.inplace)
         if isinstance(dropped, CompactTensor) and not torch.is_grad_enabled():
             # Training mode without gradients: nothing waits, so the product exists already.
             return as_dense(dropped)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from approxdrop_lightning.layers.lazy_tensor import as_dense
 from approxdrop_lightning.layers.site import Site
-from approxdrop_lightning.layers.tiled_tensor import Marked, TiledTensor, Use
+from approxdrop_lightning.layers.tiled_tensor import Marked, Patterns, TiledTensor
+from approxdrop_lightning.layers.use import Use
 from approxdrop_lightning.ops.derivative import batch_of_transforms, is_transformed, outside_of_transforms
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
+from approxdrop_lightning.policy import Thresholds
 
 
 class TileSite(Site):
@@ -50,39 +54,60 @@ class TileSite(Site):
         readers = ", ".join(sorted(self.dense_readers))
         return masked + ([f"units are dropped for {readers}"] if readers else [])
 
-    def drop(self, x: Tensor) -> Tensor:
-        """``x`` (``[..., n]``), marked for the layers that read it."""
-        if self.rate == 0:
-            return as_dense(x)
-        if x.dim() == 0 or x.numel() == 0:
-            return as_dense(x) * self.scale
+    def drop(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """``x`` (``[..., n]``), marked for the layers that read it; or stock dropout of it."""
+        if self.rate == 0 or x.dim() == 0 or x.numel() == 0:
+            return F.dropout(as_dense(x), self.rate, True, inplace)
+        use = self.use(tuple(x.shape), x.device, x.dtype)
+        if use.is_stock:
+            return F.dropout(as_dense(x), self.rate, True, inplace)
         if is_transformed():  # which see plain tensors only: units are dropped
             batch, of_the_level = batch_of_transforms()
             shape = (*batch, *x.shape)
             with outside_of_transforms():
-                units = self.units(self._next(Use, lambda use: True), math.prod(shape[:-1]), shape[-1])
+                units = self.units(self._next(dict, lambda drawn: True), math.prod(shape[:-1]), shape[-1])
                 mask = units.mask(x.device).view(shape).to(x.dtype) / (1 - self.rate)
             return as_dense(x) * of_the_level(mask)
-        return TiledTensor(Marked(as_dense(x), self, self._next(Use, lambda use: True)))
+        if self.sampler.keep < self.sampler.dp or self.independent:
+            use.seen |= torch.is_grad_enabled()
+        else:
+            use.unseen = True
+        return TiledTensor(Marked(as_dense(x), self, self._next(dict, lambda drawn: True), use))
 
-    def weights(self, use: Use, reader: str, weight: Tensor) -> TilePattern | BernoulliPattern:
+    @property
+    def decides(self) -> bool:
+        """Whether it is stock where nothing is skipped: with independent weights nothing ever is."""
+        return not self.independent
+
+    def unread(self, use: Use) -> str:
+        """Why nothing is skipped at a use."""
+        readers = ", ".join(sorted(use.whole))
+        return f"no linear layer or LSTM reads it, but {readers}" if readers else "nobody reads it"
+
+    def _against(self, ask: Thresholds, n: int, rows: int) -> str | None:
+        if self.largest is None:
+            return None
+        return ask.any_product(int(self.largest * rows * self.rate), self.beside_lstm, tiles=True)
+
+    def weights(self, patterns: Patterns, reader: str, weight: Tensor) -> TilePattern | BernoulliPattern:
         """The pattern of a reader's weight ``[n_out, n_in]``, drawn when it reads for the first time."""
         n_out, n_in = weight.shape
-        if (reader, n_out, n_in) not in use:
+        if (reader, n_out, n_in) not in patterns:
             draw = self.sampler.bernoulli if self.independent else self.sampler.tiles
-            use[reader, n_out, n_in] = draw(n_out, n_in)
-        return use[reader, n_out, n_in]
+            patterns[reader, n_out, n_in] = draw(n_out, n_in)
+        return patterns[reader, n_out, n_in]
 
-    def units(self, use: Use, rows: int, n: int) -> TilePattern | BernoulliPattern:
+    def units(self, patterns: Patterns, rows: int, n: int) -> TilePattern | BernoulliPattern:
         """The pattern of ``[rows, n]`` units for those that have no weight."""
-        if ("", rows, n) not in use:
-            use["", rows, n] = self.sampler.bernoulli(rows, n)
-        return use["", rows, n]
+        if ("", rows, n) not in patterns:
+            patterns["", rows, n] = self.sampler.bernoulli(rows, n)
+        return patterns["", rows, n]
 
-    def read_by(self, name: str, weight: Tensor, rows: int, dense: str | None = None) -> bool:
+    def read_by(self, use: Use, name: str, weight: Tensor, rows: int, dense: str | None = None) -> bool:
         """A layer of that name reads with part of its weight.
 
         Args:
+            use: Which use of the site it reads.
             name: Of the layer.
             weight: ``[n_out, n_in]``.
             rows: Rows of the batch.
@@ -94,10 +119,11 @@ class TileSite(Site):
         if self.independent:
             dense = "pattern='dropconnect'"
         elif dense is None:
-            saved = int(rows * weight.numel() * self.rate)
-            dense = self.policy.tiles(tuple(weight.shape), saved, weight.device, weight.dtype)
+            dense = use.ask.tiles(tuple(weight.shape), int(rows * weight.numel() * self.rate))
         if dense is None:
-            self.consumers.add(name)
-        else:
+            use.read_kept(name, rows * weight.numel())
+        elif use.skips is None:
             self.masked[name] = dense
+            if self.decides:
+                use.refuse(f"{name}: {dense}")
         return dense is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,38 +19,15 @@ from approxdrop_lightning.layers.lazy_tensor import (
     saving_hooks,
     settle,
 )
+from approxdrop_lightning.layers.use import Use
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
-from approxdrop_lightning.policy import Policy
 from approxdrop_lightning.work import Ledger
 
+if TYPE_CHECKING:
+    from approxdrop_lightning.layers.tile_site import TileSite
+
 #: Patterns of one use of a site: by reader and shape of what it drops from.
-Use = dict[tuple[str, int, int], TilePattern | BernoulliPattern]
-
-
-class WeightDropper(Protocol):
-    """The site, as seen from here."""
-
-    name: str
-    backend: str
-    rate: float
-    policy: Policy
-    independent: bool
-
-    @property
-    def scale(self) -> float:
-        """Factor of the kept weights."""
-
-    def weights(self, use: Use, reader: str, weight: Tensor) -> TilePattern | BernoulliPattern:
-        """The pattern of a reader's weight."""
-
-    def units(self, use: Use, rows: int, n: int) -> TilePattern | BernoulliPattern:
-        """The pattern of units for those that have no weight."""
-
-    def read_by(self, name: str, weight: Tensor, rows: int, dense: str | None = None) -> bool:
-        """A layer of that name reads with part of its weight; returns whether the rest is skipped."""
-
-    def read_whole(self, name: str) -> None:
-        """A function of that name reads the dense tensor."""
+Patterns = dict[tuple[str, int, int], TilePattern | BernoulliPattern]
 
 
 class Marked:
@@ -59,12 +36,14 @@ class Marked:
     Args:
         source: The site's input, ``[..., n]``.
         site: The site.
-        use: Patterns of this use of it.
+        patterns: Of this use of it.
+        use: What is told who reads.
     """
 
-    def __init__(self, source: Tensor, site: WeightDropper, use: Use) -> None:
+    def __init__(self, source: Tensor, site: TileSite, patterns: Patterns, use: Use) -> None:
         # A name of its own: the gradient of what the layers read is that of the tensor that is marked.
-        self.source, self.site, self.use = source.view_as(source), site, use
+        self.source, self.site = source.view_as(source), site
+        self.patterns, self.use = patterns, use
         self.shape, self.dtype, self.device = tuple(source.shape), source.dtype, source.device
         self.with_history = torch.is_grad_enabled()
         self._hooks = saving_hooks()
@@ -94,7 +73,7 @@ class Marked:
     def mask(self) -> Tensor:
         """Of the units, scaled."""
         n = self.shape[-1]
-        pattern = self.site.units(self.use, math.prod(self.shape) // n, n)
+        pattern = self.site.units(self.patterns, math.prod(self.shape) // n, n)
         return pattern.mask(self.device).view(self.shape).to(self.dtype) / (1 - self.site.rate)
 
 
@@ -165,19 +144,21 @@ class TiledTensor(LazyTensor):
             shape = reshaped_leading(func, self.held.shape, args, kwargs)
             if shape is not None:
                 held = self.held
-                return TiledTensor(Marked(held.source.reshape(shape), held.site, held.use), view_of=self)
+                return TiledTensor(
+                    Marked(held.source.reshape(shape), held.site, held.patterns, held.use), view_of=self
+                )
         return NotImplemented
 
     def _read_by(self, name: str) -> None:
-        self.held.site.read_whole(name)
+        self.held.use.read_whole(name)
 
     def linear(
         self, weight: Tensor, bias: Tensor | None = None, reader: str = "F.linear", work: Ledger | None = None
     ) -> Tensor:
         """``F.linear(self, weight, bias)`` with weights dropped; ``work`` is told its multiplies."""
         source, site = self._read(), self.held.site
-        pattern = site.weights(self.held.use, reader, weight)
-        skipped = site.read_by(reader, weight, source.numel() // weight.shape[1])
+        pattern = site.weights(self.held.patterns, reader, weight)
+        skipped = site.read_by(self.held.use, reader, weight, source.numel() // weight.shape[1])
         if work is not None and torch.is_grad_enabled():
             work.note(site if skipped else None, None, source.numel() * weight.shape[0])
         return functional.tile_linear(
@@ -193,10 +174,10 @@ class TiledTensor(LazyTensor):
     def masked_weight(self, weight: Tensor, reader: str, why: str) -> Tensor:
         """The weight of a product that is computed densely, for the reason given: dropped weights are zero in it."""
         source = self._read()
-        self.held.site.read_by(reader, weight, source.numel() // weight.shape[1], why)
+        self.held.site.read_by(self.held.use, reader, weight, source.numel() // weight.shape[1], why)
         return self.masked(weight, reader)
 
     def masked(self, weight: Tensor, reader: str) -> Tensor:
         """The weight of a reader, zero where it is dropped, and scaled."""
         site = self.held.site
-        return functional.masked_weight(weight, site.weights(self.held.use, reader, weight), site.scale)
+        return functional.masked_weight(weight, site.weights(self.held.patterns, reader, weight), site.scale)

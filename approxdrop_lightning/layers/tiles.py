@@ -65,10 +65,10 @@ class TileLSTM(ApproxLSTM):
         site = x.held.site
         if site.independent:
             dense: str | None = "masking skips nothing"
-        elif self._too_small(site, x.shape[0] * x.shape[1], weight_hh):
+        elif self._too_small(x.held.use, x.shape[0] * x.shape[1], weight_hh):
             dense = "too small for a recurrence of our own"
         else:
-            dense = site.policy.recurrence(self.hidden_size, weight_hh.device, weight_hh.dtype)
+            dense = x.held.use.ask.recurrence(self.hidden_size)
         if dense is None:
             gates = x.linear(weight_ih, biases[0] + biases[1] if biases else None, reader, self.work)
 

@@ -129,15 +129,11 @@ class PatternSampler:
         offset = int(torch.randint(self.dp, (), generator=self._patterns, device="cpu"))
         if not self.shuffle:
             return RowPattern.unchecked(n, self.dp, offset, self.keep, interleave, None, 1)
-        block_size = fitting_block_size(n, self.dp, self.block_size)
+        block_size, orders = self.blocks_and_orders(n, leading_shape)
         n_blocks = -(-n // block_size)
         order = torch.randperm(n_blocks, generator=self._patterns, device="cpu")
         pattern = RowPattern.unchecked(n, self.dp, offset, self.keep, interleave, order, block_size)
-        orders = 1
-        if interleave:
-            least = least_rows(block_size, self.group_rows)
-            orders = self.n_orders(pattern.n_groups, pattern.overlaps, leading_shape, least)
-        if orders < 2:
+        if orders < 2 or not interleave:
             return pattern
         further = [torch.randperm(n_blocks, generator=self._patterns, device="cpu") for _ in range(orders - 1)]
         return pattern.reordered(torch.stack([order, *further]))
@@ -155,6 +151,22 @@ class PatternSampler:
             return 1  # samples that keep most units gain nothing by several (docs/results.md)
         rows = math.prod(leading_shape) if leading_shape else 0
         return max(1, min(self.orders, rows // (n_groups * least)))
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the groups of an interleaved pattern of this step keep units in common: most are kept."""
+        return self.interleave and 2 * self.keep > self.dp
+
+    def blocks_and_orders(self, n: int, leading_shape: tuple[int, ...]) -> tuple[int, int]:
+        """Block size, and number of orders of the units, of a pattern of ``n`` units in this step."""
+        if not self.shuffle:
+            return 1, 1
+        block_size = fitting_block_size(n, self.dp, self.block_size)
+        if not self.interleave:
+            return block_size, 1
+        groups = 2 if self.overlaps else self.dp // self.keep
+        least = least_rows(block_size, self.group_rows)
+        return block_size, self.n_orders(groups, self.overlaps, leading_shape, least)
 
     def tiles(self, n_out: int, n_in: int) -> TilePattern:
         """Draw a pattern of a weight ``[n_out, n_in]`` with the step's ``(dp, keep)``."""

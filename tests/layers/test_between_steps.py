@@ -18,7 +18,7 @@ from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import LazyTensor
 from approxdrop_lightning.surgery import conversion_of
 
-ALL = {"min_gain": 0}
+ALL = {"min_gain": 0, "pattern_everywhere": True}
 
 
 @pytest.mark.parametrize("pattern", ["row", "tile"])
@@ -181,7 +181,7 @@ def test_after_a_step_in_training_mode_the_layers_are_stock_to_a_callback_of_oth
 
 
 def test_forgetting_resample_is_said_once_and_patterns_do_not_pile_up():
-    for options in (ALL, {}):  # where dropouts skip, and where they are masks
+    for options in (ALL, ALL | {"min_gain": 1 << 60}):  # where dropouts skip, and where they are masks
         model = nn.Sequential(nn.Linear(20, 64), nn.Dropout(0.5), nn.Linear(64, 4))
         report = approximate(model, seed=0, **options)
         with warnings.catch_warnings(record=True) as caught:

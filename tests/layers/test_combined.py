@@ -21,7 +21,7 @@ from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.patterns.joined import JoinedPattern
 from approxdrop_lightning.surgery import conversion_of
 
-ALL = {"min_gain": 0}
+ALL = {"min_gain": 0, "pattern_everywhere": True}
 
 
 class Pair(nn.Module):
@@ -177,15 +177,15 @@ def test_what_is_read_whole_first_is_one_tensor_for_all():
     model = nn.ModuleList([nn.Linear(16, 8), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(16, 4)])
     stock = copy.deepcopy(model)
     approximate(model, seed=0, **ALL)
-    resample(model)
     x = torch.randn(12, 16)
+    resample(model, x)
     y = cat(model[0](x), model[1](x))
     assert isinstance(y, PendingCombination)
     y.add_(1.0)
     torch.testing.assert_close(y * 2, (cat(stock[0](x), stock[1](x)) + 1) * 2)
-    y.sum().backward()
+    (y.sum() + model[3](model[2](torch.randn(12, 16))).sum()).backward()
     assert model[0].weight.grad is not None
-    resample(model)
+    resample(model, x)
     assert not model[0].defers and not model[1].defers
 
 

@@ -41,7 +41,7 @@ def test_a_copy_of_a_converted_model_is_the_stock_model(how, pattern):
     torch.manual_seed(0)
     model, x = LanguageModel(), torch.randint(30, (4, 3))
     stock = copy.deepcopy(model)
-    options = {"min_gain": 0, "seed": 0, "pattern": pattern}
+    options = {"min_gain": 0, "pattern_everywhere": True, "seed": 0, "pattern": pattern}
     report = approximate(model, **options)
     resample(model)
     model(x).sum().backward()
@@ -123,7 +123,7 @@ def patched(layer):
 def test_restoring_reaches_through_the_classes_that_others_put_on_converted_layers(change, pattern):
     torch.manual_seed(0)
     model = wide()
-    report = approximate(model, min_gain=0, pattern=pattern)
+    report = approximate(model, min_gain=0, pattern_everywhere=True, pattern=pattern)
     for i in (0, 3):
         change(model[i])
     assert skipping(model, report)
@@ -143,7 +143,7 @@ def test_restoring_reaches_through_the_classes_that_others_put_on_converted_laye
             for name in list(layer.parametrizations):
                 nn.utils.parametrize.remove_parametrizations(layer, name)
             assert issubclass(type(layer), nn.Linear)
-    again = approximate(model.train(), min_gain=0, pattern=pattern)
+    again = approximate(model.train(), min_gain=0, pattern_everywhere=True, pattern=pattern)
     assert skipping(model, again) or any(type(m).__name__ == "Patched" for m in model)
 
 
@@ -155,7 +155,7 @@ def test_a_class_that_cannot_be_put_back_is_named_and_its_layer_computes_as_the_
             super().__setattr__(name, value)
 
     model = wide()
-    report = approximate(model, min_gain=0)
+    report = approximate(model, min_gain=0, pattern_everywhere=True)
     model[3].__class__ = Stubborn("Odd", (type(model[3]),), {})
     assert skipping(model, report)
     with pytest.warns(NotRestoredWarning, match=r"3 of the class Odd \(not this one\)"):
@@ -175,7 +175,7 @@ def test_a_class_that_is_put_back_after_the_end_does_what_the_stock_one_does(opt
     """By others who had changed it meanwhile: they remember ours."""
     model = nn.ModuleList([nn.Linear(8, 64), nn.Dropout(0.5), nn.LSTM(64, 8, 2, dropout=0.5)])
     stock = copy.deepcopy(model)
-    approximate(model, min_gain=0, **options)
+    approximate(model, min_gain=0, pattern_everywhere=True, **options)
     classes = [type(m) for m in model]
     restore(model)
     for layer, cls in zip(model, classes, strict=True):
@@ -189,7 +189,7 @@ def test_a_class_that_is_put_back_after_the_end_does_what_the_stock_one_does(opt
     assert torch.equal(*outputs)
     assert torch.equal(model[0].weight.grad, stock[0].weight.grad)
     assert "Approx" not in str([type(m) for m in copy.deepcopy(model)])
-    report = approximate(model, min_gain=0, **options)
+    report = approximate(model, min_gain=0, pattern_everywhere=True, **options)
     assert {row.name for row in report if row.site} >= {"1", "2 (after layer 0)"}
     restore(model)
     assert [type(m) for m in model] == [type(m) for m in stock]
@@ -197,7 +197,7 @@ def test_a_class_that_is_put_back_after_the_end_does_what_the_stock_one_does(opt
 
 def test_layers_that_were_replaced_or_removed_are_restored_for_who_holds_them():
     model = wide()
-    report = approximate(model, min_gain=0)
+    report = approximate(model, min_gain=0, pattern_everywhere=True)
     first, last = model[0], model[3]
     model[0] = nn.Sequential(first, nn.Identity())  # as adapters do
     model[3] = nn.Linear(64, 64)
@@ -210,7 +210,7 @@ def test_layers_that_were_replaced_or_removed_are_restored_for_who_holds_them():
 
 def test_what_outlives_its_converted_model_is_stock_and_can_be_converted():
     model = wide()
-    approximate(model, min_gain=0)
+    approximate(model, min_gain=0, pattern_everywhere=True)
     layers = list(model)
     del model
     gc.collect()
@@ -220,7 +220,7 @@ def test_what_outlives_its_converted_model_is_stock_and_can_be_converted():
         outputs.append(net(x))
     assert torch.equal(*outputs)
     net = nn.Sequential(*layers)
-    assert skipping(net, approximate(net, min_gain=0))
+    assert skipping(net, approximate(net, min_gain=0, pattern_everywhere=True))
 
 
 def test_a_layer_of_a_model_that_is_converted_still_is_refused_by_name():
@@ -236,7 +236,7 @@ def test_a_layer_of_a_model_that_is_converted_still_is_refused_by_name():
 
 def test_a_model_wrapped_by_compile_is_the_model():
     model = wide()
-    approximate(model, min_gain=0)
+    approximate(model, min_gain=0, pattern_everywhere=True)
     compiled = torch.compile(model, backend="eager")
     resample(compiled)
     with pytest.raises(ValueError, match="converted already"):

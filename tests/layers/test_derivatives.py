@@ -14,7 +14,7 @@ from approxdrop_lightning.layers import ApproxLinear, Site
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.tile import TilePattern
 
-ALL = {"min_gain": 0}
+ALL = {"min_gain": 0, "pattern_everywhere": True}
 SETTINGS = {
     "row": {},
     "shared": {"interleave": False},

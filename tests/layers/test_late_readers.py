@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from approxdrop_lightning import approximate, resample
 from approxdrop_lightning.layers.lazy_tensor import LazyTensor
 
-ALL = {"min_gain": 0}
+ALL = {"min_gain": 0, "pattern_everywhere": True}
 SETTINGS = {
     "row": {},
     "shared": {"interleave": False},

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from support.skipping import set_thresholds
 from torch import nn
 
-from approxdrop_lightning import ApproxLSTM, approximate, resample
+from approxdrop_lightning import approximate, resample
 from approxdrop_lightning.benchmark import contenders, workloads
 
 
@@ -27,12 +28,13 @@ def test_recurrent_dropout_has_rows_of_its_own():
 def test_an_lstm_too_small_for_a_gpu_is_the_vendor_s_with_masks(pattern, recurrent, monkeypatch):
     """Input masked, and recurrent weights: the same loss and gradients as by the recurrence that skips."""
     found = []
+    set_thresholds(monkeypatch)
     for masked in (False, True):
         if masked:
-            monkeypatch.setattr(ApproxLSTM, "_too_small", lambda *_: True)
+            set_thresholds(monkeypatch, saved_lstm=1 << 60)
         torch.manual_seed(0)
         workload = workloads.lstm(24, 2, 5, 6, 30)
-        options = {"recurrent": recurrent, "min_gain": 0}
+        options = {"recurrent": recurrent, "pattern_everywhere": True}
         step = contenders.contender(workload, pattern, 0.5, **options)
         found.append([step.loss_and_gradients(), *(p.grad for p in step.model.parameters())])
         readers = {name for site in step.report.sites for name in site.consumers}

@@ -27,7 +27,7 @@ def test_activation_checkpointing_computes_again_with_the_same_patterns(options)
     for reentrant in (None, True, False):
         torch.manual_seed(0)
         model = Checkpointed(reentrant).double()
-        approximate(model, min_gain=0, seed=0, **options)
+        approximate(model, min_gain=0, pattern_everywhere=True, seed=0, **options)
         x = torch.randn(5, 4, 20, dtype=torch.float64, requires_grad=True)
         for _ in range(3):
             resample(model)
@@ -42,7 +42,7 @@ def test_activation_checkpointing_computes_again_with_the_same_patterns(options)
 
 def test_activation_checkpointing_of_a_dropout_used_twice_is_refused():
     model = nn.Sequential(*[layer := nn.Dropout(0.5)] * 2, nn.Linear(8, 8))
-    approximate(model, min_gain=0)
+    approximate(model, min_gain=0, pattern_everywhere=True)
     resample(model)
     out = checkpoint(model, torch.randn(4, 8, requires_grad=True), use_reentrant=False)
     with pytest.raises(RuntimeError, match="recomputes a dropout that was used 2 times"):

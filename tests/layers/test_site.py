@@ -12,7 +12,7 @@ from approxdrop_lightning.layers.compact_tensor import CompactTensor
 
 def test_a_site_whose_width_changes_between_batches_draws_another_pattern():
     model = nn.Dropout(0.5)
-    approximate(model, min_gain=0)
+    approximate(model, min_gain=0, pattern_everywhere=True)
     for width in (16, 24, 16):
         resample(model)
         x = torch.ones(6, width, requires_grad=True)
@@ -24,7 +24,7 @@ def test_the_global_generator_is_not_used():
     model = LanguageModel()
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    approximate(model)
+    approximate(model, pattern_everywhere=True)
     resample(model)
     model(torch.randint(30, (4, 3), generator=torch.Generator())).sum().backward()
     assert torch.equal(torch.get_rng_state(), before)
@@ -41,10 +41,12 @@ def test_rows_of_large_batches_take_several_orders():
 
 
 @pytest.mark.parametrize(("rate", "hidden", "masked"), [(0.3, 256, True), (0.3, 320, False), (0.7, 256, False)])
-def test_narrow_layers_that_keep_most_by_several_orders_are_masked(rate, hidden, masked, monkeypatch):
+def test_narrow_layers_that_keep_most_by_several_orders_are_not_worth_skipping(rate, hidden, masked, monkeypatch):
     set_thresholds(monkeypatch, block=8)
     model = nn.ModuleList([nn.Dropout(rate), nn.LSTM(hidden, 8)])
-    report = approximate(model, seed=0, concentration=float("inf"))  # always (10, 7) or (10, 3)
+    report = approximate(
+        model, seed=0, pattern_everywhere=True, concentration=float("inf")
+    )  # always (10, 7) or (10, 3)
     resample(model)
     x = torch.ones(35, 20, hidden)
     dropped = model[0](x)

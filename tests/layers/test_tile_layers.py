@@ -15,7 +15,7 @@ from approxdrop_lightning.layers import TileLinear, TileLSTM
 from approxdrop_lightning.patterns.tile import BernoulliPattern
 from approxdrop_lightning.surgery import conversion_of
 
-TILE = {"pattern": "tile", "tile_size": 2, "min_gain": 0, "seed": 0}
+TILE = {"pattern": "tile", "tile_size": 2, "min_gain": 0, "pattern_everywhere": True, "seed": 0}
 
 
 def step(model, *inputs):
@@ -94,7 +94,7 @@ def test_the_report_says_what_is_skipped_and_why_not():
     assert report["2"].skipped == "not known before the first training batch"
     step(model, torch.randn(16, 64))
     assert (report["2"].producer, report["2"].consumers, report["2"].skipped) == (None, ("3",), "consumers' tiles")
-    assert report["4"].skipped == "nothing: 5 is masked and dense (a side of 10 is too short to gain (below 64))"
+    assert report["4"].skipped == "nothing: 5: a side of 10 is too short to gain (below 64)"
     assert report["6"].skipped == "nothing: units are dropped for layer_norm"
     assert report["8"].skipped == "nothing: the rate is 0"
     dense = 64 * 128 + 128 * 128 + 128 * 10
@@ -105,7 +105,7 @@ def test_the_report_says_what_is_skipped_and_why_not():
 def test_lstm_layers_too_narrow_to_gain_run_the_vendors_kernel_with_a_masked_weight(monkeypatch):
     for least, skipped in (
         (0, "consumers' tiles"),
-        (100, "nothing: {} is masked and dense (its hidden size 96 is too small to gain (below 100))"),
+        (100, "nothing: {}: its hidden size 96 is too small to gain (below 100)"),
     ):
         set_thresholds(monkeypatch, hidden=least)
         model = nn.Sequential(nn.Dropout(0.5), nn.LSTM(64, 96, 2, dropout=0.5))

@@ -1,0 +1,262 @@
+"""When it is decided where nothing is skipped, and which converted layers are stock from then on.
+
+A step is *watched* if its batch may show shapes that were not seen: then all layers are converted, and who reads what
+is noted. After it each use of a dropout is decided. Layers beside which nothing is skipped are stock layers, with
+nothing of this package in them, until the next watched step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from approxdrop_lightning.layers import ApproxDropoutSite, ApproxLinear, ApproxLSTM, TileLinear
+from approxdrop_lightning.layers.converted import attributes, give_back
+from approxdrop_lightning.layers.use import Use, key_of_state
+
+if TYPE_CHECKING:
+    from approxdrop_lightning.layers.site import Site
+    from approxdrop_lightning.patterns.sampler import PatternSampler
+    from approxdrop_lightning.report import Report
+
+#: Shapes of the tensors of a batch; None: it has none that can be found.
+Shapes = tuple[tuple[int, ...], ...] | None
+
+
+@dataclass
+class Layer:
+    """A converted layer.
+
+    Attributes:
+        name: Its name in the model.
+        ref: The layer.
+        cls: Its class in training.
+        attributes: What it has beside the stock layer, while it is one; else nothing.
+        sites: The dropouts that it is, or has between its layers.
+        compiled: Whether it is in a part that ``torch.compile`` has taken, where another class means another graph.
+        stock: Whether nothing is skipped beside it, so that it stays a stock layer in training, too.
+    """
+
+    name: str
+    ref: weakref.ref[nn.Module]
+    cls: type
+    attributes: dict[str, Any]
+    sites: tuple[Site, ...] = ()
+    compiled: bool = False
+    stock: bool = False
+
+    def wake(self) -> None:
+        """Convert it, if it is in training mode and nobody else has changed its class."""
+        module = self.ref() if self.attributes else None
+        if module is None or not module.training or type(module) is not vars(self.cls)["stock"]:
+            return
+        module.__class__ = self.cls
+        for name, value in self.attributes.items():
+            # Past nn.Module.__setattr__: nothing of ours may be registered or saved.
+            object.__setattr__(module, name, value)
+        self.attributes = {}
+
+    def rest(self) -> None:
+        """Make it the stock layer."""
+        module = self.ref()
+        if module is None or type(module) is not self.cls:
+            return
+        mine = attributes(self.cls) & module.__dict__.keys()
+        self.attributes = {name: module.__dict__[name] for name in mine}
+        give_back(module)
+
+    def put(self, **values: Any) -> None:
+        """Set attributes, wherever they are at the time."""
+        if self.attributes:
+            self.attributes.update(values)
+        elif (module := self.ref()) is not None:
+            vars(module).update(values)
+
+    def get(self, name: str) -> Any:
+        """An attribute, wherever it is; None if it is gone."""
+        module = self.ref()
+        return self.attributes.get(name) if self.attributes else getattr(module, name, None)
+
+    def may_be_stock(self, busy: set[str]) -> bool:
+        """Whether nothing is skipped beside it.
+
+        Args:
+            busy: Names of the layers in which something is skipped.
+        """
+        if self.compiled:
+            return False
+        if issubclass(self.cls, (ApproxLinear, TileLinear)):
+            return self.name not in busy
+        module = self.ref()
+        if issubclass(self.cls, ApproxDropoutSite):
+            return all(site.is_stock and site.rate == getattr(module, "p", None) for site in self.sites)
+        if issubclass(self.cls, ApproxLSTM):
+            if self.get("recurrent_sites") or any(
+                name == self.name or name.startswith(f"{self.name} (") for name in busy
+            ):
+                return False
+            return all(site.is_stock and site.rate == getattr(module, "dropout", None) for site in self.sites)
+        return False
+
+
+@dataclass
+class Settling:
+    """Decides, between steps, for the sites of one model.
+
+    Attributes:
+        report: Of the model, with its sites.
+        layers: Its converted layers.
+        watching: Whether the step is watched.
+        version: Number of times that layers have become other ones.
+    """
+
+    report: Report
+    layers: dict[int, Layer] = field(default_factory=dict)
+    watching: bool = True
+    version: int = 0
+    _known: list[Shapes] = field(
+        default_factory=list
+    )  # the largest batches watched, of which smaller ones say no more
+    _shapes: Shapes = None
+    _steps: int = 0
+    _again: bool = False  # the next step is watched, whatever it reads
+
+    @property
+    def _sites(self) -> list[Site]:
+        return [site for site in self.report.sites if site.rate and site.decides]
+
+    def begin(self, batch: Any) -> None:
+        """Begin a step of a batch; of one of which nothing is known steps 1, 2, 4, 8, ... are watched."""
+        self._shapes = shapes_of(batch)
+        self._steps += 1
+        known = any(_covers(large, self._shapes) for large in self._known)
+        if self._shapes is None and self._steps & (self._steps - 1) == 0:
+            known = False
+        watching = self._again or not known
+        if watching != self.watching:
+            self.watching = watching
+            self._arrange()
+
+    def end(self) -> None:
+        """Decide by what was seen in the step."""
+        sites = self._sites
+        if not self.watching and not any(site.opened for site in sites):
+            return
+        if self.watching and not any(site.uses for site in sites):
+            return  # nothing ran
+        whole = self._read_whole_too()
+        for layer in self.layers.values():
+            if layer.name in whole:
+                layer.get("work").forget_outputs()
+        settled: list[Use] = []
+        self._again = False
+        for site in sites:
+            complete = self.watching or any(use.skips is not None for use in site.uses.values())
+            site.opened = False
+            for use in [use for use in site.uses.values() if use.skips is None]:
+                if use.seen and complete:
+                    use.settle(whole)
+                    settled.append(use)
+                elif use.seen or use.unseen:  # by a step that dropped nothing, or beside layers that were stock
+                    use.reopen()
+                    self._again = True
+        for use in settled:
+            if use.skips and any(other.is_stock for other in use.beside):
+                use.reopen()  # what was side by side with it is stock now: look at it once more
+                self._again = True
+        nothing = {site for site in sites if site.reason is not None}
+        for site in sites:
+            site.sum_up()
+        for ledger in self.report.work:
+            ledger.forget(nothing)
+        if self.watching and not self._again:
+            self._known = [s for s in self._known if not _covers(self._shapes, s)] + [self._shapes]
+        self.watching = False
+        self._arrange()
+
+    def _read_whole_too(self) -> set[str]:
+        """Names of layers whose outputs were read whole after kept units of them had been computed."""
+        linear = (layer for layer in self.layers.values() if issubclass(layer.cls, ApproxLinear))
+        return {layer.name for layer in linear if layer.get("read_whole_too")}
+
+    def _arrange(self) -> None:
+        """Make each layer what it is to be in the next step."""
+        self.version += 1
+        uses = [use for site in self._sites for use in site.uses.values() if use.skips is not False]
+        busy = {name for use in uses for name in use.layers}
+        before = {name for use in uses for names in use.before for name in names}
+        seen = any(site.uses and not site.policy.everywhere for site in self._sites)
+        for layer in self.layers.values():
+            layer.stock = seen and not self.watching and layer.may_be_stock(busy)
+            if issubclass(layer.cls, ApproxLinear):
+                waits = (self.watching or layer.name in before) and not layer.get("read_whole_too")
+                layer.put(defers=waits, watched=self.watching)
+            if layer.stock:
+                layer.rest()
+            else:
+                layer.wake()
+            for site in layer.sites:
+                if layer.stock and not site.resting:
+                    site.forget_patterns()
+                site.resting = layer.stock
+
+    @property
+    def has_stock(self) -> bool:
+        """Whether stock dropout runs anywhere."""
+        return any(use.is_stock for site in self._sites for use in site.uses.values())
+
+    def samplers(self) -> list[PatternSampler]:
+        """Those from which something is drawn in the step."""
+        return list({id(site.sampler): site.sampler for site in self.report.sites if not site.resting}.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All decisions, of plain values."""
+        return {
+            "uses": {
+                site.name: [use.state() for use in site.uses.values() if use.skips is not None]
+                for site in self._sites
+            },
+            "read_whole_too": sorted(self._read_whole_too()),
+            "known": [None if shapes is None else [list(shape) for shape in shapes] for shapes in self._known],
+            "steps": self._steps,
+            "again": self._again,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take decisions over; those of sites that the model does not have are left out."""
+        for site in self._sites:
+            site.uses.clear()
+            for saved in state["uses"].get(site.name, []):
+                key = key_of_state(saved)
+                use = site.uses[key] = Use(site, key, site.policy.at(torch.device(key[2]), key[1]))
+                use.load_state(saved)
+            site.sum_up()
+        for layer in self.layers.values():
+            if issubclass(layer.cls, ApproxLinear):
+                layer.put(read_whole_too=layer.name in state["read_whole_too"])
+        self._known = [None if known is None else tuple(map(tuple, known)) for known in state["known"]]
+        self._steps, self._again = int(state["steps"]), bool(state["again"])
+        self.watching = not self._known  # until a batch comes
+        self._arrange()
+
+
+def shapes_of(batch: Any) -> Shapes:
+    """Shapes of the tensors of a batch, in whatever containers; None if there are none."""
+    return tuple(tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)) or None
+
+
+def _covers(large: Shapes, small: Shapes) -> bool:
+    """Whether a batch shows all that one of other shapes would show: no size of it is smaller."""
+    if large is None or small is None or large == small:
+        return large == small
+    return len(large) == len(small) and all(map(_shape_covers, large, small))
+
+
+def _shape_covers(large: Sequence[int], small: Sequence[int]) -> bool:
+    return len(large) == len(small) and all(a >= b for a, b in zip(large, small, strict=True))
