@@ -16,12 +16,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, makes sure that it is on the disk, and only then renames it.
+    """Writes each checkpoint to a temporary file in the same folder, syncs it to disk, then renames it.
 
-    Whatever stops the process, a checkpoint under its final name is whole. (Lightning writes to the system's
-    temporary folder and moves from there: between two file systems that is a copy, which can be cut off half-way,
-    and nothing makes the disk have the data before it has the name.) What is loaded must be whole, too, and may hold
-    tensors and plain values only. Paths with a protocol (``s3://...``) are left to Lightning.
+    A file under its final name is therefore always complete, however the process ends. (Lightning moves the file from
+    the system's temporary folder. Across file systems that is a copy, which can be interrupted, and nothing syncs the
+    data to disk before the rename.) Loading verifies the checksums and accepts only tensors and plain values. Paths
+    with a protocol (``s3://...``) are left to Lightning.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -29,19 +29,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` to ``path`` at once: whoever reads finds all of it or what was there before.
+        """Write ``checkpoint`` to ``path`` atomically: readers see either the old file or the complete new one.
 
         Raises:
-            OSError: It could not be written; what was at ``path`` is still there.
+            OSError: The checkpoint could not be written; the file previously at ``path`` is unchanged.
         """
         if storage_options is not None or _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        # By way of memory: torch.save on a file says of a full disk only that it is at an "unexpected pos".
+        # Serialised in memory first: on a full disk torch.save to a file only complains of an "unexpected pos".
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        # One name for each checkpoint: what a killed process leaves behind is written over, and does not pile up.
+        # A fixed name per checkpoint: leftovers of killed processes are overwritten instead of piling up.
         temporary = path.with_name(f"{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,13 +67,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Load a checkpoint of tensors and plain values.
 
         Args:
-            path: The file.
-            map_location: As of ``torch.load``.
-            weights_only: False allows any Python object, which may run any code; None is True.
+            path: The checkpoint file.
+            map_location: See ``torch.load``.
+            weights_only: If False, unpickle arbitrary objects, which can execute arbitrary code. None means True.
 
         Raises:
-            FileNotFoundError: There is none.
-            ValueError: It is damaged, or holds what could run code.
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, or contains objects that could execute code.
         """
         weights_only = weights_only is not False
         if _is_remote(path):
@@ -93,21 +93,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class ResumableCheckpoint(ModelCheckpoint):
     """A ``ModelCheckpoint`` that keeps its state when a run is resumed in another folder.
 
-    Lightning's own forgets the best score there, so that the best epoch of the last part would pass for that of the
-    run.
+    Lightning's own class resets the best score in that case, so the best epoch since the resume would be reported as
+    the best of the whole run.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the best of the run so far, if it is still there; else from none."""
+        """Restore the best checkpoints so far if their files still exist; otherwise start without any."""
         if all(Path(path).is_file() for path in state_dict["best_k_models"]):
-            # Lightning compares folders. It removes no file outside of the new one.
+            # Lightning discards the state if the folder differs. It never deletes files outside the new folder.
             super().load_state_dict(state_dict | {"dirpath": self.dirpath})
 
 
 def is_whole(path: str | Path) -> bool:
-    """Whether a checkpoint is what was written: not cut off, its checksums right.
+    """Whether a checkpoint is intact: not truncated, with correct checksums.
 
-    ``torch.load`` reads altered weights without a word.
+    ``torch.load`` does not notice corrupted weights.
 
     Raises:
         OSError: The file cannot be opened.
@@ -116,7 +116,7 @@ def is_whole(path: str | Path) -> bool:
         try:
             with zipfile.ZipFile(file) as archive:
                 return archive.testzip() is None
-        except Exception:  # whatever zipfile stumbles over: damage has many forms
+        except Exception:  # zipfile raises all kinds of errors on damaged archives
             return False
 
 
@@ -125,7 +125,7 @@ def _is_remote(path: str | Path) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the disk know the new name; not every system lets a folder be opened."""
+    """Sync the rename to disk, on systems that let a folder be opened."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

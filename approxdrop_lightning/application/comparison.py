@@ -1,4 +1,4 @@
-"""Runs side by side: quality, seconds, and speed-up over conventional dropout."""
+"""Comparison of runs: quality, training time, and speed-up over conventional dropout."""
 
 from collections import defaultdict
 from statistics import fmean, pstdev
@@ -10,7 +10,7 @@ from rich.table import Table
 Record = dict[str, Any]
 
 BASELINE = "standard"
-#: What a person calls the choices of ``dropout=``.
+#: Display names of the ``dropout=`` choices.
 NAMES = {
     "standard": "conventional dropout",
     "row": "row pattern, interleaved",
@@ -22,7 +22,7 @@ NAMES = {
 
 
 class Metric(NamedTuple):
-    """How a person reads a metric: its name, what its values are multiplied by, the unit, and decimals."""
+    """How a metric is displayed: its name, the factor its values are multiplied by, the unit, and the decimals."""
 
     name: str
     factor: float = 1.0
@@ -38,27 +38,27 @@ METRICS = {
 
 
 def metric_of(name: str) -> Metric:
-    """That of a name such as ``test/acc``."""
+    """The :class:`Metric` of a logged name such as ``test/acc``."""
     last = name.rpartition("/")[2]
     return METRICS.get(last, Metric(last))
 
 
 def label(record: Record) -> str:
-    """The line of a table or picture that a run belongs to: its dropout and whatever else varies in the sweep."""
+    """The row or curve that a run belongs to: its dropout and every other override that varies in the sweep."""
     others = [text.removeprefix("dropout.") for text in record.get("others", [])]
     return ", ".join([NAMES.get(record["dropout"], str(record["dropout"])), *others])
 
 
 def mean_rate(record: Record) -> float:
-    """The rate of a run; rates given per layer count by their mean."""
+    """The dropout rate of a run, averaged if it is given per layer."""
     rate = record["rate"]
     return fmean(rate) if isinstance(rate, list) else rate
 
 
 def speed_up(record: Record, records: list[Record]) -> float | None:
-    """How many times as fast as conventional dropout a run trains, of the same model, rate and other settings.
+    """Training speed relative to conventional dropout with the same model, rate and other settings.
 
-    The baseline is the run of the same seed, else the mean of all seeds; None if there is none among ``records``.
+    The baseline is the run with the same seed, or else the mean over all seeds. None if ``records`` has no baseline.
     """
     if not record.get("per_second"):
         return None
@@ -73,16 +73,16 @@ def _is_baseline_of(other: Record, record: Record) -> bool:
 
 
 def _setting(record: Record) -> tuple[object, ...]:
-    """What two runs must have in common, for one to be the other's baseline."""
+    """The settings that a run must share with its baseline."""
     beside = [text for text in record.get("others", []) if not text.startswith("dropout.")]
     return record["model"], record["unit"], record["data_source"], str(record["rate"]), *beside
 
 
 def comparison_table(records: list[Record]) -> Table:
-    """One line for each dropout and rate; mean and standard deviation where there are several seeds.
+    """Table with one row per dropout and rate; mean and standard deviation if there are several seeds.
 
     Args:
-        records: Of finished runs; each is that of :func:`train.result`.
+        records: Records of finished runs, as returned by :func:`train.result`.
     """
     groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for record in records:
@@ -97,7 +97,7 @@ def comparison_table(records: list[Record]) -> Table:
         title=f"side by side: {escape(', '.join(sorted({record['data_source'] for record in records})))}",
         title_justify="left",
     )  # fmt: skip
-    # By rate: what is to be compared stands together.
+    # Sorted by rate, so that the rows to compare are adjacent.
     for (model, rate, name), runs in sorted(groups.items(), key=lambda group: (group[0][0], mean_rate(group[1][0]))):
         metric = metric_of(runs[0]["metric"])
         tests = [metric.factor * run["test"] for run in runs if run["test"] is not None]

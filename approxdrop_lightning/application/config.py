@@ -1,4 +1,4 @@
-"""Registers the dropout options with Hydra, from the one place that defines them."""
+"""Registration of the dropout options with Hydra, generated from their single definition."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from approxdrop_lightning.options import CallbackOptions, defaults
 
 
 def register() -> None:
-    """Store the options, with their defaults, as ``options/dropout``, from which ``conf/dropout`` starts."""
+    """Store the options and their defaults as ``options/dropout``, the base of the configs in ``conf/dropout``."""
     target = {"_target_": "approxdrop_lightning.ApproxDropout"}
     ConfigStore.instance().store(group="options", name="dropout", node=target | defaults(CallbackOptions))

@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 class FiniteLoss(Callback):
-    """Raise when a training loss is NaN or infinite: before the backward pass, so that checkpoints stay usable.
+    """Raise if the training loss is NaN or infinite, before the backward pass, so that checkpoints stay usable.
 
-    It reads the loss at each step, for which a GPU is waited for; ``ThroughputLogger`` waits anyway.
+    Reading the loss synchronizes with the GPU at each step, which ``ThroughputLogger`` does anyway.
 
     Raises:
-        FloatingPointError: in training.
+        FloatingPointError: During training, if the loss is not finite.
     """
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Look at the loss."""
+        """Check the loss."""
         if not loss.isfinite().all():
             raise FloatingPointError(
                 f"the training loss is {loss.item()} at step {trainer.global_step}: a smaller learning rate or "

@@ -10,19 +10,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_METRICS = {"acc": "accuracy", "auc": "area under the ROC curve", "ppl": "perplexity"}
+from approxdrop_lightning.application.comparison import metric_of
+
 RESULT_FILE = "result.json"  # in the folder of the run
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write ``record`` to ``path`` at once: whoever reads finds all of it or nothing."""
+    """Write ``record`` to ``path`` atomically."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def curve(folder: Path, monitor: str) -> list[tuple[int, int, float]]:
-    """``(epoch, step, value)`` of a metric, each time it was validated, from the newest ``metrics.csv`` of a run."""
+    """``(epoch, step, value)`` of every validation of a metric, from the newest ``metrics.csv`` of a run."""
     logs = sorted(folder.rglob("metrics.csv"))
     if not logs:
         return []
@@ -32,12 +33,12 @@ def curve(folder: Path, monitor: str) -> list[tuple[int, int, float]]:
 
 
 def print_table(record: dict[str, Any]) -> None:
-    """Print the result table of a run; ``record`` is that of :func:`train.result`."""
+    """Print the result table of a run, given the record that :func:`train.result` returns."""
     table = Table(title="result", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in _rows(record):
-        # As text: brackets and colons in a path are no markup.
+        # As Text: brackets and colons in a path must not be parsed as markup.
         table.add_row(name, value if isinstance(value, Text) else Text(value))
     show(table)
 
@@ -46,13 +47,13 @@ def show(table: Table) -> None:
     """Print a table."""
     console = Console()
     if not console.is_terminal:
-        console.width = 200  # a file has no width to fit, and a path that is cut cannot be copied
+        console.width = 200  # a file has no width limit, and wrapped paths cannot be copied
     console.print(table)
 
 
 def _rows(record: dict[str, Any]) -> list[tuple[str, str | Text]]:
     unit, perplexity = record["unit"], record["metric"].endswith("ppl")
-    metric = _METRICS[record["metric"].rpartition("/")[2]]
+    metric = metric_of(record["metric"]).name
     rows: list[tuple[str, str | Text]] = [
         ("model", record["model"]),
         ("dropout", f"{record['dropout']}, rate {record['rate']}{', compiled' if record.get('compiled') else ''}"),
@@ -73,7 +74,7 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str | Text]]:
 
 
 def _path(path: str) -> str:
-    """Relative to where the user stands, if it lies below: that is what one copies."""
+    """Shorten a path below the current directory to a relative one, for copying."""
     if not path:
         return "none was saved"
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path

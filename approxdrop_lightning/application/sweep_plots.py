@@ -1,4 +1,6 @@
-"""Pictures of a sweep: quality and speed-up by rate, and quality by epoch."""
+"""Plots of a sweep: quality and speed-up by rate, and quality by epoch."""
+
+from __future__ import annotations
 
 import itertools
 import os
@@ -6,11 +8,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from approxdrop_lightning.application.comparison import BASELINE, Record, label, mean_rate, metric_of, speed_up
 
-#: Colours by dropout, the same in every picture; other lines take what is left.
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.container import ErrorbarContainer
+    from matplotlib.figure import Figure
+
+#: Fixed colours by dropout, the same in every plot; other lines take the remaining ones.
 _COLOURS = {"standard": "0.35", "row": "C0", "paper": "C1", "tile": "C2", "dropconnect": "C4", "none": "C5"}
 _MORE_COLOURS = ("C3", "C6", "C8", "C9", "C7")
 _PARTS = {"test": "test", "val": "validation"}
@@ -19,13 +28,13 @@ Points = dict[str, dict[float, list[float]]]
 
 
 def plot_summary(records: list[Record], path: Path) -> None:
-    """Quality and speed-up against rate, one line per dropout: mean over seeds, bars of one standard deviation.
+    """Plot quality and speed-up against rate, one line per dropout, with means and standard deviations over seeds.
 
-    Speed-up is over conventional dropout of the same sweep; a sweep without it shows the throughput.
+    Speed-up is relative to conventional dropout in the same sweep; without it the throughput is shown.
 
     Args:
-        records: Of jobs that were tested; nothing is drawn if there are none.
-        path: The PNG.
+        records: Records of jobs with a test score; if there are none, nothing is drawn.
+        path: PNG file to write.
     """
     if not records:
         return
@@ -34,7 +43,7 @@ def plot_summary(records: list[Record], path: Path) -> None:
     figure, axes = plt.subplots(
         len(tasks), 2, figsize=(10.5, 0.9 + 3.8 * len(tasks)), squeeze=False, layout="constrained"
     )
-    handles: dict[str, Any] = {}
+    handles: dict[str, Artist | ErrorbarContainer] = {}
     for (metric, unit), (left, right) in zip(tasks, axes, strict=True):
         chosen = [record for record in records if (record["metric"], record["unit"]) == (metric, unit)]
         tests = [_scaled(metric, record["test"]) for record in chosen]
@@ -58,11 +67,11 @@ def plot_summary(records: list[Record], path: Path) -> None:
 
 
 def plot_curves(records: list[Record], path: Path) -> None:
-    """Validation metric by epoch, one panel per rate, one line per dropout: mean over seeds, a band of one deviation.
+    """Plot the validation metric by epoch, a panel per rate and a line per dropout, with deviations over seeds.
 
     Args:
-        records: Of jobs with a ``curve`` of :func:`.results.curve`; nothing is drawn if there are none.
-        path: The PNG.
+        records: Records of jobs with a ``curve``, see :func:`.results.curve`; if there are none, nothing is drawn.
+        path: PNG file to write.
     """
     if not records:
         return
@@ -73,7 +82,7 @@ def plot_curves(records: list[Record], path: Path) -> None:
         len(tasks), len(rates), figsize=(max(5.5, 3.8 * len(rates)), 0.9 + 3.8 * len(tasks)),
         squeeze=False, sharey="row", layout="constrained",
     )  # fmt: skip
-    handles: dict[str, Any] = {}
+    handles: dict[str, Artist | ErrorbarContainer] = {}
     for monitor, row in zip(tasks, axes, strict=True):
         of_task = [record for record in records if record["monitor"] == monitor]
         colours = _colours(of_task)
@@ -101,7 +110,7 @@ def plot_curves(records: list[Record], path: Path) -> None:
     _save(figure, path)
 
 
-def _pyplot() -> Any:
+def _pyplot() -> ModuleType:
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
@@ -110,8 +119,8 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: Path) -> None:
-    """Write a picture at once: whoever reads finds all of it or nothing."""
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure atomically and close it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     figure.savefig(temporary, format="png", dpi=150)
     _pyplot().close(figure)
@@ -122,7 +131,7 @@ def _title(records: list[Record]) -> str:
     models = ", ".join(sorted({record["model"] for record in records}))
     sources = ", ".join(sorted({record["data_source"] for record in records}))
     seeds = len({record["seed"] for record in records})
-    # A dollar sign would begin a formula.
+    # An unescaped dollar sign would start math mode.
     return f"{models} on {sources}; {seeds} seed{'s' * (seeds > 1)}".replace("$", r"\$")
 
 
@@ -137,7 +146,7 @@ def _scaled(metric: str, value: float) -> float:
 
 
 def _points(records: list[Record], values: Sequence[float | None]) -> Points:
-    """Line -> rate -> values, one per seed."""
+    """Map each line to its rates, and each rate to its values, one per seed."""
     lines: Points = defaultdict(lambda: defaultdict(list))
     for record, value in zip(records, values, strict=True):
         if value is not None:
@@ -146,7 +155,7 @@ def _points(records: list[Record], values: Sequence[float | None]) -> Points:
 
 
 def _colours(records: list[Record]) -> dict[str, str]:
-    """A colour for each line: that of its dropout, unless another line has it."""
+    """Assign each line a colour: its dropout's own, unless it is already taken."""
     chosen: dict[str, str] = {}
     spare = iter(_MORE_COLOURS * (1 + len(records)))
     for record in records:
@@ -156,8 +165,8 @@ def _colours(records: list[Record]) -> dict[str, str]:
     return chosen
 
 
-def _lines(axis: Any, lines: Points, records: list[Record]) -> dict[str, Any]:
-    """Draw means and deviations; lines stand a little apart, so that equal points are seen. Returns the handles."""
+def _lines(axis: Axes, lines: Points, records: list[Record]) -> dict[str, ErrorbarContainer]:
+    """Draw means and deviations, slightly offset so that coinciding points stay visible; return the handles."""
     colours, drawn = _colours(records), {}
     rates = sorted({mean_rate(record) for record in records})
     gap = min((b - a for a, b in itertools.pairwise(rates)), default=0.2)
@@ -173,23 +182,23 @@ def _lines(axis: Any, lines: Points, records: list[Record]) -> dict[str, Any]:
     return drawn
 
 
-def _rate_axis(axis: Any, rates: set[float]) -> None:
-    """Ticks where there are points."""
+def _rate_axis(axis: Axes, rates: set[float]) -> None:
+    """Put ticks at the rates only."""
     low, high = min(rates), max(rates)
     margin = 0.12 * (high - low) or 0.1
     axis.set_xlim(low - margin, high + margin)
     axis.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
 
 
-def _epoch_axis(axis: Any, last: int) -> None:
+def _epoch_axis(axis: Axes, last: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_xlim(0.5, last + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _log_axis(axis: Any) -> None:
-    """Enough ticks, as plain numbers, for an axis that spans less than a power of ten."""
+def _log_axis(axis: Axes) -> None:
+    """Make the axis logarithmic, with plain numbers and enough ticks for less than one decade."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_yscale("log")
@@ -198,8 +207,8 @@ def _log_axis(axis: Any) -> None:
     axis.yaxis.set_major_formatter("{x:.0f}")
 
 
-def _limit(axis: Any, metric: str, values: list[float]) -> None:
-    """So much of the axis that a difference of nothing does not fill it; an axis that is cut off has a mark."""
+def _limit(axis: Axes, metric: str, values: list[float]) -> None:
+    """Set limits wide enough that negligible differences do not fill the axis, and mark a truncated axis."""
     low, high = min(values), max(values)
     percent = metric_of(metric).unit == "%"
     least = 2.0 if percent else 0.1 * high if metric.endswith("ppl") else 0.02
@@ -213,5 +222,7 @@ def _limit(axis: Any, metric: str, values: list[float]) -> None:
     axis.set_ylim(bottom, top)
     if bottom > 0 and axis.get_yscale() == "linear":
         axis.annotate("axis cut", (0.02, 0.015), xycoords="axes fraction", fontsize=7, color="0.4")
-        mark = {"marker": [(-1, -0.5), (1, 0.5)], "markersize": 8, "color": "k", "linestyle": "none", "mew": 1}
-        axis.plot([0, 0], [0, 0.02], transform=axis.transAxes, clip_on=False, **mark)
+        axis.plot(
+            [0, 0], [0, 0.02], marker=[(-1, -0.5), (1, 0.5)], markersize=8, color="k", linestyle="none", mew=1,
+            transform=axis.transAxes, clip_on=False,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One summary of a Hydra sweep: ``summary.csv``, ``summary.png`` and ``curves.png`` in the folder of the sweep."""
+"""Summary of a Hydra sweep: ``summary.csv``, ``summary.png`` and ``curves.png`` in the sweep's folder."""
 
 import csv
 import json
@@ -18,21 +18,21 @@ from approxdrop_lightning.application.sweep_plots import plot_curves, plot_summa
 
 log = logging.getLogger(__name__)
 
-JOB_FILE = "job.json"  # the job's result, as the sweep sees it; there for failed jobs too
+JOB_FILE = "job.json"  # the job's result as seen by the sweep; written for failed jobs as well
 FIRST_COLUMNS = ["job", "status", "line", "model", "dropout", "rate", "seed", "data_source"]
-NOT_A_LINE = {"dropout", "dropout.rate", "seed"}  # the line's own name, the x axis, what is averaged over
+NOT_A_LINE = {"dropout", "dropout.rate", "seed"}  # the line's name, the x axis, and the averaged dimension
 
 
 class SweepSummary(Callback):
-    """Gather the results of all jobs of a sweep, whatever launcher ran them.
+    """Collect the results of all jobs of a sweep, whichever launcher runs them.
 
-    The summary is written anew after each job, so a sweep that is stopped, or one of whose jobs fails (Hydra
-    then calls no ``on_multirun_end``), still has the summary of what was finished. A failed job stays in the
-    CSV by name, with its error as its status.
+    The summary is rewritten after each job, so an interrupted sweep, or one with a failed job (for which Hydra
+    does not call ``on_multirun_end``), still has a summary of the finished jobs. Failed jobs are listed in the
+    CSV with the error as their status.
     """
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Record the job, and write the summary so far; a single run has none."""
+        """Record the job and update the summary. Does nothing outside of sweeps."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         job = Path(config.hydra.runtime.output_dir)
@@ -43,7 +43,7 @@ class SweepSummary(Callback):
             "seed": config.seed,
         }
         try:
-            _ = job_return.return_value  # raises what the job raised
+            _ = job_return.return_value  # re-raises the job's exception
             record |= json.loads((job / RESULT_FILE).read_text(encoding="utf-8"))
             status = "completed"
         except Exception as error:
@@ -53,7 +53,7 @@ class SweepSummary(Callback):
         summarise(job.parent)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the jobs side by side, and say where the summary is."""
+        """Print a comparison of the jobs and the path of the summary."""
         records = _read(Path(config.hydra.sweep.dir))
         if finished := [record for record in records if record.get("test") is not None]:
             show(comparison_table(finished))
@@ -63,8 +63,8 @@ class SweepSummary(Callback):
 def summarise(folder: Path) -> None:
     """Write ``summary.csv``, ``summary.png`` and ``curves.png`` from the ``*/job.json`` in ``folder``.
 
-    Jobs that run side by side (joblib) end side by side: who finds more jobs after writing than it had read
-    writes again. So the summary that is written last is complete, without a lock.
+    Parallel jobs (joblib) may finish at the same time. A job that finds new results after writing writes again, so
+    the last summary written is complete, without any lock.
     """
     read: list[Path] = []
     while read != (found := sorted(folder.glob(f"*/{JOB_FILE}"))):
@@ -77,14 +77,14 @@ def summarise(folder: Path) -> None:
 
 
 def _read(folder: Path) -> list[Record]:
-    """What the jobs of a sweep left, in their order, each with its line."""
+    """The records of all jobs in a sweep's folder, in job order, each with its line."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"*/{JOB_FILE}")]
     _name_lines(records)
     return sorted(records, key=lambda record: (len(record["job"]), record["job"]))
 
 
 def _name_lines(records: list[Record]) -> None:
-    """Name the line of the plot that each job belongs to: its pattern, and any other override that varies."""
+    """Name the line of the plot that each job belongs to, after its dropout and any other override that varies."""
     common = set.intersection(*(set(record["overrides"]) for record in records)) if records else set()
     for record in records:
         overrides = [text for text in record.pop("overrides") if text not in common]

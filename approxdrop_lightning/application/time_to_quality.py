@@ -1,4 +1,4 @@
-"""How long training takes to be as good as the baseline.
+"""Training time needed to match the quality of the baseline.
 
 ``python -m approxdrop_lightning.application.time_to_quality SWEEP``
 """
@@ -23,7 +23,7 @@ Row = tuple[str, ...]
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
-    """Print one line for each dropout and rate; returns them."""
+    """Print one row per dropout and rate, and return the rows."""
     parser = argparse.ArgumentParser(
         prog="python -m approxdrop_lightning.application.time_to_quality",
         description="Training time until the baseline's best validation quality at the same rate is reached.",
@@ -46,13 +46,13 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     rows = compare(runs, options.baseline, options.within)
     table = Table("model", "rate", "dropout", "seeds that reach it", "epochs", "seconds", "times the baseline's")
     for row in rows:
-        table.add_row(*map(Text, row))  # as text: brackets in a name are no markup
+        table.add_row(*map(Text, row))  # as Text: brackets in a name must not be parsed as markup
     show(table)
     return rows
 
 
 def _runs(folder: Path) -> Iterator[Run]:
-    """Finished runs, each with its curve: ``(epoch, step, validation metric)``."""
+    """The finished runs below a folder, each with its curve: ``(epoch, step, validation metric)``."""
     for path in sorted(folder.rglob(RESULT_FILE)):
         run = json.loads(path.read_text(encoding="utf-8"))
         run["curve"] = curve(path.parent, run["monitor"])
@@ -61,12 +61,12 @@ def _runs(folder: Path) -> Iterator[Run]:
 
 
 def compare(runs: list[Run], baseline: str, within: float = 0.0) -> list[Row]:
-    """One line for each dropout and rate: means over the seeds that reach the baseline's best.
+    """One row per dropout and rate, with means over the seeds that reach the baseline's best quality.
 
     Args:
         runs: Records of runs with their curves.
-        baseline: Name of the dropout that the others are compared with, at the same model, rate and seed.
-        within: By how many percent the quality asked of all is worse than that best.
+        baseline: Name of the dropout to compare with, for the same model, rate and seed.
+        within: Tolerance in percent: how much worse than the baseline's best the target quality is.
     """
     of_seed = {_key(run): run for run in runs if run["dropout"] == baseline}
     found: dict[Row, list[tuple[Run, Run]]] = defaultdict(list)
@@ -88,8 +88,8 @@ def _key(run: Run) -> Row:
 
 
 def _reach(run: Run, baseline: Run, within: float) -> tuple[int, float] | None:
-    """Epochs and seconds of training until a run is as good as the baseline at its best, or almost; None: never."""
-    lower = run["metric"].endswith("ppl")  # is better
+    """Epochs and seconds until a run comes within the tolerance of the baseline's best; None if it never does."""
+    lower = run["metric"].endswith("ppl")  # lower is better
     goal = (min if lower else max)(value for *_, value in baseline["curve"])
     goal *= 1 + within / 100 if lower else 1 - within / 100
     for epoch, step, value in run["curve"]:

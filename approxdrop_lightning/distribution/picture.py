@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from approxdrop_lightning.patterns.row import RowPattern
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROWS, UNITS, BLOCK = 8, 24, 2  # of the batch, of each layer; of them together
 SKIPPED, BOTH = "#ececec", "#5d4a8a"
@@ -118,7 +121,7 @@ def draw(rate: float, dp: int, keep: int, path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.15)
 
 
-def _cells(axis: Any, groups: Tensor) -> None:
+def _cells(axis: Axes, groups: Tensor) -> None:
     """One square for each entry, in the colour of its group."""
     from matplotlib.colors import ListedColormap
 

@@ -1,4 +1,4 @@
-"""Ordinary LightningModules, written with stock layers; none knows of the plugin."""
+"""Plain LightningModules built from stock layers; none of them depends on the plugin."""
 
 from approxdrop_lightning.application.models.ctr import ClickModel
 from approxdrop_lightning.application.models.lstm import LSTMLanguageModel

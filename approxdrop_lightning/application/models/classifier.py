@@ -1,4 +1,4 @@
-"""What the classifiers have in common: cross-entropy, accuracy, and an optimizer of the user's choice."""
+"""Base class of the classifiers: cross-entropy, accuracy, and a configurable optimizer."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,10 +14,10 @@ OptimizerFactory = Callable[[Iterable[Parameter]], Optimizer]
 
 
 class Classifier(LightningModule):
-    """Base of the classifiers. Batches are pairs ``(inputs[B, ...], labels[B])``; a subclass defines ``forward``.
+    """Base class of the classifiers. Batches are pairs ``(inputs[B, ...], labels[B])``; subclasses add ``forward``.
 
     Args:
-        optimizer: makes the optimizer from the parameters, e.g. ``functools.partial(torch.optim.Adam)``.
+        optimizer: creates the optimizer from the parameters, e.g. ``functools.partial(torch.optim.Adam)``.
     """
 
     def __init__(self, optimizer: OptimizerFactory) -> None:
@@ -32,26 +32,26 @@ class Classifier(LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log ``val/loss`` (nats) and ``val/acc`` (share of 1)."""
+        """Log ``val/loss`` (nats) and ``val/acc`` (fraction)."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log ``test/loss`` (nats) and ``test/acc`` (share of 1)."""
+        """Log ``test/loss`` (nats) and ``test/acc`` (fraction)."""
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         inputs, labels = batch
         logits = self(inputs)
         accuracy = (logits.argmax(dim=-1) == labels).float().mean()
-        # With batch_size given, Lightning's mean over the epoch is the mean over samples, exactly.
+        # Given the batch size, Lightning's epoch mean is exactly the mean over samples.
         self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=len(labels))
         self.log(f"{stage}/acc", accuracy, batch_size=len(labels), prog_bar=True)
 
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
-        """Whatever ``optimizer`` makes of the parameters."""
+        """The optimizer that ``optimizer`` creates."""
         return self._make_optimizer(self.parameters())
 
 
 def adam(lr: float) -> OptimizerFactory:
-    """Adam in one fused call: it sees every weight, dropped or not, so its step had better be cheap."""
+    """Fused Adam: the optimizer updates every weight, dropped or not, so its step should be cheap."""
     return partial(Adam, lr=lr, fused=True)

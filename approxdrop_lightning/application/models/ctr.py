@@ -1,4 +1,4 @@
-"""A recommender's MLP: embeddings of categorical fields beside numbers, and whether somebody clicks."""
+"""Click prediction: an MLP on embeddings of categorical fields and numeric features."""
 
 from collections.abc import Sequence
 
@@ -18,23 +18,24 @@ DEFAULT_OPTIMIZER = adam(lr=0.001)
 
 
 class ClickModel(LightningModule):
-    """The deep part of DeepFM and its kin (Guo et al. 2017, arXiv 1703.04247): predicts the rate of clicks.
+    """The deep component of DeepFM and related models (Guo et al. 2017, arXiv 1703.04247): predicts clicks.
 
-    Each categorical field has an embedding; they and the numbers go side by side through hidden layers of linear,
-    (batch norm,) ReLU and dropout. Batches are triples ``(numbers[B, in_features], fields[B, F], clicked[B])``.
+    Each categorical field has an embedding. Concatenated with the numeric features, they pass through hidden layers
+    of linear, optional batch norm, ReLU and dropout. Batches are triples ``(numbers[B, in_features], fields[B, F],
+    clicked[B])``.
 
     Args:
         field_sizes: number of values of each of the F categorical fields.
         in_features: number of numeric features; may be 0.
         embedding_size: width of each field's embedding.
         hidden: width of each hidden layer, first to last.
-        batch_norm: whether each hidden layer has a batch norm before its ReLU. It reads all units of the layer
-            before it, so of that layer nothing is skipped.
+        batch_norm: whether to put a batch norm before each ReLU. It reads every unit of the preceding layer, so
+            nothing can be skipped there.
         rate: dropout rate in [0, 1).
-        optimizer: makes the optimizer from the parameters; default Adam with learning rate 0.001.
+        optimizer: creates the optimizer from the parameters; default Adam with learning rate 0.001.
 
     Raises:
-        ValueError: for a value outside what is allowed.
+        ValueError: if an argument is out of range.
     """
 
     first_of_field: Tensor
@@ -59,7 +60,7 @@ class ClickModel(LightningModule):
         if isinstance(in_features, bool) or not isinstance(in_features, int) or in_features < 0:
             raise ValueError(f"in_features must be a whole number of at least 0, got {in_features!r}")
         check_rate(rate)
-        # A function is no value that a checkpoint should hold: it could not be loaded with weights_only.
+        # Checkpoints that contain a function could not be loaded with weights_only.
         self.save_hyperparameters(ignore=["optimizer"])
         self._make_optimizer = optimizer or DEFAULT_OPTIMIZER
         self.embedding = nn.Embedding(sum(field_sizes), embedding_size)
@@ -79,7 +80,7 @@ class ClickModel(LightningModule):
         self.test_auc = BinaryAUROC()
 
     def forward(self, numbers: Tensor, fields: Tensor) -> Tensor:
-        """Log-odds ``[B]`` of a click, from ``numbers[B, in_features]`` and ``fields[B, F]``."""
+        """Logits ``[B]`` of a click, given ``numbers[B, in_features]`` and ``fields[B, F]``."""
         embedded = self.embedding(fields + self.first_of_field).flatten(1)
         return self.net(torch.cat([numbers, embedded], dim=1)).squeeze(1)
 
@@ -107,5 +108,5 @@ class ClickModel(LightningModule):
         self.log(f"{stage}/auc", auc, on_step=False, on_epoch=True, batch_size=len(clicked), prog_bar=True)
 
     def configure_optimizers(self) -> Optimizer:
-        """Whatever ``optimizer`` makes of the parameters."""
+        """The optimizer that ``optimizer`` creates."""
         return self._make_optimizer(self.parameters())

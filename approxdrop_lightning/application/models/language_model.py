@@ -1,4 +1,4 @@
-"""What the word-level language models have in common: how a text is scored and logged."""
+"""Base class of the word-level language models: scoring and logging."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from torchmetrics import Metric
 
 from approxdrop_lightning.application.models.checks import check_counts, check_rate
 
-IGNORED = -100  # target of padding: neither trained on nor scored
+IGNORED = -100  # target of padding, excluded from loss and score
 
 
 class NllPerToken(Metric):
     """Negative log-likelihood per token, in nats, over *all* tokens; its exponential is the perplexity.
 
-    Not torchmetrics' ``MeanMetric``: its check for NaN waits for the device at every step, and without the
-    check (``nan_strategy="disable"``) version 1.9 ignores the weights.
+    Replaces torchmetrics' ``MeanMetric``, whose NaN check synchronizes with the device at every step; with the check
+    disabled (``nan_strategy="disable"``), version 1.9 ignores the weights.
     """
 
     nll: Tensor
@@ -29,7 +29,7 @@ class NllPerToken(Metric):
         self.add_state("tokens", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, tokens: Tensor) -> None:
-        """Add the sum ``nll`` over ``tokens`` tokens."""
+        """Add ``nll``, the sum over ``tokens`` tokens."""
         self.nll += nll
         self.tokens += tokens
 
@@ -39,18 +39,18 @@ class NllPerToken(Metric):
 
 
 class LanguageModel(LightningModule):
-    """Base of the language models: scores, their logs, and a score that survives a resume within an epoch.
+    """Base class of the language models: computes and logs the scores, and preserves them across mid-epoch resumes.
 
     Batches are time-major pairs ``(inputs[T, B], targets[T, B])`` of word indices; targets of -100 are ignored.
-    A subclass defines :meth:`logits` and the optimizer, and has ``vocab_size`` among its hyperparameters.
+    Subclasses define :meth:`logits` and the optimizer, and save ``vocab_size`` as a hyperparameter.
 
     Args:
-        vocab_size: number of words V; the datamodule must have as many.
+        vocab_size: vocabulary size V; must match the datamodule.
         rate: dropout rate in [0, 1).
-        counts: further whole numbers of at least 1, by name.
+        counts: further integers to validate, each at least 1, by name.
 
     Raises:
-        ValueError: for a value outside what is allowed, and at set-up for a datamodule of another vocabulary.
+        ValueError: if an argument is out of range, and in ``setup`` if the datamodule's vocabulary size differs.
     """
 
     def __init__(self, vocab_size: int, rate: float, **counts: int) -> None:
@@ -62,42 +62,42 @@ class LanguageModel(LightningModule):
         self.test_nll = NllPerToken()
 
     def setup(self, stage: str) -> None:
-        """Refuse a datamodule whose vocabulary is not the model's."""
+        """Check that the datamodule's vocabulary size matches the model's."""
         expected = self.hparams["vocab_size"]
         found = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None)
         if found is not None and found != expected:
             raise ValueError(f"the model has vocab_size={expected}, but the data has {found} words")
 
     def logits(self, inputs: Tensor, stage: str) -> Tensor:
-        """Logits ``[T, B, V]`` of the words after ``inputs[T, B]``; ``stage`` is train, val or test."""
+        """Logits ``[T, B, V]`` of the words that follow ``inputs[T, B]``; ``stage`` is train, val or test."""
         raise NotImplementedError
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss to differentiate; what is logged as ``train/loss`` is nats per token."""
+        """Return the loss to minimize; ``train/loss`` is logged in nats per token."""
         nll, tokens = self.score(batch, "train")
         self.log("train/loss", nll.detach() / tokens)
         return self.objective(nll, tokens, batch[1].size(1))
 
     def objective(self, nll: Tensor, tokens: Tensor, streams: int) -> Tensor:
-        """What is differentiated: the mean over the tokens, unless a model says otherwise.
+        """The loss to minimize: the mean over the tokens, unless a subclass overrides it.
 
         Args:
-            nll: the sum over the batch, in nats.
-            tokens: number of its targets, padding left out.
-            streams: number of texts read side by side, B.
+            nll: negative log-likelihood summed over the batch, in nats.
+            tokens: number of targets, excluding padding.
+            streams: number of parallel streams of text, B.
         """
         return nll / tokens
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count towards ``val/loss`` (nats per token) and ``val/ppl``."""
+        """Accumulate ``val/loss`` (nats per token) and ``val/ppl``."""
         self.score(batch, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count towards ``test/loss`` (nats per token) and ``test/ppl``."""
+        """Accumulate ``test/loss`` (nats per token) and ``test/ppl``."""
         self.score(batch, "test")
 
     def score(self, batch: tuple[Tensor, Tensor], stage: str) -> tuple[Tensor, Tensor]:
-        """Run the batch and count it towards the stage's score; return the summed nll (nats) and its tokens."""
+        """Run the batch and accumulate the stage's score; return the summed nll (nats) and the number of tokens."""
         inputs, targets = batch
         logits = self.logits(inputs, stage)
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -106,11 +106,11 @@ class LanguageModel(LightningModule):
         return nll, tokens
 
     def start(self, stage: str) -> None:
-        """Begin the stage's text anew."""
+        """Start reading the stage's text from its beginning."""
         getattr(self, f"{stage}_nll").reset()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start the text anew; on_train_epoch_start will not do, a resume within an epoch calls it too."""
+        """Restart the text at the first batch; on_train_epoch_start also runs when a run resumes mid-epoch."""
         if batch_idx == 0:
             self.start("train")
 
@@ -123,7 +123,7 @@ class LanguageModel(LightningModule):
         self.start("test")
 
     def on_train_epoch_end(self) -> None:
-        """Log ``train/ppl``, with dropout on and the parameters moving, as is customary."""
+        """Log ``train/ppl``, measured as usual with dropout on and while the parameters change."""
         self.log("train/ppl", self.train_nll.compute().exp())
 
     def on_validation_epoch_end(self) -> None:
@@ -140,20 +140,20 @@ class LanguageModel(LightningModule):
         self.log(f"{stage}/ppl", nll.exp(), prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the score so far, for a resume within an epoch."""
+        """Save the score so far, for resuming mid-epoch."""
         if self.train_nll.tokens > 0:
             checkpoint["train_nll"] = (self.train_nll.nll.cpu(), self.train_nll.tokens.cpu())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the score that was saved, if any; a checkpoint without one loads as well."""
+        """Restore the saved score, if the checkpoint has one."""
         if "train_nll" in checkpoint:
             self.train_nll.reset()
-            # The score may not be where the model is about to be.
+            # The score may not be on the device that the model will be moved to.
             there = self.train_nll.nll.device
             self.train_nll.update(*(part.to(there) for part in checkpoint["train_nll"]))
 
     @property
     def fused(self) -> bool:
-        """Whether the optimizer may be the fused one."""
-        # Under mixed precision Lightning refuses to clip for a fused optimizer, which unscales by itself.
+        """Whether a fused optimizer can be used."""
+        # Under mixed precision Lightning does not clip gradients for fused optimizers, which unscale them themselves.
         return "mixed" not in str(self.trainer.precision)

@@ -17,29 +17,29 @@ class LSTMLanguageModel(LanguageModel):
 
     Architecture, initialisation, loss and schedule are those of Zaremba, Sutskever and Vinyals 2014,
     *Recurrent Neural Network Regularization* (arXiv 1409.2329), section 4.1. Batches are time-major pairs
-    ``(inputs[T, B], targets[T, B])``; targets of -100 are ignored. The text is read by truncated
-    back-propagation through time: the hidden state goes on from batch to batch, detached, and starts from
-    zero with each epoch; training, validation and test each carry their own.
+    ``(inputs[T, B], targets[T, B])``; targets of -100 are ignored. Training uses truncated back-propagation
+    through time: the detached hidden state carries over from batch to batch and is reset to zero at the start
+    of each epoch. Training, validation and test have separate states.
 
-    Gradient clipping belongs to the Trainer (``gradient_clip_val``; 5 or 10 in the paper).
+    Gradient clipping is left to the Trainer (``gradient_clip_val``; 5 or 10 in the paper).
 
     Args:
-        vocab_size: number of words V; the datamodule must have as many.
+        vocab_size: vocabulary size V; must match the datamodule.
         hidden_size: width H of the embedding and of every LSTM layer.
         num_layers: number of LSTM layers.
         rate: dropout rate in [0, 1) of the non-recurrent connections: the input of each LSTM layer and the
             input of the decoder.
-        init_range: all parameters start uniform in +/- this.
-        tie_weights: let embedding and decoder share one matrix (Press and Wolf 2017; not in Zaremba).
+        init_range: all parameters are initialised uniformly in +/- this value.
+        tie_weights: whether embedding and decoder share one matrix (Press and Wolf 2017; not in Zaremba).
         lr: learning rate of SGD.
         full_lr_epochs: number of epochs at ``lr``.
-        lr_decay: after them the learning rate is divided by this, once per epoch.
-        loss: what is differentiated: ``"sum_steps"``, the mean over the batch and the *sum* over the T steps
-            (Zaremba; what lr 1 and clip 5 refer to), or ``"mean"``, the mean over all tokens. What is logged
-            as ``train/loss`` is nats per token in either case.
+        lr_decay: factor by which the learning rate is divided in every later epoch.
+        loss: the loss to minimize: ``"sum_steps"``, the mean over the batch and the *sum* over the T steps
+            (Zaremba; lr 1 and clip 5 refer to it), or ``"mean"``, the mean over all tokens. ``train/loss`` is
+            logged in nats per token either way.
 
     Raises:
-        ValueError: for a value outside what is allowed, and at set-up for a datamodule of another vocabulary.
+        ValueError: if an argument is out of range, and in ``setup`` if the datamodule's vocabulary size differs.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class LSTMLanguageModel(LanguageModel):
         self.save_hyperparameters()
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.embedding_dropout = nn.Dropout(rate)
-        # One layer has no connection between layers, and nn.LSTM warns of a rate that does nothing.
+        # A single layer has no connections between layers, and nn.LSTM warns of a rate without effect.
         self.lstm = nn.LSTM(hidden_size, hidden_size, num_layers, dropout=rate if num_layers > 1 else 0.0)
         self.decoder_dropout = nn.Dropout(rate)
         self.decoder = nn.Linear(hidden_size, vocab_size)
@@ -89,7 +89,7 @@ class LSTMLanguageModel(LanguageModel):
         return self.decoder(self.decoder_dropout(hidden)), state
 
     def objective(self, nll: Tensor, tokens: Tensor, streams: int) -> Tensor:
-        """The loss to differentiate; see ``loss`` above."""
+        """The loss to minimize; see ``loss`` above."""
         return nll / streams if self.hparams["loss"] == "sum_steps" else nll / tokens
 
     def logits(self, inputs: Tensor, stage: str) -> Tensor:
@@ -99,25 +99,25 @@ class LSTMLanguageModel(LanguageModel):
         return logits
 
     def _state(self, stage: str, batch_size: int) -> State | None:
-        """The state that the stage has reached; None, to start anew, if the batch size has changed."""
+        """The stage's current state; None, for a fresh start, if the batch size has changed."""
         state = self._carried.get(stage)
         if state is None or state[0].size(1) != batch_size:
             return None
         return state[0].to(self.device), state[1].to(self.device)
 
     def start(self, stage: str) -> None:
-        """Begin the stage's text anew, from a state of zero."""
+        """Reset the stage's state to zero."""
         self._carried.pop(stage, None)
         super().start(stage)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the training state of the text as well, for a resume within an epoch."""
+        """Save the hidden state of training as well, for resuming mid-epoch."""
         super().on_save_checkpoint(checkpoint)
         if "train" in self._carried:
             checkpoint["carried_state"] = tuple(part.cpu() for part in self._carried["train"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the state that was saved, if any; a checkpoint without one loads as well."""
+        """Restore the saved hidden state, if the checkpoint has one."""
         super().on_load_checkpoint(checkpoint)
         if "carried_state" in checkpoint:
             self._carried["train"] = tuple(checkpoint["carried_state"])

@@ -11,29 +11,29 @@ from torch.optim import SGD, Optimizer
 
 from approxdrop_lightning.application.models.classifier import Classifier, OptimizerFactory
 
-# The optimizer sees every weight, dropped or not, so it is the first thing that dropout cannot shrink;
-# the fused step is the cheapest that torch has.
+# The optimizer updates every weight, dropped or not, so dropout cannot make its step cheaper; the fused one is the
+# cheapest that PyTorch offers.
 DEFAULT_OPTIMIZER: OptimizerFactory = partial(SGD, lr=0.01, momentum=0.9, fused=True)
 
 
 class MLPClassifier(Classifier):
-    """Linear, ReLU, dropout for each hidden layer, then one linear layer to the classes.
+    """Linear, ReLU and dropout for each hidden layer, followed by a linear output layer.
 
-    The paper's network is such a "four-layer MLP" (Song et al. 2019, section 4: input, two hidden layers,
-    output) on MNIST, with dropout on each hidden activation.
+    The paper trains such a "four-layer MLP" on MNIST (Song et al. 2019, section 4: input, two hidden layers,
+    output), with dropout on each hidden activation.
 
     Args:
-        in_features: number of values of one input, e.g. 784 for a 28 x 28 image.
+        in_features: number of values per input, e.g. 784 for a 28 x 28 image.
         hidden: width of each hidden layer, first to last.
         num_classes: number of outputs.
-        rate: dropout rate in [0, 1), one for all hidden layers or one for each.
-        optimizer: makes the optimizer from the parameters, e.g. ``functools.partial(torch.optim.Adam)``;
+        rate: dropout rate in [0, 1), one for all hidden layers or one per layer.
+        optimizer: creates the optimizer from the parameters, e.g. ``functools.partial(torch.optim.Adam)``;
             default SGD with learning rate 0.01 and momentum 0.9.
-        schedule: ``"constant"``, or ``"cosine"``: the learning rate falls to zero along half a cosine wave.
+        schedule: ``"constant"``, or ``"cosine"`` to decay the learning rate to zero along half a cosine wave.
 
     Raises:
-        ValueError: if a rate lies outside [0, 1), the rates are not as many as the hidden layers, or there is no
-            such schedule.
+        ValueError: if a rate lies outside [0, 1), the number of rates is not that of the hidden layers, or the
+            schedule is unknown.
 
     Example:
         >>> model = MLPClassifier(hidden=(256, 128), rate=[0.2, 0.5])
@@ -52,7 +52,7 @@ class MLPClassifier(Classifier):
         if schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be 'constant' or 'cosine', got {schedule!r}")
         rates = _rate_per_layer(rate, len(hidden))
-        # A function is no value that a checkpoint should hold: it could not be loaded with weights_only.
+        # Checkpoints that contain a function could not be loaded with weights_only.
         self.save_hyperparameters(ignore=["optimizer"])
         layers: list[nn.Module] = [nn.Flatten()]
         for width, layer_rate in zip(hidden, rates, strict=True):
@@ -65,7 +65,7 @@ class MLPClassifier(Classifier):
         return self.net(images)
 
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
-        """Whatever ``optimizer`` makes of the parameters, and the schedule."""
+        """The optimizer that ``optimizer`` creates, and the learning-rate schedule."""
         optimizer = self._make_optimizer(self.parameters())
         if self.hparams["schedule"] == "constant":
             return optimizer
@@ -75,7 +75,7 @@ class MLPClassifier(Classifier):
 
 
 def _rate_per_layer(rate: float | Sequence[float], layers: int) -> list[float]:
-    if isinstance(rate, str):  # a sequence, too
+    if isinstance(rate, str):  # a str is a sequence as well
         raise ValueError(f"rate={rate} is neither a number in [0, 1) nor a list of them")
     rates = list(rate) if isinstance(rate, Sequence) else [rate] * layers
     if len(rates) != layers:

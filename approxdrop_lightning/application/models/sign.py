@@ -1,4 +1,4 @@
-"""SIGN, a graph network whose neighbourhoods are averaged beforehand: an MLP with a tower for each hop."""
+"""SIGN, a graph network on precomputed neighbourhood averages: an MLP with one tower per hop."""
 
 import torch
 from torch import Tensor, nn
@@ -10,24 +10,25 @@ DEFAULT_OPTIMIZER = adam(lr=0.001)
 
 
 class SIGNClassifier(Classifier):
-    """A tower for the features of each hop; what they make is put side by side and classified.
+    """One tower per hop; their outputs are concatenated and classified by a head.
 
-    Frasca et al. 2020, *SIGN: Scalable Inception Graph Neural Networks* (arXiv 2004.11198), as it is commonly
-    trained: every tower is linear, PReLU, dropout, linear, and so is the head, behind a PReLU and a dropout of the
-    towers' concatenated outputs. All PReLUs have one weight. Training needs no graph, so batches are large.
+    Frasca et al. 2020, *SIGN: Scalable Inception Graph Neural Networks* (arXiv 2004.11198), in the commonly trained
+    form: each tower is linear, PReLU, dropout, linear. The concatenated outputs pass through PReLU and dropout into
+    a head of the same form. Every PReLU has a single weight. Training does not need the graph, so batches can be
+    large.
 
     Batches are pairs ``(hops[B, num_hops + 1, in_features], labels[B])``; hop 0 is the node itself.
 
     Args:
-        in_features: features of a node.
-        num_hops: hops K; there are K + 1 towers.
-        hidden_size: width of every hidden layer and of what each tower makes.
+        in_features: number of features per node.
+        num_hops: number of hops K; there are K + 1 towers.
+        hidden_size: width of every hidden layer and of each tower's output.
         num_classes: number of outputs.
         rate: dropout rate in [0, 1).
-        optimizer: makes the optimizer from the parameters; default Adam with learning rate 0.001.
+        optimizer: creates the optimizer from the parameters; default Adam with learning rate 0.001.
 
     Raises:
-        ValueError: for a value outside what is allowed, and for a batch of another number of hops.
+        ValueError: if an argument is out of range, or a batch has a different number of hops.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class SIGNClassifier(Classifier):
         super().__init__(optimizer or DEFAULT_OPTIMIZER)
         check_counts(in_features=in_features, num_hops=num_hops, num_classes=num_classes, hidden_size=hidden_size)
         check_rate(rate)
-        # A function is no value that a checkpoint should hold: it could not be loaded with weights_only.
+        # Checkpoints that contain a function could not be loaded with weights_only.
         self.save_hyperparameters(ignore=["optimizer"])
         self.towers = nn.ModuleList(
             nn.Sequential(
@@ -63,7 +64,7 @@ class SIGNClassifier(Classifier):
         )
 
     def forward(self, hops: Tensor) -> Tensor:
-        """Logits ``[B, num_classes]`` of ``hops[B, num_hops + 1, in_features]``."""
+        """Logits ``[B, num_classes]`` for ``hops[B, num_hops + 1, in_features]``."""
         if hops.size(1) != len(self.towers):
             raise ValueError(f"the model has num_hops={len(self.towers) - 1}, the batch has {hops.size(1) - 1}")
         made = [tower(hop) for tower, hop in zip(self.towers, hops.unbind(1), strict=True)]

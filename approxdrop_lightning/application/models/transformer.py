@@ -1,4 +1,4 @@
-"""A small causal transformer language model of stock layers, with conventional dropout."""
+"""A small causal transformer language model built from stock layers, with conventional dropout."""
 
 import math
 
@@ -10,36 +10,35 @@ from approxdrop_lightning.application.models.language_model import LanguageModel
 
 
 class TransformerLanguageModel(LanguageModel):
-    """Word and position embeddings, pre-norm encoder layers of PyTorch under a causal mask, linear decoder.
+    """Word and position embeddings, PyTorch's pre-norm encoder layers with a causal mask, and a linear decoder.
 
-    Dropout stands where Vaswani et al. 2017 and GPT-2 have it (the sum of the embeddings, the output of each
-    attention, the output of each feed-forward block), where ``nn.TransformerEncoderLayer`` adds one (after the
-    activation), and at the decoder's input, as in Zaremba et al. 2014. Initialisation is that of GPT-2: normal
-    of deviation .02, divided by the square root of the number of residual sums for the layers that end in one.
+    Dropout is applied where Vaswani et al. 2017 and GPT-2 apply it (to the sum of the embeddings and to the output
+    of each attention and feed-forward block), where ``nn.TransformerEncoderLayer`` adds one (after the activation),
+    and at the decoder's input, as in Zaremba et al. 2014. Initialisation follows GPT-2: normal with standard
+    deviation .02, divided by the square root of the number of residual sums in layers that end in one.
 
-    Batches are time-major pairs ``(inputs[T, B], targets[T, B])``; targets of -100 are ignored. Each batch is
-    read from nothing: unlike the LSTM's state, its context ends with the batch, so words at its beginning are
-    predicted from little.
+    Batches are time-major pairs ``(inputs[T, B], targets[T, B])``; targets of -100 are ignored. Unlike the LSTM,
+    the model carries no state from batch to batch, so the first words of a batch are predicted from little context.
 
     Args:
-        vocab_size: number of words V; the datamodule must have as many.
+        vocab_size: vocabulary size V; must match the datamodule.
         hidden_size: width H of the embeddings and of every layer.
         num_layers: number of layers.
-        num_heads: attention heads of a layer; ``hidden_size`` is a multiple of it.
-        feedforward_size: width of the feed-forward blocks; None: four times ``hidden_size``.
-        context: longest batch T.
-        rate: dropout rate in [0, 1) of all places above.
-        attention_rate: dropout rate in [0, 1) of the attention weights. They are no units: nothing of it can be
-            skipped, and on a CPU the fused attention does not have it.
-        tie_weights: let embedding and decoder share one matrix (Press and Wolf 2017).
-        lr: learning rate of AdamW after the warm-up; it then falls to nothing along a cosine, until the end of
-            the training that the Trainer was given.
-        weight_decay: of the matrices; biases, norms and embeddings of positions have none.
-        warmup_steps: steps in which the learning rate rises from nothing.
+        num_heads: attention heads per layer; must divide ``hidden_size``.
+        feedforward_size: width of the feed-forward blocks; None means four times ``hidden_size``.
+        context: maximum length T of a batch.
+        rate: dropout rate in [0, 1) in all places above.
+        attention_rate: dropout rate in [0, 1) of the attention weights. These are not units, so nothing is skipped,
+            and PyTorch's fused CPU attention does not support it.
+        tie_weights: whether embedding and decoder share one matrix (Press and Wolf 2017).
+        lr: peak learning rate of AdamW, reached after the warm-up; it then decays to zero along a cosine until the
+            end of the Trainer's schedule.
+        weight_decay: weight decay of the matrices; biases, norms and position embeddings have none.
+        warmup_steps: number of steps over which the learning rate rises from zero.
 
     Raises:
-        ValueError: for a value outside what is allowed, for a batch longer than ``context``, and at set-up for a
-            datamodule of another vocabulary.
+        ValueError: if an argument is out of range, if a batch is longer than ``context``, and in ``setup`` if the
+            datamodule's vocabulary size differs.
     """
 
     mask: Tensor
@@ -129,7 +128,7 @@ class TransformerLanguageModel(LanguageModel):
         return self(inputs)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, a linear warm-up, a cosine to the end of the training."""
+        """AdamW with linear warm-up and cosine decay."""
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
@@ -148,8 +147,8 @@ class TransformerLanguageModel(LanguageModel):
         warmup = self.hparams["warmup_steps"]
         if step < max(1, warmup):
             return (step + 1) / max(1, warmup)
-        # Not before: while optimizers are made it would set the loader up, which then forgets where a resumed run
-        # had stopped.
+        # Not in configure_optimizers: there it would set the loader up too early, which would lose the position
+        # of a resumed run.
         total = self.trainer.estimated_stepping_batches
         progress = (step - warmup) / max(1.0, total - warmup)
         return (1 + math.cos(math.pi * min(1.0, progress))) / 2
