@@ -146,7 +146,7 @@ def test_wrong_compiled_products_are_not_timed(monkeypatch):
 
 def test_ops():
     patterns = ["--pattern", "row", "tile", "dropconnect"]
-    rows = main(["ops", "--hidden", "64", "--batch", "16", *SMALL, "--steps", "3", *patterns])
+    rows = main(["ops", "--hidden", "64", "--batch", "16", *SMALL, *patterns])
     assert {
         "linear 64x64, batch 16, in and out",
         "linear 64x64, batch 16, weight",

@@ -1,1 +1,1 @@
-"""Whole training steps, side by side: ``python -m approxdrop_lightning.benchmark --help``."""
+"""Benchmark of whole training steps: ``python -m approxdrop_lightning.benchmark --help``."""

@@ -1,4 +1,4 @@
-"""Command line of the benchmark: verify, time in turn, print one table, append to a CSV."""
+"""Command line of the benchmark: verify the contenders, time them in turn, print a table, append to a CSV."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ COLUMNS = (
     "to_compiled", "to_none", "ceiling", "of_ceiling", "peak_mb",
 )  # fmt: skip
 
-#: What a workload has if nothing is said: widths of its hidden layers, samples of a batch.
+#: Defaults by workload: widths of the hidden layers, and samples per batch.
 HIDDEN = {"mlp": [2048, 2048], "lstm": [650], "transformer": [256], "sign": [512], "ctr": [1024, 512, 512]}
 BATCH = {"mlp": 128, "lstm": 20, "transformer": 20, "sign": 5000, "ctr": 4096}
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    """Run the benchmark; returns the rows of its table."""
+    """Run the benchmark and return the rows of its table."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["gpu"]:
         return gpu.main(arguments[1:])
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m approxdrop_lightning.benchmark",
         description="Whole training steps (draw, forward, loss, backward, optimizer), all contenders taking turns.",
-        epilog="`gpu` instead, with options of its own: all that a GPU can show within some minutes.",
+        epilog="`gpu` in place of a workload benchmarks a GPU within a few minutes and has its own options.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("kind", choices=(*BATCH, "ops", "all"))
@@ -83,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true",
                         help="row patterns and conventional dropout under torch.compile as well")  # fmt: skip
     parser.add_argument("--recurrent", action="store_true", help="drop the LSTM's recurrent inputs too")
-    parser.add_argument("--orders", type=int, help="as of ApproxDropout")
-    parser.add_argument("--group-rows", type=int, help="as of ApproxDropout")
-    parser.add_argument("--min-gain", type=int, help="as of ApproxDropout")
+    parser.add_argument("--orders", type=int, help="see ApproxDropout")
+    parser.add_argument("--group-rows", type=int, help="see ApproxDropout")
+    parser.add_argument("--min-gain", type=int, help="see ApproxDropout")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
     parser.add_argument("--tf32", action="store_true", help="float32 products in tf32, on a GPU")
@@ -115,13 +115,13 @@ def _workload(kind: str, options: argparse.Namespace) -> Workload:
         workload = workloads.sign(hidden[0], batch)
     else:
         workload = workloads.ctr(hidden, batch, options.batch_norm)
-    # A default device would slow every call of PyTorch down, and most those that a step has many of.
+    # Moved explicitly, since a default device would slow down every PyTorch call of a step.
     workload.batch = (workload.batch[0].to(options.device), workload.batch[1].to(options.device))
     return workload
 
 
 def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one workload and rate."""
+    """Time all contenders for one workload and rate; return their rows."""
     given = ("orders", "group_rows", "min_gain", "recurrent")
     settings = {key: value for key in given if (value := getattr(options, key)) is not None}
     torch.compiler.reset()  # networks of one class share a limit of graphs, those of the rate before as well

@@ -1,4 +1,4 @@
-"""Times and memory of steps that take turns in one process."""
+"""Time and memory measurements of steps that alternate in one process."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Step = Callable[[], None]
 def interleaved(
     steps: Mapping[str, Step], repeats: int, warmup: int = 2, consecutive: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each step, ``repeats`` times: contenders take turns, so that noise falls on all alike.
+    """Time several contenders in alternating rounds, so that noise affects all of them equally.
 
-    At its turn a contender runs once untimed, since the others have left the caches full of theirs, and then some
-    steps in a row, as in training.
+    In each round a contender runs once untimed, because the others have evicted its data from the caches, and then
+    ``consecutive`` steps in a row, as in training.
 
     Args:
-        steps: Name to what is timed.
-        repeats: Rounds that count, >= 1.
-        warmup: Rounds before them.
-        consecutive: Steps timed at each turn, >= 1.
+        steps: The functions to time, by name.
+        repeats: Number of timed rounds, >= 1.
+        warmup: Number of untimed rounds before them.
+        consecutive: Steps timed per round, >= 1.
 
     Returns:
-        Name to the seconds of a step in each round, the mean of those in a row.
+        For each name the seconds per step in each round, averaged over the consecutive steps.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(warmup + repeats):
@@ -53,7 +53,7 @@ def interleaved(
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_initialized():  # a GPU that is there may not be what is measured
+    if torch.cuda.is_initialized():  # a GPU may be present without being measured
         torch.cuda.synchronize()
 
 
@@ -64,15 +64,16 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def ratio(baseline: list[float], other: list[float]) -> float:
-    """How many times faster ``other`` is: median of the ratios of the same rounds."""
+    """Speed-up of ``other`` over ``baseline``: the median over rounds of the ratio of their times."""
     return quartiles([a / b for a, b in zip(baseline, other, strict=True)])[1]
 
 
 def peak_memory(step: Step) -> float:
-    """Peak of what a step allocates beyond what stood before it, in MB (2^20 bytes): activations and temporaries.
+    """Peak memory that a step allocates on top of what was allocated before, in MB (2^20 bytes).
 
-    Not for a first step, which makes the optimizer's state. Free its gradients before, so that they count in every
-    contender; the buffers that are kept from step to step are given back here, so that they do.
+    This covers activations, temporaries and gradients. Do not measure the first step, which allocates the optimizer's
+    state, and free the gradients beforehand, so that they count for every contender. Pooled buffers are freed here,
+    for the same reason.
     """
     gc.collect()
     free_buffers()
@@ -89,7 +90,7 @@ def peak_memory(step: Step) -> float:
 
 
 def where_time_goes(step: Step, rows: int = 14) -> str:
-    """Table of the functions in which a step spends its time, its own time first."""
+    """Profile a step: table of the operators that take most of its time, sorted by self time."""
     step()
     _synchronize()
     on_gpu = torch.cuda.is_initialized()
@@ -102,7 +103,7 @@ def where_time_goes(step: Step, rows: int = 14) -> str:
 
 
 def surroundings(device: str) -> dict[str, str]:
-    """Where and with what a figure was measured."""
+    """The hardware and software that a measurement was made with."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,

@@ -1,4 +1,4 @@
-"""Single operations, forward and backward, and the callback's own time per step."""
+"""Benchmarks of single operations, forward and backward, and of the callback's overhead per step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from approxdrop_lightning.surgery import approximate, resample
 
 
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the benchmark's table: products of one width, the recurrence, and drawing."""
+    """Rows of the benchmark's table: linear products of one width, the LSTM recurrence, and drawing patterns."""
     width, batch = (options.hidden or [2048])[0], options.batch or 128
     found = []
     for rate in options.rate:
@@ -75,7 +75,7 @@ def _linear(
 
 
 def _recurrence(options: argparse.Namespace) -> list[dict[str, Any]]:
-    hidden, steps, batch = (options.hidden or [650])[0], options.steps, 20
+    hidden, steps, batch = (options.hidden or [650])[0], options.steps or 35, 20
     vendor = nn.LSTM(hidden, hidden, device=options.device)
     x = torch.randn(steps, batch, hidden, device=options.device, requires_grad=True)
     zeros = torch.zeros(batch, hidden, device=options.device)

@@ -1,4 +1,4 @@
-"""What is trained: networks that people put dropout into, and a batch for each."""
+"""The benchmarked workloads: networks that commonly use dropout, each with a batch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ class Workload:
     """A network and one batch for it.
 
     Attributes:
-        name: For the table.
-        make: Network of a dropout rate.
-        narrow: Network that has the kept width of a rate, physically.
+        name: Name in the table.
+        make: Creates the network for a dropout rate.
+        narrow: Creates a network that is physically as narrow as what is kept at a rate.
         batch: Input and target.
-        clip: Largest norm of the gradient; None for no clipping.
-        sliced: Network of a rate, dropped out by slices, contiguous or not; None if there is none.
+        clip: Maximum gradient norm; None for no clipping.
+        sliced: Creates the network with dropout by slicing, for a rate and whether slices are contiguous; None if
+            there is no such variant.
     """
 
     name: str
@@ -43,12 +44,13 @@ class MLP(nn.Sequential):
 
 
 class SlicedMLP(MLP):
-    """Dropout by plain slicing of the weights: what can be had without this package, in two lines.
+    """Dropout by plain slicing of the weights: the two-line alternative to this package.
 
     Args:
-        widths: Of all layers.
+        widths: Widths of all layers.
         rate: Dropout rate.
-        contiguous: Whether one contiguous slice of the units is kept (SliceOut, Notin et al. 2020), else one in dp.
+        contiguous: Whether to keep one contiguous slice of the units (SliceOut, Notin et al. 2020); otherwise every
+            dp-th unit is kept.
     """
 
     def __init__(self, widths: list[int], rate: float, contiguous: bool) -> None:
@@ -73,7 +75,7 @@ class SlicedMLP(MLP):
         return F.linear(x, last.weight[:, kept], last.bias)
 
 
-class LanguageModel(nn.Module):
+class LSTMModel(nn.Module):
     """Embedding, LSTM layers and decoder, with dropout on all non-recurrent connections (Zaremba et al. 2014).
 
     Args:
@@ -95,7 +97,7 @@ class LanguageModel(nn.Module):
         return self.decoder(self.after(y)).flatten(0, 1)
 
 
-class _NarrowLanguageModel(nn.Module):
+class _NarrowLSTMModel(nn.Module):
     def __init__(self, vocabulary: int, hidden: int, layers: int, kept: int) -> None:
         super().__init__()
         self.kept = kept
@@ -111,7 +113,7 @@ class _NarrowLanguageModel(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Causal language model of pre-norm encoder layers of PyTorch; attention weights are not dropped.
+    """Causal language model of PyTorch's pre-norm encoder layers, without dropout of the attention weights.
 
     Args:
         vocabulary: Number of words.
@@ -119,7 +121,8 @@ class Transformer(nn.Module):
         layers: Number of layers.
         steps: Length of the text.
         rate: Dropout rate.
-        kept: Share of the feed-forward units, and of the decoder's inputs, that there are: the narrow twin's.
+        kept: Share of the feed-forward units and of the decoder's inputs that the network has; less than 1 in the
+            narrow twin.
     """
 
     def __init__(self, vocabulary: int, hidden: int, layers: int, steps: int, rate: float, kept: float = 1.0) -> None:
@@ -147,10 +150,10 @@ class Transformer(nn.Module):
 
 
 class SIGN(nn.Module):
-    """A tower for each hop of a graph's features, and a head that reads all of them (Frasca et al. 2020).
+    """One tower per hop of a graph's features, and a head on their concatenated outputs (Frasca et al. 2020).
 
     Args:
-        features: Features of a node.
+        features: Number of features per node.
         towers: Number of towers.
         hidden: Width of all layers.
         classes: Number of outputs.
@@ -173,13 +176,13 @@ class SIGN(nn.Module):
 
 
 class Recommender(nn.Module):
-    """Embeddings of categorical fields, side by side through an MLP with or without batch norm.
+    """Concatenated embeddings of categorical fields, followed by an MLP with optional batch norm.
 
     Args:
         fields: Number of fields.
-        values: Values of each field.
+        values: Number of values of each field.
         hidden: Widths of the hidden layers.
-        batch_norm: Whether there is one before each ReLU.
+        batch_norm: Whether to put a batch norm before each ReLU.
         rate: Dropout rate.
     """
 
@@ -197,7 +200,7 @@ class Recommender(nn.Module):
 
 
 def mlp(widths: list[int], batch: int) -> Workload:
-    """MLP classifier; ``widths`` of all layers, input and output included."""
+    """MLP classifier; ``widths`` includes input and output."""
     return Workload(
         f"MLP {'-'.join(map(str, widths))}, batch {batch}",
         lambda rate: MLP(widths, rate),
@@ -208,19 +211,19 @@ def mlp(widths: list[int], batch: int) -> Workload:
 
 
 def lstm(hidden: int, layers: int, steps: int, batch: int, vocabulary: int) -> Workload:
-    """LSTM language model; its narrow twin has narrow inputs of all layers, and the same recurrent width."""
+    """LSTM language model; its narrow twin has narrower layer inputs but the same recurrent width."""
     words = torch.randint(vocabulary, (2, steps, batch))
     return Workload(
         f"LSTM {layers}x{hidden}, T={steps}, B={batch}, vocabulary {vocabulary}",
-        lambda rate: LanguageModel(vocabulary, hidden, layers, rate),
-        lambda rate: _NarrowLanguageModel(vocabulary, hidden, layers, round(hidden * (1 - rate))),
+        lambda rate: LSTMModel(vocabulary, hidden, layers, rate),
+        lambda rate: _NarrowLSTMModel(vocabulary, hidden, layers, round(hidden * (1 - rate))),
         (words[0], words[1].flatten()),
         clip=5.0,
     )
 
 
 def transformer(hidden: int, layers: int, steps: int, batch: int, vocabulary: int) -> Workload:
-    """Transformer language model; its narrow twin has narrow feed-forward blocks and a narrow decoder."""
+    """Transformer language model; its narrow twin has narrower feed-forward blocks and a narrower decoder."""
     words = torch.randint(vocabulary, (2, steps, batch))
     return Workload(
         f"transformer {layers}x{hidden}, T={steps}, B={batch}, vocabulary {vocabulary}",
@@ -232,7 +235,7 @@ def transformer(hidden: int, layers: int, steps: int, batch: int, vocabulary: in
 
 
 def sign(hidden: int, batch: int, features: int = 128, towers: int = 4, classes: int = 40) -> Workload:
-    """Graph MLP of the hops of a node; its narrow twin is narrow in all hidden layers."""
+    """Graph MLP on the hops of a node; its narrow twin has narrower hidden layers."""
     return Workload(
         f"SIGN {towers}x({features}-{hidden}), batch {batch}",
         lambda rate: SIGN(features, towers, hidden, classes, rate),
@@ -242,7 +245,7 @@ def sign(hidden: int, batch: int, features: int = 128, towers: int = 4, classes:
 
 
 def ctr(hidden: list[int], batch: int, batch_norm: bool = False, fields: int = 24, values: int = 50_000) -> Workload:
-    """Recommender's MLP; its narrow twin is narrow in all hidden layers."""
+    """Recommender MLP; its narrow twin has narrower hidden layers."""
     return Workload(
         f"CTR {fields}x16-{'-'.join(map(str, hidden))}-2{', batch norm' if batch_norm else ''}, batch {batch}",
         lambda rate: Recommender(fields, values, hidden, batch_norm, rate),

@@ -1,8 +1,8 @@
-"""Search for the pattern distribution of a dropout rate: probabilities over ``(dp, keep)``.
+"""Search for the pattern distribution for a dropout rate: probabilities over ``(dp, keep)``.
 
-A pattern that keeps ``keep`` of ``dp`` cells drops the share ``u = (dp - keep) / dp``. The search finds probabilities
-``k`` with ``sum_i k_i u_i = rate``, so that each unit is dropped with exactly that rate (Song et al., DATE 2019,
-section 3.4), and with as much entropy as possible.
+A pattern that keeps ``keep`` of ``dp`` cells drops the share ``u = (dp - keep) / dp``. The search finds the
+probabilities ``k`` of maximum entropy with ``sum_i k_i u_i = rate``, so that each unit is dropped with exactly that
+rate (Song et al., DATE 2019, section 3.4).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 #: Defaults of the callback.
 MAX_DP, KEEP, CONCENTRATION = 10, "any", 1000.0
 
-#: Above this concentration the distribution equals its limit to float64.
+#: Above this concentration the distribution equals its limit in float64.
 _STEADIEST = 1e6
 
 
@@ -47,8 +47,8 @@ class PatternDistribution:
         r"""Find the distribution of maximum entropy whose expected dropped share is ``rate``.
 
         The optimum is :math:`k_i \propto \exp(\beta u_i - \gamma (u_i - p)^2)` with the dropped shares
-        :math:`u_i`, the rate :math:`p`, the concentration :math:`\gamma`, and :math:`\beta` found by a
-        root search so that the rate is met.
+        :math:`u_i`, the rate :math:`p`, the concentration :math:`\gamma`, and :math:`\beta` chosen by
+        bisection to meet the rate.
 
         Args:
             rate: Share of units dropped in expectation, in [0, 1).
@@ -56,12 +56,12 @@ class PatternDistribution:
             method: ``"maxent"``, the closed form; ``"sgd"``, the paper's search (section 3.3): softmax
                 parameters descend on ``lambda1 (sum k u - p)^2 + lambda2 sum k log k``.
             keep: ``"one"``: patterns keep 1 of ``dp`` cells, as in the paper. ``"any"``: they may keep several, so
-                that every rate has patterns close to it, and low rates need no steps that drop nothing.
+                that there are patterns close to every rate, and low rates do not need steps that drop nothing.
             concentration: gamma, >= 0. 0 is the paper's optimum; ``inf`` puts all mass on the two dropped shares that
                 bracket the rate.
 
         Raises:
-            ValueError: An argument is outside of its range, or no ``dp <= max_dp`` drops enough.
+            ValueError: An argument is out of range, or no ``dp <= max_dp`` drops enough.
         """
         _check(rate, max_dp, method, keep, concentration)
         support = _support(max_dp, keep)
@@ -117,7 +117,7 @@ def _check(rate: float, max_dp: int, method: str, keep: str, concentration: floa
     if isinstance(concentration, bool) or not isinstance(concentration, (int, float)) or not concentration >= 0:
         raise ValueError(f"concentration must be a number >= 0, got {concentration!r}")
     if rate > (max_dp - 1) / max_dp:
-        # 1 - 1/dp >= rate; the ceiling is taken with a tolerance since 1 / (1 - 0.9) is 10.000000000000002.
+        # 1 - 1/dp >= rate; the ceiling needs a tolerance because 1 / (1 - 0.9) is 10.000000000000002.
         serves = max(2, math.ceil(1 / (1 - rate) - 1e-9))
         raise ValueError(
             f"dropout rate {rate} needs patterns that drop more than max_dp={max_dp} allows "
@@ -128,7 +128,7 @@ def _check(rate: float, max_dp: int, method: str, keep: str, concentration: floa
 def _support(max_dp: int, keep: str) -> tuple[tuple[int, int], ...]:
     if keep == "one":
         return tuple((dp, 1) for dp in range(1, max_dp + 1))
-    # Of pairs with equal shares, the one of the smallest period.
+    # Among pairs with equal shares, keep the one with the smallest period.
     return tuple(
         (dp, m)
         for dp in range(1, max_dp + 1)
@@ -187,7 +187,7 @@ def _sgd(shares: Sequence[float], rate: float, gamma: float, steps: int = 4_000)
         k = logits.softmax(0)
         return abs(float(k @ u) - rate), abs(float(torch.special.entr(k).sum()) - target_entropy)
 
-    # The rate's weight rises in stages (lambda1 / lambda2): a large one from the start would overshoot and
+    # The rate's weight (lambda1 / lambda2) rises in stages: a large one from the start would overshoot and
     # saturate the softmax, a small one at the end would miss the rate.
     for rate_weight in (1e1, 1e2, 1e3, 1e4, 1e5):
         # The rate term's curvature in the logits is at most 2 lambda1 / 16.

@@ -1,4 +1,4 @@
-"""Prints pattern distributions, and draws patterns: ``python -m approxdrop_lightning.distribution 0.5``."""
+"""Command line that prints and plots pattern distributions: ``python -m approxdrop_lightning.distribution 0.5``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution
 from approxdrop_lightning.text_table import text_table
 
-_BAR = 40  # characters of a probability of 1
+_BAR = 40  # characters for a probability of 1
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print one distribution pattern by pattern, or several as one line each."""
+    """Print one distribution pattern by pattern, or several with one line each."""
     parser = _parser()
     asked = parser.parse_args(arguments)
     settings = list(itertools.product(asked.rate, asked.keep, asked.max_dp, asked.concentration))
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _plot(parser: argparse.ArgumentParser, found: PatternDistribution, rate: float, path: Path) -> None:
-    """Draw the most probable pattern."""
+    """Plot the most probable pattern."""
     from approxdrop_lightning.distribution.picture import draw
 
     dp, keep = found.support[max(range(len(found.support)), key=found.probabilities.__getitem__)]

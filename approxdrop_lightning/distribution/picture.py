@@ -1,4 +1,4 @@
-"""The idea in a picture: which weights a batch reads, drawn from the patterns themselves."""
+"""Illustration of the method: which weights a batch reads, computed from actual patterns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from approxdrop_lightning.patterns.row import RowPattern
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROWS, UNITS, BLOCK = 8, 24, 2  # of the batch, of each layer; of them together
+ROWS, UNITS, BLOCK = 8, 24, 2  # rows of the batch, units of each layer, units per block
 SKIPPED, BOTH = "#ececec", "#5d4a8a"
 GROUPS = (
     *("#1f77b4", "#ff9e2c", "#2ca02c", "#d62728", "#17becf"),
@@ -25,14 +25,14 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Arrangement:
-    """One way to drop: who keeps what, and what is read and multiplied for it.
+    """One kind of dropout: which units are kept, and which weights are read for them.
 
     Attributes:
-        title: Its name.
-        note: What it costs and brings.
-        kept: Group that keeps each input of each row of the batch, counted from 1; 0: dropped. ``[ROWS, UNITS]``.
-        read: Group that reads each weight, counted from 1; 0: nobody, -1: several. ``[UNITS, UNITS]``.
-        multiplies: Share of the multiplies of a dense layer that are carried out.
+        title: Name of the kind.
+        note: Its costs and benefits.
+        kept: Group that keeps each input of each row of the batch, counted from 1; 0 if dropped. ``[ROWS, UNITS]``.
+        read: Group that reads each weight, counted from 1; 0 if none does, -1 if several do. ``[UNITS, UNITS]``.
+        multiplies: Multiplies performed, as a share of those of a dense layer.
     """
 
     title: str
@@ -43,12 +43,12 @@ class Arrangement:
 
 
 def arrangements(dp: int, keep: int, seed: int = 0) -> list[Arrangement]:
-    """Conventional dropout, a pattern that the batch shares, and an interleaved one, each on both sides of a weight.
+    """Conventional dropout, a shared pattern and an interleaved one, each on both sides of a weight.
 
     Args:
         dp: Period of the patterns.
-        keep: Cells kept of ``dp``.
-        seed: Of orders, offsets and conventional masks.
+        keep: Number of cells kept of ``dp``.
+        seed: Seed of orders, offsets and conventional masks.
     """
     generator = torch.Generator().manual_seed(seed)
     rate = 1 - keep / dp
@@ -84,17 +84,17 @@ def _of_patterns(title: str, note: str, inputs: RowPattern, outputs: RowPattern)
 
 
 def draw(rate: float, dp: int, keep: int, path: Path) -> None:
-    """Draw :func:`arrangements` into a file.
+    """Plot :func:`arrangements` to a file.
 
     Args:
         rate: The dropout rate, for the title.
-        dp: Period of the patterns; the most probable one of the rate, for example.
-        keep: Cells kept of ``dp``.
-        path: PNG, SVG or PDF, by its ending.
+        dp: Period of the patterns, for example the most probable one for the rate.
+        keep: Number of cells kept of ``dp``.
+        path: PNG, SVG or PDF file; the suffix selects the format.
 
     Raises:
-        ValueError: There is no such kind of file.
-        ModuleNotFoundError: Without matplotlib, which the extra ``train`` brings.
+        ValueError: The file format is not supported.
+        ModuleNotFoundError: Matplotlib is not installed; the extra ``train`` includes it.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -122,7 +122,7 @@ def draw(rate: float, dp: int, keep: int, path: Path) -> None:
 
 
 def _cells(axis: Axes, groups: Tensor) -> None:
-    """One square for each entry, in the colour of its group."""
+    """Draw each entry as a square in the colour of its group."""
     from matplotlib.colors import ListedColormap
 
     colours: Sequence[str] = (BOTH, SKIPPED, *GROUPS)
