@@ -1,1 +1,1 @@
-"""The operations behind :mod:`approxdrop_lightning.functional`: a folder for each, with definition and backends."""
+"""The operations behind :mod:`approxdrop_lightning.functional`: one folder per operation, with its backends."""

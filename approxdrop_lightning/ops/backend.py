@@ -1,4 +1,4 @@
-"""Names of the backends, and which one ``"auto"`` stands for."""
+"""Names of the backends, and the choice behind ``"auto"``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BACKENDS = ("auto", "reference", "compact", "triton")
 
 
 def check_backend(backend: str) -> str:
-    """Return ``backend``.
+    """Return ``backend`` if it is known.
 
     Raises:
-        ValueError: There is no backend of that name.
+        ValueError: The backend is unknown.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
@@ -27,9 +27,9 @@ def check_backend(backend: str) -> str:
 def choose_backend(backend: str, tiles_of: Tensor | None = None) -> str:
     """Resolve ``"auto"`` and check that the backend can be imported.
 
-    ``"auto"`` is ``"compact"``, except for tiles of 16-bit types on CUDA, where it is ``"triton"``: for rows, vendor
-    products over gathered operands beat the Triton kernels in all cases but one (docs/gpu_model.md). Under transforms
-    of ``torch.func`` and in forward mode every backend is ``"reference"``.
+    ``"auto"`` resolves to ``"compact"``, except for tile patterns with 16-bit types on CUDA, where it resolves to
+    ``"triton"``. For row patterns, vendor products of gathered operands beat the Triton kernels in all cases but one
+    (docs/gpu_model.md). Under ``torch.func`` transforms and forward-mode AD every backend becomes ``"reference"``.
 
     Args:
         backend: ``"auto"``, ``"reference"``, ``"compact"`` or ``"triton"``.
@@ -39,7 +39,7 @@ def choose_backend(backend: str, tiles_of: Tensor | None = None) -> str:
         ``"reference"``, ``"compact"`` or ``"triton"``.
 
     Raises:
-        ImportError: ``"triton"`` is asked for and not installed.
+        ImportError: ``"triton"`` was requested but is not installed.
         ValueError: The backend is unknown.
     """
     if check_backend(backend) != "reference" and is_transformed():

@@ -1,7 +1,7 @@
-"""Derivatives of what is computed past autograd: of any order, and under the transforms of ``torch.func``.
+"""Higher-order derivatives, and derivatives under ``torch.func``, of the custom autograd functions.
 
-The backward passes of this package compute with kept values and cannot be differentiated. Where somebody asks for
-more than a gradient they give way to the derivative of the masked form, which consists of PyTorch's own functions.
+The backward passes of this package work on kept values only and are not differentiable. Wherever more than a gradient
+is requested, the derivative of the masked form, which consists of native PyTorch functions, takes their place.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
-#: For what is drawn by a generator of one's own: transforms would take it for random numbers of theirs.
+#: For draws from a private generator, which transforms would otherwise treat as random functions of their own.
 outside_of_transforms = temporarily_clear_interpreter_stack
-# Asked several times in each step of each layer.
+# Bound once, since every layer calls them several times per step.
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def is_transformed() -> bool:
-    """Whether code runs under a transform of ``torch.func`` or with forward-mode derivatives."""
+    """Whether the code runs under a ``torch.func`` transform or forward-mode AD."""
     return _innermost_transform() is not None or forward_ad._current_level >= 0
 
 
 def batch_of_transforms() -> tuple[tuple[int, ...], Callable[[Tensor], Tensor]]:
-    """Samples over which ``torch.vmap(..., randomness="different")`` maps what runs now, level by level.
+    """Batch sizes of the active ``torch.vmap(..., randomness="different")`` levels.
 
     Returns:
-        Their numbers, of the outer level first; and what makes of a tensor that has these as its first dimensions one
-        whose samples go to those of each level.
+        The batch sizes, outermost level first; and a function that takes a tensor with these sizes as its leading
+        dimensions and maps each of them to its level.
     """
     functorch = torch._C._functorch
     found = []
@@ -50,7 +50,7 @@ def batch_of_transforms() -> tuple[tuple[int, ...], Callable[[Tensor], Tensor]]:
 
 
 def must_be_differentiable(grad: Tensor) -> bool:
-    """Whether a backward pass, which asks this, must itself be differentiable, or is for a batch of gradients."""
+    """Whether the calling backward pass must itself be differentiable, or receives a batch of gradients."""
     return torch.is_grad_enabled() or _innermost_transform() is not None or _is_batched(grad)
 
 
@@ -60,23 +60,23 @@ def vjp(
     wanted: Sequence[bool],
     grads: Tensor | Sequence[Tensor | None] | None,
 ) -> list[Tensor | None]:
-    """Gradients of the inputs of a function, within a backward pass.
+    """Compute the vector-Jacobian product of a function within a backward pass.
 
     Args:
-        function: Takes the inputs; returns a tensor or several.
-        inputs: Its arguments; no history of theirs is followed.
-        wanted: For each of them, whether its gradient is.
-        grads: Gradients of what it returns, one for each; None where there is none.
+        function: Maps the inputs to one tensor or several.
+        inputs: Arguments of the function, treated as leaves.
+        wanted: For each input, whether its gradient is needed.
+        grads: Gradient of each output, or None.
 
     Returns:
-        As many as inputs, None for one that is not wanted. They are differentiable if the backward pass is to be.
+        One gradient per input, None where it is not needed. Differentiable if the backward pass has to be.
     """
     twice = torch.is_grad_enabled()
 
     def alone(x: Tensor | None, want: bool) -> Tensor | None:
         if x is None or not x.is_floating_point():
             return x
-        # A name of its own for each: what else leads from one of them to another is not the function's.
+        # A separate view of each input: dependencies among the inputs are not part of the function.
         return x.view_as(x) if twice and x.requires_grad else x.detach().requires_grad_(want)
 
     with torch.enable_grad():

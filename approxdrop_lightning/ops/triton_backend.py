@@ -1,4 +1,4 @@
-"""The Triton backend: which function computes."""
+"""The Triton backend: checks the operands and dispatches to the implementations."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from approxdrop_lightning.patterns.row import RowPattern
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
-    """Values that the pattern keeps of a dense ``[*leading, n]``: flat, group after group."""
+    """See :meth:`.RowLinearBackend.pack`."""
     check_operands("pack", x)
     return packed.pack(x, pattern)
 
 
 def unpack(values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
-    """Dense ``[*leading, n]`` with zeros where the pattern drops; inverse of :func:`pack`."""
+    """See :meth:`.RowLinearBackend.unpack`."""
     check_operands("unpack", values)
     return packed.unpack(values, pattern, leading_shape)
 
@@ -32,10 +32,10 @@ def row_linear(
     scale: float = 1.0,
     activation: str = "identity",
 ) -> Tensor:
-    """``act(scale * product)`` over kept units only. Shapes as in :mod:`.compact`.
+    """See :meth:`.RowLinearBackend.row_linear`.
 
     Raises:
-        ValueError: The type or the device is not one that the kernels are for.
+        ValueError: The kernels do not support the type or the device.
     """
     check_operands("row_linear", x, weight)
     return packed.row_linear(x, weight, bias, in_pattern, out_pattern, leading_shape, scale, activation)

@@ -1,4 +1,4 @@
-"""LSTM recurrence over ready-made gate inputs: :mod:`.reference` defines it, the backends beside it compute it."""
+"""LSTM recurrence over precomputed gate inputs: defined by :mod:`.reference`, computed by the backends next to it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from approxdrop_lightning.ops.lstm import compact, reference
 def sequence(
     gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the recurrence by the fastest backend for these tensors.
+    """Run the recurrence with the fastest backend for these tensors.
 
     Args:
-        gates: ``[T, B, 4 * H]``: input product and biases, in the order i, f, g, o.
+        gates: ``[T, B, 4 * H]``: input product plus biases, in the order i, f, g, o.
         h0: ``[B, H]``.
         c0: ``[B, H]``.
         weight: ``[4 * H, K]``.
@@ -35,5 +35,5 @@ def sequence(
 
 
 def _has_kernels(gates: Tensor) -> bool:
-    """Whether there are Triton kernels for these gates."""
+    """Whether the Triton kernels support these gates."""
     return gates.is_cuda and gates.dtype != torch.float64 and has_triton()

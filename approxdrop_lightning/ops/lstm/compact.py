@@ -1,7 +1,7 @@
 """The compact backend: the whole recurrence is one autograd function with a hand-written backward.
 
-In float32 on the CPU all steps run in one compiled function (``recurrence.c``); elsewhere each step is a few calls of
-PyTorch.
+In float32 on the CPU, all steps run in one compiled function (``recurrence.c``); otherwise each step takes a few
+PyTorch calls.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.ops.native.product import Submatrix, multiply
 
-#: Columns of the widest panel that compiled code packs (``COLUMNS`` of ``tile.h``).
-_PANEL = 32
+#: Columns of the widest panel that compiled code packs (``COLUMNS`` in ``tile.h``).
+_PANEL_COLUMNS = 32
 
 
 def _native(gates: Tensor, weight: Tensor) -> ctypes.CDLL | None:
-    """The compiled kernels if they can compute with these tensors, else None."""
+    """The compiled kernels if they support these tensors, otherwise None."""
     return library() if gates.is_cpu and gates.dtype == torch.float32 and gates.numel() and weight.numel() else None
 
 
 def _packed_weight(gates: int, n: int, depth: int, like: Tensor) -> Tensor:
-    """Memory for a weight packed in panels: ``n`` columns of ``depth`` for each gate, the last panel padded."""
-    return buffer((gates * (n + _PANEL) * depth + _PANEL,), like)
+    """Memory for a weight packed in panels: ``n`` columns of ``depth`` per gate, with the last panel padded."""
+    return buffer((gates * (n + _PANEL_COLUMNS) * depth + _PANEL_COLUMNS,), like)
 
 
 def _forward_step(gates: Tensor, c: Tensor, acts: Tensor, c_next: Tensor, h_next: Tensor) -> None:
-    """One step from the gates before their nonlinearity; writes ``acts``, ``c_next`` and ``h_next``."""
+    """Forward step from the pre-activation gates; writes ``acts``, ``c_next`` and ``h_next``."""
     hidden = c.shape[1]
     torch.sigmoid(gates, out=acts)
     i, f, g, o = acts.chunk(4, dim=-1)
@@ -43,7 +43,7 @@ def _forward_step(gates: Tensor, c: Tensor, acts: Tensor, c_next: Tensor, h_next
 
 
 def _backward_step(acts: Tensor, c: Tensor, c_next: Tensor, dh: Tensor, dc: Tensor, dgates: Tensor) -> None:
-    """One step backwards: writes ``dgates``, and replaces ``dc`` by the gradient of ``c``."""
+    """Backward step; writes ``dgates``, and replaces ``dc`` by the gradient of ``c``."""
     tanh_c = c_next.tanh()
     i, f, g, o = acts.chunk(4, dim=-1)
     di, df, dg, do = dgates.chunk(4, dim=-1)
@@ -117,5 +117,5 @@ class _LSTMSequence(torch.autograd.Function):
 def sequence(
     gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(h, h_T, c_T)``. Shapes as in :func:`approxdrop_lightning.ops.lstm.sequence`."""
+    """See :func:`approxdrop_lightning.ops.lstm.sequence`."""
     return _LSTMSequence.apply(gates, h0, c0, weight, kept)

@@ -38,17 +38,17 @@ class _FlatWeights(torch.autograd.Function):
 
 
 def flat_weights(kept: Tensor | None, weight_ih: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Copy the weights of an LSTM layer, and only the kept columns of ``weight_ih``, into one contiguous buffer.
+    """Copy the weights of an LSTM layer, but only the kept columns of ``weight_ih``, into one contiguous buffer.
 
-    This is cuDNN's layout of a layer's weights (input before recurrent, matrices before biases), which it uses in
-    place. Weights in any other layout it gathers at each call, with a warning.
+    cuDNN uses weights in this layout (input before recurrent, matrices before biases) in place. It gathers weights in
+    any other layout on each call, with a warning.
 
     Args:
         kept: Columns of ``weight_ih`` to keep, int64, or None for all.
         weight_ih: ``[4 * H, n_in]``; its gradient is dense.
-        *others: ``weight_hh``, and the biases of input and recurrence if there are any.
+        *others: ``weight_hh``, and the input and recurrent biases if there are any.
 
     Returns:
-        Views of the buffer, one for each argument.
+        Views of the buffer, one per argument.
     """
     return _FlatWeights.apply(kept, weight_ih, *others)

@@ -1,6 +1,6 @@
-"""The LSTM recurrence with Triton kernels as operators of PyTorch: the whole sequence is one, and so is its backward.
+"""The LSTM recurrence with Triton kernels as two PyTorch operators: the whole sequence, and its backward.
 
-Nothing waits for the device and shapes depend on those of the inputs only, so both can be captured in a CUDA graph.
+They do not synchronize, and output shapes depend on input shapes only, so both can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from approxdrop_lightning.ops.custom_op import custom_op
+from approxdrop_lightning.ops.custom_op import Shape, custom_op
 from approxdrop_lightning.ops.lstm.triton_lstm import backward_launch, forward_launch
 from approxdrop_lightning.ops.triton.common import check_operands
 
@@ -21,7 +21,7 @@ from approxdrop_lightning.ops.triton.common import check_operands
 def _sequence(
     gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``h, h_T, c_T``; and for the backward activations, cell states and what the recurrent products read."""
+    """``h, h_T, c_T``; and for the backward the activations, cell states and recurrent inputs."""
     h, _, _, acts, c, inputs = _results(gates, h0, c0, weight, kept)
     slots = _slots(kept, h0)
     c[0] = c0
@@ -35,7 +35,9 @@ def _sequence(
 
 
 @_sequence.register_fake
-def _results(gates, h0, c0, weight, kept):
+def _results(
+    gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     steps, batch, hidden = gates.shape[0], gates.shape[1], gates.shape[2] // 4
     new = gates.new_empty
     return (
@@ -54,7 +56,7 @@ def _sequence_backward(
     zeros = c.new_zeros(c.shape[1:])
     dh = zeros.expand_as(c[1:]) if dh is None else _rows(dh)
     dc = (zeros if dc_last is None else dc_last).to(torch.float32, copy=True)
-    # The gradient that comes in for the last output is of all units, those between the steps of the kept ones.
+    # The incoming gradient of the last output covers all units, those between steps only the kept ones.
     dh_kept, slots = (zeros if dh_last is None else dh_last.contiguous()), None
     recurrent, recurrent_slots = c.new_empty(c.shape[1], weight.shape[1]), _slots(kept, zeros)
     steps = reversed(list(zip(*(t.unbind(0) for t in (acts, c, c[1:], dh, dgates)), strict=False)))
@@ -67,12 +69,15 @@ def _sequence_backward(
 
 
 @_sequence_backward.register_fake
-def _(dh, dh_last, dc_last, acts, c, weight, kept):
+def _(
+    dh: Tensor | None, dh_last: Tensor | None, dc_last: Tensor | None, acts: Tensor, c: Tensor, weight: Tensor,
+    kept: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return acts.new_empty(acts.shape), c.new_empty(c.shape[1:]), c.new_empty(c.shape[1:])
 
 
 def _slots(kept: Tensor | None, state: Tensor) -> Tensor | None:
-    """Where each unit of a state lies among the kept ones, -1 if it does not; None if all are kept."""
+    """Position of each unit of a state among the kept ones, -1 if it is dropped; None if all are kept."""
     if kept is None:
         return None
     slots = torch.full((state.shape[1],), -1, dtype=torch.int32, device=state.device)
@@ -80,7 +85,7 @@ def _slots(kept: Tensor | None, state: Tensor) -> Tensor | None:
 
 
 def _rows(steps: Tensor) -> Tensor:
-    """The tensor itself if its innermost rows can be read in order, else a copy."""
+    """The tensor itself if its innermost dimension has unit stride, otherwise a copy."""
     return steps if steps.stride(-1) == 1 else steps.contiguous()
 
 
@@ -92,7 +97,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(
-    ctx: Any, dh: Tensor | None, dh_last: Tensor | None, dc_last: Tensor | None, *_
+    ctx: Any, dh: Tensor | None, dh_last: Tensor | None, dc_last: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     acts, c, inputs, weight, kept = ctx.saved_tensors
     dgates, dh0, dc0 = _sequence_backward(dh, dh_last, dc_last, acts, c, weight, kept)
@@ -107,31 +112,27 @@ _sequence.register_autocast()
 
 
 @register_flop_formula(torch.ops.approxdrop.lstm_sequence)
-def _sequence_flops(gates_shape, h0_shape, c0_shape, weight_shape, *args, **kwargs) -> int:
+def _sequence_flops(
+    gates_shape: Shape, h0_shape: Shape, c0_shape: Shape, weight_shape: Shape, *_: Any, **__: Any
+) -> int:
     return 2 * math.prod(gates_shape[:2]) * math.prod(weight_shape)
 
 
 @register_flop_formula(torch.ops.approxdrop.lstm_sequence_backward)
 def _backward_flops(
-    dh_shape, dh_last_shape, dc_last_shape, acts_shape, c_shape, weight_shape, *args, **kwargs
-) -> int:
+    dh_shape: Shape | None, dh_last_shape: Shape | None, dc_last_shape: Shape | None, acts_shape: Shape,
+    c_shape: Shape, weight_shape: Shape, *_: Any, **__: Any,
+) -> int:  # fmt: skip
     return 2 * math.prod(acts_shape[:2]) * math.prod(weight_shape)
 
 
 def sequence(
     gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(h, h_T, c_T)``, as :func:`.lstm.sequence`.
-
-    Args:
-        gates: ``[T, B, 4 * H]``, float32, float16 or bfloat16.
-        h0: ``[B, H]``.
-        c0: ``[B, H]``.
-        weight: ``[4 * H, K]``.
-        kept: The ``K`` recurrent inputs that it reads, int64, or None for all.
+    """See :func:`approxdrop_lightning.ops.lstm.sequence`.
 
     Raises:
-        ValueError: The type or the device is not one that the kernels are for.
+        ValueError: The kernels do not support the type (float32, float16, bfloat16) or the device.
     """
     check_operands("lstm_sequence", gates, h0, c0, weight)
     return _sequence(gates, h0, c0, weight, kept)[:3]

@@ -1,4 +1,4 @@
-"""The definition of the LSTM recurrence, differentiated by autograd, and the oracle of its tests."""
+"""The definition of the LSTM recurrence, differentiated by autograd and used as the test oracle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def sequence(
     gates: Tensor, h0: Tensor, c0: Tensor, weight: Tensor, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(h, h_T, c_T)``. Shapes as in :func:`approxdrop_lightning.ops.lstm.sequence`."""
+    """See :func:`approxdrop_lightning.ops.lstm.sequence`."""
     h, c, outputs = h0, c0, []
     for gates_t in gates:
         read = h if kept is None else h.index_select(1, kept)

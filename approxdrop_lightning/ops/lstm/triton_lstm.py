@@ -1,7 +1,7 @@
-"""The pointwise part of an LSTM step as Triton kernels, forward and backward; the products are the vendor's.
+"""Triton kernels for the pointwise part of an LSTM step, forward and backward; products use the vendor's library.
 
-A step is one product and one launch. What the step after multiplies, the kept units of ``h``, is written by the same
-launch, and their gradient is read by the one that goes backward: ``slots`` tells where a unit lies among them.
+A step is one product and one launch. The forward launch also writes the kept units of ``h``, which the next step
+multiplies, and the backward launch reads their gradient; ``slots`` gives the position of each unit among them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 from approxdrop_lightning.ops.triton.common import Specimen, specimens_of
 from approxdrop_lightning.ops.triton.launch import Launch
 
-_BLOCK = 256  # of few rows and some hundred units each: small blocks, so that they reach many processors
+_BLOCK = 256  # small blocks, since a few rows of some hundred units have to occupy many SMs
 _OPTIONS = {"num_warps": 2, "num_stages": 3}
 
 
 @triton.jit
 def _tanh(x):
-    # Its error is one rounding of 1, also near 0. ``libdevice`` has a better one, which the interpreter lacks.
+    # The absolute error is one rounding of 1, even near 0. libdevice's tanh is better but missing in the interpreter.
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
@@ -31,7 +31,7 @@ def _load(pointer, live):
 
 @triton.jit
 def _slot(slots, unit, live):
-    """Where units lie among the kept ones; below 0 where they do not."""
+    """Position of units among the kept ones; negative if dropped."""
     if slots is None:
         slot = unit
     else:
@@ -41,7 +41,7 @@ def _slot(slots, unit, live):
 
 @triton.jit
 def forward_step(gates, acts, c, c_next, h, kept, slots, H, K, gates_stride, BLOCK: tl.constexpr):
-    """Activations, cell state and output, from inputs of the gates and their recurrent part, which ``acts`` holds."""
+    """Activations, cell state and output, from the gates' input part and their recurrent part, passed in ``acts``."""
     row = tl.program_id(0)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = unit < H
@@ -64,9 +64,9 @@ def forward_step(gates, acts, c, c_next, h, kept, slots, H, K, gates_stride, BLO
 
 @triton.jit
 def backward_step(acts, c, c_next, dh, dh_kept, slots, dc, dgates, H, K, dh_stride, BLOCK: tl.constexpr):
-    """Gradients of the gates' inputs; ``dc`` becomes that of the step before.
+    """Gradients of the pre-activation gates; ``dc`` becomes that of the previous step.
 
-    That of ``h`` is the sum of ``dh``, from the output, and ``dh_kept``, from the step after.
+    The gradient of ``h`` is the sum of ``dh``, from the output, and ``dh_kept``, from the next step.
     """
     row = tl.program_id(0)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -90,16 +90,16 @@ def backward_step(acts, c, c_next, dh, dh_kept, slots, dc, dgates, H, K, dh_stri
 def forward_launch(
     gates: Tensor, acts: Tensor, c: Tensor, c_next: Tensor, h: Tensor, kept: Tensor, slots: Tensor | None
 ) -> Launch:
-    """One step forward.
+    """Launch of a forward step.
 
     Args:
-        gates: ``[B, 4 * H]``, input part; rows may lie apart.
-        acts: ``[B, 4 * H]``, recurrent part; becomes ``i, f, g, o``.
+        gates: ``[B, 4 * H]``, input part; rows may be strided.
+        acts: ``[B, 4 * H]``, recurrent part; overwritten by ``i, f, g, o``.
         c: ``[B, H]``.
         c_next: ``[B, H]``, written.
         h: ``[B, H]``, written.
         kept: ``[B, K]``, written: the kept units of ``h``.
-        slots: ``[H]``, int32: column of ``kept`` that a unit goes to, or below 0; None if all are kept.
+        slots: ``[H]``, int32: column of each unit in ``kept``, negative if dropped; None if all are kept.
     """
     hidden = c.shape[1]
     return Launch(
@@ -118,16 +118,16 @@ def backward_launch(
     acts: Tensor, c: Tensor, c_next: Tensor, dh: Tensor, dh_kept: Tensor, slots: Tensor | None, dc: Tensor,
     dgates: Tensor,
 ) -> Launch:  # fmt: skip
-    """One step backward.
+    """Launch of a backward step.
 
     Args:
         acts: ``[B, 4 * H]``: ``i, f, g, o``.
         c: ``[B, H]``, cell state before the step.
-        c_next: ``[B, H]``, after it.
-        dh: ``[B, H]``, gradient of the output; rows may lie apart.
-        dh_kept: ``[B, K]``, gradient of the kept units, from the step after.
-        slots: As in :func:`forward_launch`.
-        dc: ``[B, H]``, float32, gradient of ``c_next``; becomes that of ``c``.
+        c_next: ``[B, H]``, cell state after the step.
+        dh: ``[B, H]``, gradient of the output; rows may be strided.
+        dh_kept: ``[B, K]``, gradient of the kept units, from the next step.
+        slots: See :func:`forward_launch`.
+        dc: ``[B, H]``, float32, gradient of ``c_next``; overwritten by that of ``c``.
         dgates: ``[B, 4 * H]``, written.
     """
     return Launch(
@@ -143,7 +143,7 @@ def backward_launch(
 
 
 def specimens() -> list[Specimen]:
-    """What is compiled ahead of time: a step each way, with and without a recurrent pattern."""
+    """Specimens for ahead-of-time compilation: forward and backward, with and without a recurrent pattern."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         wide, state, kept = (torch.empty(20, n, dtype=dtype, device="meta") for n in (6400, 1600, 800))

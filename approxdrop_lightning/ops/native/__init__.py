@@ -1,1 +1,1 @@
-"""C kernels for the CPU: their loader, and the buffers, copies and products built on them."""
+"""C kernels for the CPU: the loader, and the buffers, copies and products built on top."""

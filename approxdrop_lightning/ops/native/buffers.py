@@ -1,4 +1,4 @@
-"""Pool of large CPU buffers that are reused from step to step."""
+"""Pool of large CPU buffers, reused from step to step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Smaller buffers are allocated by PyTorch, which is cheaper than a look-up.
+#: Smaller buffers are allocated by PyTorch, which is cheaper than a lookup.
 _KEEP_FROM_BYTES = 1 << 21
-#: A buffer is freed if this many requests did not use it.
+#: A buffer is freed after this many requests that did not use it.
 _IDLE_REQUESTS = 1000
 
 
@@ -38,16 +38,16 @@ _pool = _Pool()
 
 
 def buffer(shape: tuple[int, ...], like: Tensor, exact: bool = False) -> Tensor:
-    """Uninitialised memory, reused if possible.
+    """Return uninitialised memory, reused if possible.
 
-    On the CPU fresh memory costs a page fault per 4 KB at each step, which for a gradient is more than skipping
-    saves. So large buffers are pooled and handed out again once nothing else refers to their storage. On other
-    devices PyTorch's allocator does that already.
+    On the CPU, fresh memory costs a page fault per 4 KB at each step, which for a gradient exceeds what skipping
+    saves. Large buffers are therefore pooled, and reused once nothing else refers to their storage. On other devices
+    PyTorch's allocator already does this.
 
     Args:
         shape: Shape of the tensor.
-        like: Tensor of the same device and type.
-        exact: Whether the size is the same at each step, as that of a gradient; other sizes are rounded up.
+        like: Tensor with the desired device and type.
+        exact: Whether the size is the same at each step, as for a gradient; otherwise it is rounded up.
 
     Returns:
         Contiguous tensor.
@@ -55,7 +55,7 @@ def buffer(shape: tuple[int, ...], like: Tensor, exact: bool = False) -> Tensor:
     size = like.element_size() * math.prod(shape)
     if size < _KEEP_FROM_BYTES or not like.is_cpu:
         return like.new_empty(shape)
-    if not exact:  # to few sizes, by an eighth at most: the number of kept units varies from step to step
+    if not exact:  # round to a few sizes, by an eighth at most: the number of kept units varies from step to step
         step = 1 << (size.bit_length() - 4)
         size = -(-size // step) * step
     _pool.requests += 1
@@ -72,5 +72,5 @@ def buffer(shape: tuple[int, ...], like: Tensor, exact: bool = False) -> Tensor:
 
 
 def free_buffers() -> None:
-    """Free the pooled memory that is not in use."""
+    """Free all pooled memory that is not in use."""
     _pool.storages.clear()

@@ -1,4 +1,4 @@
-"""Gathers and scatters of submatrices: selected rows and columns of a matrix."""
+"""Gather and scatter of submatrices, given by selected rows and columns of a matrix."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.patterns.units import Units, UnitsStruct
 
-#: Bytes above which a result will have left the caches before it is read, as a gradient read by the optimizer.
+#: Size in bytes above which a result, such as a gradient, has left the caches before it is read.
 _LARGE = 1 << 20
 
 
 def is_large(matrix: Tensor) -> bool:
-    """Whether a matrix written now will have left the caches before it is read."""
+    """Whether a matrix is so large that it leaves the caches before it is read."""
     return matrix.nbytes > _LARGE
 
 
@@ -25,7 +25,7 @@ def take(matrix: Tensor, rows: Units, columns: Units, out: Tensor | None = None)
         matrix: ``[n, m]``.
         rows: Rows to take.
         columns: Columns to take.
-        out: Contiguous ``[rows.count, columns.count]`` to write to; None for a new one.
+        out: Contiguous ``[rows.count, columns.count]`` to write to; None to allocate.
 
     Returns:
         ``out``.
@@ -49,20 +49,20 @@ def take(matrix: Tensor, rows: Units, columns: Units, out: Tensor | None = None)
 
 
 def sliced(matrix: Tensor, rows: Units, columns: Units) -> Tensor:
-    """``matrix``, sliced to the rows and to the columns that form a slice each."""
+    """View of ``matrix``, restricted to ``rows`` if they form a slice, and likewise to ``columns``."""
     whole = slice(None)
     return matrix[rows.slice or whole, columns.slice or whole]
 
 
 def put(matrix: Tensor, rows: Units, columns: Units, values: Tensor, clear: bool) -> None:
-    """``matrix[rows][:, columns] = values``, in place.
+    """Write ``matrix[rows][:, columns] = values`` in place.
 
     Args:
         matrix: Contiguous ``[n, m]``.
         rows: Rows to write.
         columns: Columns to write.
         values: ``[rows.count, columns.count]``.
-        clear: Whether to zero the other columns of these rows.
+        clear: Whether to zero all other columns of these rows.
     """
     if rows.count == 0 or matrix.numel() == 0:
         return
@@ -87,7 +87,7 @@ def put(matrix: Tensor, rows: Units, columns: Units, values: Tensor, clear: bool
 
 
 def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
-    """``matrix[rows][:, columns] = 0``, in place, for a contiguous matrix."""
+    """Write ``matrix[rows][:, columns] = 0`` in place; the matrix must be contiguous."""
     if rows.count == 0 or columns.count == 0:
         return
     native = library()
@@ -108,7 +108,7 @@ def zero(matrix: Tensor, rows: Units, columns: Units) -> None:
 
 
 def _places(to: Tensor, source: Tensor, stride: int, rows: Units, columns: Units) -> tuple[int | UnitsStruct, ...]:
-    """The arguments that the compiled copies share."""
+    """The arguments that all compiled copies have in common."""
     item, width = to.element_size(), to.shape[1]
     return (
         to.data_ptr(), width * item, source.data_ptr(), stride * item, rows.struct, columns.struct,

@@ -1,8 +1,8 @@
-"""Loads the C sources beside it, compiled once with the compiler of the machine; without one, PyTorch serves.
+"""Compiles the C sources in this folder on first use and loads them; without a compiler, PyTorch is used instead.
 
-``APPROXDROP_NATIVE=0`` turns it off. The library is kept in the user's cache folder, under a name that stands for the
-source, the compiler, the processor, and the content: a file that was damaged is compiled anew. Without such a folder,
-or the right to write to it, one for temporary files serves.
+``APPROXDROP_NATIVE=0`` disables the compiled code. The library is stored in the user's cache folder, under a name
+derived from the source, the compiler, the processor and the library's content, so that damaged files are recompiled.
+If that folder is missing or read-only, a folder for temporary files takes its place.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from approxdrop_lightning.patterns.units import UnitsStruct
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("copies.c", "product.c", "recurrence.c", "one_pass.c")]
 _HEADERS = [Path(__file__).with_name(name) for name in ("kernels.h", "tile.h")]
-# Not -ffast-math: linking with it would change the rounding of tiny numbers for the whole process.
+# No -ffast-math: linking with it would flush denormals to zero in the whole process.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=gnu11")
 _LONGEST_COMPILATION = 120.0  # seconds
-_PARTIAL = "partial-"  # how the names of files begin that are being written
+_PARTIAL = "partial-"  # prefix of files that are still being written
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
@@ -46,18 +46,18 @@ _SIGNATURES = {
     "lstm_forward": [*[_POINTER] * 7, *[_SIZE] * 4, _INT],
     "lstm_backward": [*[_POINTER] * 9, *[_SIZE] * 4, _INT],
 }
-#: Functions that return whether memory was lacking.
+#: Functions that return nonzero if they ran out of memory.
 _ALLOCATING = tuple(name for name in _SIGNATURES if name.startswith(("products", "one_pass", "lstm")))
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there is no compiler, or it is turned off. Never raises."""
+    """The compiled kernels; None if there is no compiler or compiled code is disabled. Never raises."""
     if os.environ.get("APPROXDROP_NATIVE", "1") == "0":
         return None
     try:
         return _obtain()
-    except Exception as error:  # a training goes on without them, whatever is wrong with the machine
+    except Exception as error:  # training must go on without them, whatever is wrong with the machine
         logging.getLogger(__name__).warning(
             "the kernels of approxdrop_lightning were not compiled; without them skipping may take longer than "
             "it saves: %s",
@@ -72,11 +72,11 @@ def _check_memory(lacking: int, function: Any, arguments: Any) -> None:
 
 
 class _CompilerError(Exception):
-    """The compiler is not there or does not run; another folder would not help."""
+    """The compiler is missing or does not run, so trying another folder would not help."""
 
 
 def _obtain() -> ctypes.CDLL:
-    """The library from the user's cache, or from a folder for temporary files where that cannot be used."""
+    """The library from the user's cache folder, or from a temporary folder if that is unusable."""
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None:
         raise _CompilerError("no C compiler was found")
@@ -86,31 +86,31 @@ def _obtain() -> ctypes.CDLL:
         for folder in (_cache_folder, _temporary_folder, lambda: _private_folder(stack)):
             try:
                 return _from(folder(), key, compiler)
-            except (OSError, RuntimeError) as error:  # the latter: Path.home() of a user that has none
+            except (OSError, RuntimeError) as error:  # RuntimeError: Path.home() of a user without one
                 reasons.append(str(error))
     raise OSError("; ".join(dict.fromkeys(reasons)))
 
 
 def _key(compiler: str) -> str:
-    """What a compiled library depends on."""
+    """Digest of everything that a compiled library depends on."""
     texts = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
     texts += [text.encode() for text in (repr(_FLAGS), compiler, _processor())]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
 
 def _from(folder: Path, key: str, compiler: str) -> ctypes.CDLL:
-    """The library of a folder, compiled into it if it is not there whole.
+    """Load the library from a folder, compiling it first if there is no intact copy.
 
-    The name has the digest of the content. A file that was cut short must not be loaded: its missing pages end the
-    process (SIGBUS) when they are called.
+    The file name contains a digest of the content. A truncated file must never be loaded, since access to its missing
+    pages kills the process (SIGBUS).
 
     Raises:
-        OSError: The library cannot be written to the folder, or not loaded from it.
+        OSError: The library cannot be written to the folder or loaded from it.
         _CompilerError: The compiler does not run.
     """
     for path in sorted(folder.glob(f"kernels-{key}-*.so")):
         whole = False
-        with contextlib.suppress(OSError):  # no right to read it, or somebody else removed it
+        with contextlib.suppress(OSError):  # unreadable, or removed by another process
             whole = path.name == _name(key, path.read_bytes())
             if not whole:
                 path.unlink()
@@ -122,10 +122,10 @@ def _from(folder: Path, key: str, compiler: str) -> ctypes.CDLL:
     try:
         _remove_stale(folder)
         _run(compiler, partial)
-        # Readable by whoever may enter the folder: a cache may be shared, and mkstemp is for its user alone.
+        # Caches may be shared, but mkstemp creates files that only the current user can read.
         os.chmod(partial, 0o644)
         path = folder / _name(key, Path(partial).read_bytes())
-        os.replace(partial, path)  # at once, so that no other process sees half of it
+        os.replace(partial, path)  # atomic, so that no other process sees a partial file
     finally:
         Path(partial).unlink(missing_ok=True)
     return _load(path)
@@ -136,7 +136,7 @@ def _name(key: str, content: bytes) -> str:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what compilations have left that were killed."""
+    """Remove the leftovers of killed compilations."""
     for path in folder.glob(f"{_PARTIAL}*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _LONGEST_COMPILATION * 2:
@@ -155,11 +155,11 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _run(compiler: str, out: str) -> None:
-    """Compile with threads if the compiler has them.
+    """Compile, with OpenMP if the compiler supports it.
 
     Raises:
-        OSError: It fails, be it for want of space.
-        _CompilerError: It does not run, or takes too long.
+        OSError: The compilation fails, for example for lack of disk space.
+        _CompilerError: The compiler does not run, or takes too long.
     """
     for threads in (["-fopenmp"], []):
         command = [compiler, *_FLAGS, *threads, *map(str, _SOURCES), "-o", out, "-lm"]
@@ -169,12 +169,12 @@ def _run(compiler: str, out: str) -> None:
             raise _CompilerError(f"{compiler} does not run: {error}") from error
         if done.returncode == 0:
             return
-    message = done.stderr.decode(errors="replace").strip()  # in whatever encoding the compiler's language has
+    message = done.stderr.decode(errors="replace").strip()  # in the encoding of the compiler's locale
     raise OSError(f"{' '.join(command)} failed: {message[-500:]}")
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on, so that a cache on a shared disk serves each kind of machine its own."""
+    """Processor features that ``-march=native`` depends on, so that different machines can share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -188,10 +188,10 @@ def _cache_folder() -> Path:
 
 
 def _temporary_folder() -> Path:
-    """A folder of this user below that for temporary files.
+    """This user's subfolder of the system's temporary folder.
 
     Raises:
-        OSError: Somebody else has made it, or may write to it: what lies there must not be run.
+        OSError: The folder belongs to, or is writable by, another user, so its content must not be executed.
     """
     user = os.getuid()
     folder = Path(tempfile.gettempdir()) / f"approxdrop_lightning-{user}"
@@ -203,7 +203,7 @@ def _temporary_folder() -> Path:
 
 
 def _private_folder(stack: contextlib.ExitStack) -> Path:
-    """A folder of this process, which is gone as soon as the library is loaded."""
+    """A folder private to this process, deleted as soon as the library is loaded."""
     return Path(
         stack.enter_context(tempfile.TemporaryDirectory(prefix="approxdrop_lightning-", ignore_cleanup_errors=True))
     )

@@ -1,4 +1,4 @@
-"""Products of submatrices, read and written in place: the primitive that the compact backend is built on."""
+"""Products of submatrices, read and written in place: the building block of the compact backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from approxdrop_lightning.ops.native.copies import is_large, put, sliced, take
 from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.patterns.units import Units, UnitsStruct
 
-_WRITE, _ADD, _PAST_CACHES = range(3)  # modes of a product, as in product.c
+_WRITE, _ADD, _PAST_CACHES = range(3)  # modes of a product; must match product.c
 
 
 class SubmatrixStruct(ctypes.Structure):
@@ -41,18 +41,18 @@ class ProductStruct(ctypes.Structure):
 
 
 class Submatrix:
-    """``matrix[rows][:, columns]``, not copied.
+    """``matrix[rows][:, columns]`` without a copy.
 
-    The matrix may lie anywhere in a larger tensor. A view of it is made only where PyTorch's own functions need one:
-    that would take longer than everything else here.
+    The matrix may be located anywhere in a larger tensor. A view of it is only created for PyTorch's own functions,
+    because that takes longer than everything else here.
 
     Args:
-        tensor: Tensor that the matrix lies in.
+        tensor: Tensor that contains the matrix.
         rows: Selected rows of the matrix.
         columns: Selected columns of the matrix.
-        shape: Shape of the matrix; by default that of the tensor.
-        strides: Strides of the matrix; by default those of the tensor.
-        offset: Index of the matrix's first entry, counted from that of the tensor.
+        shape: Shape of the matrix; defaults to that of the tensor.
+        strides: Strides of the matrix; defaults to those of the tensor.
+        offset: Offset of the matrix's first entry from that of the tensor.
     """
 
     __slots__ = ("columns", "offset", "rows", "shape", "strides", "tensor")
@@ -71,24 +71,24 @@ class Submatrix:
 
     @staticmethod
     def whole(tensor: Tensor, shape: tuple[int, int] | None = None, offset: int = 0) -> Submatrix:
-        """All of a matrix; with ``shape`` that of a row-major one at an offset in a contiguous tensor."""
+        """A complete matrix: the tensor, or with ``shape`` a row-major one at an offset in a contiguous tensor."""
         n, m = shape or tensor.shape
         return Submatrix(tensor, Units.every(n), Units.every(m), shape, shape and (m, 1), offset)
 
     @property
     def t(self) -> Submatrix:
-        """Transposed."""
+        """The transpose."""
         return Submatrix(self.tensor, self.columns, self.rows, self.shape[::-1], self.strides[::-1], self.offset)
 
     def narrow(self, columns: slice) -> Submatrix:
-        """A range of the columns of a submatrix that has all columns of its matrix."""
+        """A range of the columns; the submatrix must include all columns of its matrix."""
         start, stop, _ = columns.indices(self.shape[1])
         shape = (self.shape[0], stop - start)
         return Submatrix(self.tensor, self.rows, Units.every(shape[1]), shape, self.strides, self.offset + start)
 
     @property
     def matrix(self) -> Tensor:
-        """The matrix that rows and columns are selected from."""
+        """View of the matrix from which rows and columns are selected."""
         return self.tensor.as_strided(self.shape, self.strides, self.tensor.storage_offset() + self.offset)
 
     @property
@@ -98,12 +98,12 @@ class Submatrix:
 
     @property
     def struct(self) -> SubmatrixStruct:
-        """The submatrix as compiled code reads it, for float32."""
+        """The submatrix in the form that compiled code reads; float32 only."""
         address = self.tensor.data_ptr() + 4 * self.offset
         return SubmatrixStruct(address, *self.strides, self.rows.struct, self.columns.struct)
 
     def contiguous(self) -> Tensor:
-        """``[rows, columns]``: a view where a matrix product can read one, else a copy."""
+        """``[rows, columns]`` as an operand of a matrix product: a view if possible, otherwise a copy."""
         if self.is_whole:
             return self.matrix
         if (
@@ -122,17 +122,17 @@ Product = tuple[Submatrix, Submatrix, Submatrix, bool]
 
 
 def multiply(products: Sequence[Product], bias: Tensor | None = None, past_caches: bool = False) -> None:
-    """``out = a @ b + bias`` in place, or ``out += a @ b + bias``, for each of several products.
+    """Compute several products ``out = a @ b + bias``, or ``out += a @ b + bias``, in place.
 
-    In float32 on the CPU one compiled function reads and writes all submatrices in place; otherwise they are copied
-    and multiplied by PyTorch.
+    In float32 on the CPU, one compiled function reads and writes all submatrices in place; otherwise PyTorch
+    multiplies copies.
 
     Args:
-        products: ``(a, b, out, add)`` with submatrices ``[M, K]``, ``[K, N]`` and ``[M, N]``; the matrices of ``out``
-            are row-major, and their other entries stay as they are. No product may read or write what another one
+        products: ``(a, b, out, add)`` with submatrices ``[M, K]``, ``[K, N]`` and ``[M, N]``. The matrix of ``out``
+            is row-major, and its other entries are not modified. No product may read or write what another one
             writes.
-        bias: One entry for each column of ``b``'s matrix, or None.
-        past_caches: Whether the results are not read again soon, as a gradient: large ones then bypass the caches.
+        bias: One entry per column of ``b``'s matrix, or None.
+        past_caches: Whether large results should bypass the caches because, like gradients, they are not read soon.
     """
     bias = None if bias is None else bias.contiguous()
     tensors = [operand.tensor for product in products for operand in product[:3]]
@@ -150,8 +150,8 @@ def multiply(products: Sequence[Product], bias: Tensor | None = None, past_cache
 
 
 def native_for(tensors: list[Tensor]) -> ctypes.CDLL | None:
-    """The compiled kernels if they can compute with these tensors, else None."""
-    # A dispatch mode (FlopCounterMode, for one) must see PyTorch's own calls.
+    """The compiled kernels if they support these tensors, otherwise None."""
+    # Dispatch modes, such as FlopCounterMode, need to see PyTorch's own calls.
     if torch._C._len_torch_dispatch_stack() or not all(t.is_cpu and t.dtype == torch.float32 for t in tensors):
         return None
     return library()

@@ -1,4 +1,4 @@
-"""Linear layer between two row patterns: :mod:`.reference` defines it, the backends beside it compute it."""
+"""Linear layer between two row patterns: defined by :mod:`.reference`, computed by the backends next to it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from approxdrop_lightning.patterns.row import RowPattern
 
 
 class RowLinearBackend(Protocol):
-    """Functions of a module that computes linear layers between row patterns, as :mod:`.reference` defines them."""
+    """Functions that a backend module provides; :mod:`.reference` defines their results."""
 
-    def pack(self, x: Tensor, pattern: RowPattern) -> Tensor: ...
+    def pack(self, x: Tensor, pattern: RowPattern) -> Tensor:
+        """Kept values of a dense ``[*leading, n]``: flat, group after group."""
+        ...
 
-    def unpack(self, values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor: ...
+    def unpack(self, values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
+        """Dense ``[*leading, n]`` with zeros where the pattern drops; inverse of :meth:`pack`."""
+        ...
 
     def row_linear(
         self,
@@ -28,17 +32,33 @@ class RowLinearBackend(Protocol):
         leading_shape: tuple[int, ...],
         scale: float = 1.0,
         activation: str = "identity",
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Kept units of ``act(scale * (x @ weight.T + bias))``.
+
+        Args:
+            x: Dense ``[*leading, n_in]``, or packed values if ``in_pattern`` is given.
+            weight: ``[n_out, n_in]``, dense; so is its gradient.
+            bias: ``[n_out]`` or None.
+            in_pattern: Pattern of the inputs; None if all are read.
+            out_pattern: Pattern of the outputs; None if all are computed.
+            leading_shape: Shape of the batch.
+            scale: Factor of product and bias.
+            activation: One of :data:`.reference.ACTIVATIONS`, applied last.
+
+        Returns:
+            Rows ``[R, n_out]``, or packed values if ``out_pattern`` is given; contiguous, possibly flat.
+        """
+        ...
 
 
 def row_backend(backend: str) -> RowLinearBackend:
-    """The module that computes.
+    """The module that implements a backend.
 
     Args:
         backend: ``"auto"``, ``"reference"``, ``"compact"`` or ``"triton"``.
 
     Raises:
-        ImportError: ``"triton"`` is asked for and not installed.
+        ImportError: ``"triton"`` was requested but is not installed.
         ValueError: The backend is unknown.
     """
     chosen = choose_backend(backend)

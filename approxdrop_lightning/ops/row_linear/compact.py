@@ -1,7 +1,7 @@
-"""The compact backend: gathers kept units and multiplies them, on any device.
+"""The compact backend: gathers the kept units and multiplies them, on any device.
 
-In float32 on the CPU compiled kernels read and write the operands in place (:mod:`approxdrop_lightning.ops.native`);
-elsewhere PyTorch gathers copies and multiplies them.
+In float32 on the CPU, compiled kernels read and write the operands in place (:mod:`approxdrop_lightning.ops.native`);
+otherwise PyTorch multiplies gathered copies.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ def _masked_row_linear(
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
-    """Kept values of a dense ``[*leading, n]``: flat, group after group."""
+    """See :meth:`.RowLinearBackend.pack`."""
     return _Pack.apply(x, pattern)
 
 
 def unpack(values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
-    """Dense ``[*leading, n]`` with zeros where the pattern drops; inverse of :func:`pack`."""
+    """See :meth:`.RowLinearBackend.unpack`."""
     return _Unpack.apply(values, pattern, leading_shape)
 
 
@@ -110,21 +110,7 @@ def row_linear(
     scale: float = 1.0,
     activation: str = "identity",
 ) -> Tensor:
-    """Products over kept units only.
-
-    Args:
-        x: Dense ``[*leading, n_in]``, or packed values if ``in_pattern`` is given.
-        weight: ``[n_out, n_in]``, dense, as is its gradient.
-        bias: ``[n_out]`` or None.
-        in_pattern: Pattern of the inputs, or None to read all.
-        out_pattern: Pattern of the outputs, or None to compute all.
-        leading_shape: Shape of the batch.
-        scale: Factor of the product and the bias.
-        activation: One of :data:`.reference.ACTIVATIONS`, applied last.
-
-    Returns:
-        Rows ``[R, n_out]``, or packed values if ``out_pattern`` is given; contiguous, possibly flat.
-    """
+    """See :meth:`.RowLinearBackend.row_linear`."""
     y = _RowLinear.apply(x, weight, bias, in_pattern, out_pattern, leading_shape)
     return reference.finish(y, scale, activation)
 
@@ -146,7 +132,7 @@ class _SelectColumns(torch.autograd.Function):
 
 
 def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:
-    """Kept columns of a weight, ``[n_out, n_kept]``; the gradient is dense."""
+    """The kept columns of a weight, ``[n_out, n_kept]``; the gradient is dense."""
     if is_transformed():
         return weight.index_select(1, pattern.units(0).on(weight.device))
     return _SelectColumns.apply(weight, pattern)

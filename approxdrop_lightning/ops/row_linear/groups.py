@@ -1,8 +1,8 @@
-"""Products of a linear layer, group by group: what each group of rows reads and writes.
+"""Products of a linear layer by groups of rows, and the layout of packed values.
 
-Packed values are flat, group after group, each group a row-major matrix ``[rows of the group, kept units of the
-group]``. Elementwise functions work on them unchanged, groups may differ in size, and the next layer reads what one
-layer packs without a copy.
+Packed values are flat, group after group, each group being a row-major matrix ``[rows of the group, kept units of the
+group]``. Elementwise functions apply to them unchanged, groups may differ in size, and the next layer reads a layer's
+packed values without a copy.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class RowGroupStruct(ctypes.Structure):
 
 
 class GroupedUnits:
-    """The inputs or the outputs of a layer: which units each group of rows keeps, and where its values lie.
+    """The inputs or outputs of a layer: the units that each group of rows keeps, and the location of its values.
 
     Args:
-        pattern: Pattern of the units; None keeps all.
+        pattern: Pattern of the units; None if all are kept.
         n: Number of units.
         rows: Rows of each group.
     """
 
     def __init__(self, pattern: RowPattern | None, n: int, rows: tuple[Units, ...]) -> None:
-        #: Pattern of the first order: its groups write the weight's gradient, those of further orders add to it.
+        #: Pattern of the first order, whose groups write the weight's gradient; those of further orders accumulate.
         self.pattern = None if pattern is None else pattern.by_order[0]
         self.n, self.rows = n, rows
-        #: Whether values are packed by group; else they are rows in their order.
+        #: Whether values are packed by group; otherwise rows keep their order.
         self.by_group = pattern is not None and pattern.n_groups > 1
         every = Units.every(n)
         self.units = [every if pattern is None else pattern.units(g % pattern.n_groups) for g in range(len(rows))]
@@ -50,11 +50,11 @@ class GroupedUnits:
         if self.by_group:
             return buffer((sum(r * u.count for r, u in zip(counts, self.units, strict=True)),), like)
         shape = (sum(counts), self.units[0].count)
-        # Others read and free dense values, as the logits of a large vocabulary: pooled, they would be held twice.
+        # Readers free dense values, such as the logits of a large vocabulary; a pool would hold them twice.
         return like.new_empty(shape) if self.pattern is None else buffer(shape, like)
 
     def submatrices(self, values: Tensor) -> list[Submatrix]:
-        """Each group's ``[rows of the group, its units]`` within the values."""
+        """The submatrix ``[rows of the group, units of the group]`` of each group within the values."""
         if not self.by_group:
             values = values.reshape(sum(r.count for r in self.rows), self.units[0].count)
             columns = Units.every(values.shape[1])
@@ -66,15 +66,15 @@ class GroupedUnits:
         return found
 
     def dropped(self, group: int) -> Units:
-        """Units that a group does not keep."""
+        """The units that a group drops."""
         assert self.pattern is not None
         return self.pattern.dropped(group)
 
     def split_by_overlap(self, group: int) -> list[tuple[slice, Units, bool]]:
-        """A group's units, split by whether earlier groups keep them as well.
+        """Split a group's units by whether an earlier group keeps them as well.
 
         Returns:
-            Up to two entries: where the units are among the group's own, which they are, and whether an earlier
+            Up to two entries: the positions of the units among the group's own, the units, and whether an earlier
             group keeps them.
         """
         if self.pattern is None or not self.overlaps or group == 0:
@@ -84,13 +84,13 @@ class GroupedUnits:
 
 
 class GroupedLinear:
-    """A linear layer by groups of rows; all rows are one group where nothing is interleaved.
+    """A linear layer computed by groups of rows; all rows form one group if no pattern is interleaved.
 
     Args:
-        in_pattern: Pattern of the inputs; None reads all.
-        out_pattern: Pattern of the outputs; None computes all.
+        in_pattern: Pattern of the inputs; None if all are read.
+        out_pattern: Pattern of the outputs; None if all are computed.
         leading_shape: Shape of the batch.
-        weight: ``[n_out, n_in]``, of which the shape is used.
+        weight: ``[n_out, n_in]``; only its shape is used.
     """
 
     def __init__(
@@ -109,25 +109,25 @@ class GroupedLinear:
         self.groups_per_order = len(rows) // (1 if grouped is None else grouped.n_orders)
 
     def weights(self, weight: Tensor) -> list[Submatrix]:
-        """The submatrix of the weight that each group multiplies, ``[its outputs, its inputs]``."""
+        """The submatrix of the weight that each group uses, ``[its outputs, its inputs]``."""
         return [Submatrix(weight, o, i) for o, i in zip(self.outputs.units, self.inputs.units, strict=True)]
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x @ weight.T + bias`` of each group."""
+        """``x @ weight.T + bias`` for each group."""
         y = self.outputs.new(x)
         operands = zip(self.inputs.submatrices(x), self.weights(weight), self.outputs.submatrices(y), strict=True)
         multiply([(x_g, w_g.t, y_g, False) for x_g, w_g, y_g in operands], bias)
         return y
 
     def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """``dy @ weight`` of each group."""
+        """``dy @ weight`` for each group."""
         dx = self.inputs.new(dy)
         operands = zip(self.outputs.submatrices(dy), self.weights(weight), self.inputs.submatrices(dx), strict=True)
         multiply([(dy_g, w_g, dx_g, False) for dy_g, w_g, dx_g in operands])
         return dx
 
     def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
-        """Dense gradient. An entry is written once, unless several groups keep it: then their products add up."""
+        """Dense gradient. Each entry is written once, except that the products of groups that share it are summed."""
         dys, xs = self.outputs.submatrices(dy), self.inputs.submatrices(x)
         grad = buffer((self.outputs.n, self.inputs.n), dy, exact=True)
         cleared = self._clear(grad)
@@ -139,7 +139,7 @@ class GroupedLinear:
                 (later if g else first).append((dy_g.t, x_g, out, g > 0))
                 continue
             for place, rows, again in self.outputs.split_by_overlap(g):
-                # Rows that no group has written yet: nothing to add to.
+                # Rows that no group has written yet are overwritten rather than added to.
                 whole = [(slice(None), self.inputs.units[g], False)]
                 for columns in self.inputs.split_by_overlap(g) if again else whole:
                     add = again and columns[2]
@@ -158,14 +158,14 @@ class GroupedLinear:
         """Zero the entries that no group writes.
 
         Returns:
-            Whether all of ``grad`` was zeroed because that is simplest.
+            Whether the whole of ``grad`` was zeroed, where that is simplest.
         """
         inputs, outputs = self.inputs, self.outputs
         both = inputs.pattern is not None and outputs.pattern is not None
         if both and (inputs.by_group, inputs.overlaps) != (outputs.by_group, outputs.overlaps):
             grad.zero_()
             return True
-        if not grad.is_cpu:  # where a call costs more than the extra writes
+        if not grad.is_cpu:  # a call costs more than the extra writes
             grad.zero_()
             return False
         if outputs.pattern is not None:
@@ -183,7 +183,7 @@ class GroupedLinear:
         return False
 
     def bias_grad(self, dy: Tensor) -> Tensor:
-        """Dense gradient: sums over the rows of each group."""
+        """Dense gradient, summed over the rows of each group."""
         outputs = self.outputs
         if outputs.pattern is None:
             return dy.reshape(-1, outputs.n).sum(0)
@@ -201,7 +201,7 @@ class GroupedLinear:
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
-    """Kept values of a dense ``[*leading, n]``: flat, group after group."""
+    """See :meth:`.RowLinearBackend.pack`."""
     rows = pattern.row_groups(tuple(x.shape[:-1]))
     matrix = x.reshape(-1, pattern.n)
     sizes = [r.count * pattern.units(g).count for g, r in enumerate(rows)]
@@ -212,7 +212,7 @@ def pack(x: Tensor, pattern: RowPattern) -> Tensor:
 
 
 def unpack(values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
-    """Dense ``[*leading, n]`` with zeros where the pattern drops; inverse of :func:`pack`."""
+    """See :meth:`.RowLinearBackend.unpack`."""
     rows = pattern.row_groups(leading_shape)
     sizes = [r.count * pattern.units(g).count for g, r in enumerate(rows)]
     dense = buffer((*leading_shape, pattern.n), values, exact=True)

@@ -1,4 +1,4 @@
-"""Kept values of units side by side: ``torch.cat`` of values that are packed by group."""
+"""Concatenation of units: ``torch.cat`` on packed values."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from approxdrop_lightning.patterns.joined import JoinedPattern
 
 
 def cat(values: tuple[Tensor, ...], pattern: JoinedPattern, leading_shape: tuple[int, ...]) -> Tensor:
-    """Packed values of a joined pattern from those of its pieces.
+    """Concatenate the packed values of the pieces of a joined pattern.
 
     Args:
-        values: Of each piece, as :func:`approxdrop_lightning.functional.pack` returns them.
+        values: Packed values of each piece, as returned by :func:`approxdrop_lightning.functional.pack`.
         pattern: Joined pattern of the pieces.
         leading_shape: Shape of the batch.
 
     Returns:
-        What :func:`approxdrop_lightning.functional.pack` would return of the pieces side by side.
+        Packed values of the concatenated units, equal to :func:`approxdrop_lightning.functional.pack` of them.
     """
     if not pattern.interleave:
         return torch.cat(values, dim=-1)
@@ -61,7 +61,7 @@ class _Split(torch.autograd.Function):
 def _views(
     pattern: JoinedPattern, leading_shape: tuple[int, ...], joined: Tensor, values: tuple[Tensor, ...]
 ) -> list[tuple[Tensor, list[Tensor]]]:
-    """For each group its matrix, and in the order of its columns those of the pieces, cell by cell."""
+    """For each group, its matrix and the views of the pieces that make up its columns, in order, cell by cell."""
     found = []
     at, places = 0, [0] * len(values)
     for group, rows in enumerate(pattern.row_groups(leading_shape)):

@@ -1,9 +1,9 @@
-"""Linear layer that reads the weight once for all groups of rows, whatever their orders of the units.
+"""Linear layer that reads the weight once for all groups of rows, regardless of their orders of the units.
 
-Groups of several orders keep the same inputs again, and with :mod:`.groups` each of them reads its submatrix of the
-weight again. Where all groups keep whole blocks of a multiple of 16 inputs, compiled code (``one_pass.c``) packs each
-panel of the weight once and multiplies it by every group that keeps it. Layers that drop outputs gain nothing from
-this: :mod:`.groups` is as fast for them.
+With several orders, an input is kept by several groups, and in :mod:`.groups` each group reads its own submatrix of
+the weight. If every group keeps whole blocks whose size is a multiple of 16 inputs, compiled code (``one_pass.c``)
+packs each panel of the weight once and multiplies it by every group that keeps it. Layers that drop outputs do not
+benefit: :mod:`.groups` is equally fast for them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from approxdrop_lightning.ops.row_linear.groups import GroupedLinear
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.units import Units
 
-#: Consecutive inputs that compiled code packs together (``PANEL`` of ``one_pass.c``).
+#: Number of consecutive inputs that compiled code packs together (``PANEL`` in ``one_pass.c``).
 PANEL = 16
 #: Multiplies below which a second thread costs more than it saves.
 _SMALL = 100_000
@@ -53,18 +53,18 @@ def linear_between(
     leading_shape: tuple[int, ...],
     weight: Tensor,
 ) -> GroupedLinear:
-    """The layer between two patterns, either of which may be None: a one-pass layer where that is possible."""
+    """The layer between two patterns, either of which may be None; one-pass if possible."""
     if in_pattern is not None and out_pattern is None and OnePassLinear.fits(in_pattern):
         return OnePassLinear(in_pattern, leading_shape, weight)
     return GroupedLinear(in_pattern, out_pattern, leading_shape, weight)
 
 
 class OnePassLinear(GroupedLinear):
-    """A :class:`.GroupedLinear` with all outputs whose groups keep whole panels of the inputs."""
+    """A :class:`.GroupedLinear` that computes all outputs, and whose groups keep whole panels of the inputs."""
 
     @staticmethod
     def fits(pattern: RowPattern) -> bool:
-        """Whether the groups of a pattern of the inputs keep whole panels."""
+        """Whether the groups of an input pattern keep whole panels."""
         return pattern.n_groups > 1 and pattern.block_size % PANEL == 0
 
     def __init__(self, pattern: RowPattern, leading_shape: tuple[int, ...], weight: Tensor) -> None:
@@ -87,17 +87,17 @@ class OnePassLinear(GroupedLinear):
         return grad if self.run("one_pass_weight_grad", x, dy, grad) else super().weight_grad(dy, x)
 
     def run(self, name: str, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-        """Call a compiled function if there is one for these tensors.
+        """Call a compiled function if it supports these tensors.
 
         Args:
-            name: Name of the function; it writes to ``y``, ``x`` or ``weight``.
-            x: Packed inputs or their gradient.
-            y: ``[rows, n_out]``, outputs or their gradient.
-            weight: ``[n_out, n_in]``, the weight or its gradient.
+            name: Name of the function, which writes to ``y``, ``x`` or ``weight``.
+            x: Packed inputs, or their gradient.
+            y: Outputs ``[rows, n_out]``, or their gradient.
+            weight: Weight ``[n_out, n_in]``, or its gradient.
             bias: ``[n_out]`` or None.
 
         Returns:
-            Whether it was called.
+            Whether the function was called.
         """
         x, y = x.contiguous(), y.reshape(-1, self.outputs.n).contiguous()
         bias = None if bias is None else bias.contiguous()
@@ -130,12 +130,12 @@ class OnePassLinear(GroupedLinear):
 
 
 def _starts(counts: list[int]) -> Tensor:
-    """Where each of some consecutive groups begins, and where the last one ends."""
+    """Start of each of several consecutive groups, and the end of the last one."""
     return torch.tensor([0, *accumulate(counts)], device="cpu")
 
 
 def _kept_panels(pattern: RowPattern) -> tuple[Tensor, Tensor]:
-    """Panels of each group, group after group, and where those of each begin."""
+    """Panels of all groups, group after group, and the start of each group's."""
     kept = [_panels(pattern.units(group), pattern) for group in range(pattern.n_groups)]
     return torch.cat(kept), _starts([len(panels) for panels in kept])
 

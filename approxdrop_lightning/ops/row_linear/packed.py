@@ -1,9 +1,8 @@
 """Products over kept units as one batched product of packed operands: pack, multiply, unpack.
 
-Rows of the batch are brought into the layout ``[groups, rows of a group, units]``. There a layer is three calls
-whatever the number of groups: :func:`.pack_ops.pack` of the weight, ``torch.bmm``, and backward
-:func:`.pack_ops.unpack`, which writes the dense gradient of the weight. Where groups are of unequal size they are
-padded with zeros.
+The batch is rearranged to ``[groups, rows of a group, units]``, with zero padding if group sizes differ. A layer then
+takes three calls, whatever the number of groups: :func:`.pack_ops.pack` for the weight, ``torch.bmm``, and in the
+backward pass :func:`.pack_ops.unpack`, which writes the dense gradient of the weight.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from approxdrop_lightning.ops.row_linear import reference
 from approxdrop_lightning.patterns.row import RowPattern
 
 
-class Kept(NamedTuple):
-    """What each group holds of the rows of a batch, or of the units of one side of a layer.
+class IndexTable(NamedTuple):
+    """The indices held by each group: rows of the batch, or units on one side of a layer.
 
     Attributes:
         table: ``[groups, most]``, int32, padded with -1.
         slots: Its inverse, ``[layers, n]`` (:func:`.pack.reference.slots`).
-        counts: Number of indices of each group.
-        run: The table lists aligned runs of that many neighbours.
+        counts: Number of indices in each group.
+        run: Length of the aligned runs of consecutive indices that the table consists of.
     """
 
     table: Tensor
@@ -41,16 +40,16 @@ class Kept(NamedTuple):
 
 
 class _Grouping(NamedTuple):
-    """Groups of the rows of a batch, and how many layers they fall into."""
+    """Groups of the rows of a batch, and the number of layers that they form."""
 
-    rows: Kept | None  # None: one group of all rows
+    rows: IndexTable | None  # None: all rows are one group
     groups: int
     layers: int
     leading_shape: tuple[int, ...]
 
     @property
     def strided(self) -> bool:
-        """Whether group ``g`` is every ``groups``-th row from ``g`` on."""
+        """Whether group ``g`` consists of every ``groups``-th row, starting with row ``g``."""
         return len(self.leading_shape) == 1 and self.leading_shape[0] > 0 and self.leading_shape[0] % self.groups == 0
 
     @property
@@ -58,7 +57,7 @@ class _Grouping(NamedTuple):
         return (math.prod(self.leading_shape),) if self.rows is None else self.rows.counts
 
 
-def _kept(indices: Sequence[Tensor], n: int, layers: int, run: int, device: torch.device) -> Kept:
+def _index_table(indices: Sequence[Tensor], n: int, layers: int, run: int, device: torch.device) -> IndexTable:
     counts = tuple(map(len, indices))
     if len(set(counts)) == 1:
         table = torch.stack(list(indices)).to(torch.int32)
@@ -66,23 +65,23 @@ def _kept(indices: Sequence[Tensor], n: int, layers: int, run: int, device: torc
         table = torch.nn.utils.rnn.pad_sequence(list(indices), batch_first=True, padding_value=-1).to(torch.int32)
     both = torch.cat([table.flatten(), slots(table, n, layers).flatten()])
     flat, inverse = to_device(both, device).split([table.numel(), layers * n])
-    return Kept(flat.view(table.shape), inverse.view(layers, n), counts, run)
+    return IndexTable(flat.view(table.shape), inverse.view(layers, n), counts, run)
 
 
-def _units(pattern: RowPattern | None, groups: int, layers: int, device: torch.device) -> Kept | None:
-    """Kept units of each group; None for all of them."""
+def _units(pattern: RowPattern | None, groups: int, layers: int, device: torch.device) -> IndexTable | None:
+    """The units that each group keeps; None if it keeps all."""
     if pattern is None or pattern.keeps_all:
         return None
     indices = [pattern.units(g % pattern.n_groups).index for g in range(groups)]
-    # Runs stay aligned in packed rows only if the last block of units, wherever it lies, is a multiple of them.
+    # The last block may come anywhere in the order: runs stay aligned only if its size is a multiple of theirs.
     run = math.gcd(pattern.block_size, pattern.n)
-    return _kept(indices, pattern.n, layers, run, device)
+    return _index_table(indices, pattern.n, layers, run, device)
 
 
 @lru_cache(maxsize=64)
-def _rows(leading_shape: tuple[int, ...], groups: int, device: torch.device) -> Kept:
+def _rows(leading_shape: tuple[int, ...], groups: int, device: torch.device) -> IndexTable:
     indices = [r.index for r in RowPattern(1, groups, 0, interleave=True).row_groups(leading_shape)]
-    return _kept(indices, math.prod(leading_shape), 1, 1, device)
+    return _index_table(indices, math.prod(leading_shape), 1, 1, device)
 
 
 def _grouping(
@@ -92,14 +91,14 @@ def _grouping(
     grouped = next((p for p in skipping if p.n_groups > 1), None)
     if grouped is None:
         return _Grouping(None, 1, 1, leading_shape)
-    # Groups of one order hold disjoint units and form a layer, unless they overlap or one side is shared by all.
+    # The groups of one order hold disjoint units and form a layer, unless they overlap or share one side.
     disjoint = all(p.n_groups > 1 and not p.overlaps for p in skipping)
     layers = grouped.n_orders if disjoint else grouped.n_groups
     return _Grouping(_rows(leading_shape, grouped.n_groups, device), grouped.n_groups, layers, leading_shape)
 
 
 def _group_dense(x: Tensor, grouping: _Grouping) -> Tensor:
-    """Rows ``[R, n]`` by group: a view where groups are strided."""
+    """Rows ``[R, n]`` arranged by group; a view if the groups are strided."""
     rows = grouping.rows
     if rows is None:
         return x[None]
@@ -118,7 +117,7 @@ def _ungroup_dense(y: Tensor, grouping: _Grouping) -> Tensor:
 
 
 def _to_groups(values: Tensor, row_counts: Sequence[int], unit_counts: Sequence[int]) -> Tensor:
-    """Flat values, group after group, as ``[groups, most rows, most units]``."""
+    """Arrange flat values, stored group after group, as ``[groups, most rows, most units]``."""
     rows, units = max(row_counts), max(unit_counts)
     sizes = list(zip(row_counts, unit_counts, strict=True))
     if all(size == (rows, units) for size in sizes):
@@ -137,7 +136,7 @@ def _from_groups(values: Tensor, row_counts: Sequence[int], unit_counts: Sequenc
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
-    """Values that the pattern keeps of a dense ``[*leading, n]``: flat, group after group."""
+    """See :meth:`.RowLinearBackend.pack`."""
     grouping = _grouping([pattern], tuple(x.shape[:-1]), x.device)
     units, rows = _units(pattern, grouping.groups, grouping.layers, x.device), grouping.rows
     if units is None:
@@ -151,7 +150,7 @@ def pack(x: Tensor, pattern: RowPattern) -> Tensor:
 
 
 def unpack(values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
-    """Dense ``[*leading, n]`` with zeros where the pattern drops; inverse of :func:`pack`."""
+    """See :meth:`.RowLinearBackend.unpack`."""
     grouping = _grouping([pattern], leading_shape, values.device)
     units, rows = _units(pattern, grouping.groups, grouping.layers, values.device), grouping.rows
     if units is None:
@@ -164,8 +163,8 @@ def unpack(values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) 
     return dense.view(*leading_shape, pattern.n)
 
 
-def _row_slots(rows: Kept, units: Kept, grouping: _Grouping) -> Tensor:
-    """Inverse of the rows in as many layers as that of the units has: a row is in one of them."""
+def _row_slots(rows: IndexTable, units: IndexTable, grouping: _Grouping) -> Tensor:
+    """Inverse of the table of rows, in as many layers as that of the units has; each row is in one of them."""
     if grouping.layers == 1:
         return rows.slots
     return _layered(grouping.leading_shape, grouping.groups, grouping.layers, rows.table.device)
@@ -186,7 +185,7 @@ def row_linear(
     scale: float = 1.0,
     activation: str = "identity",
 ) -> Tensor:
-    """``act(scale * product)`` over kept units only. Shapes as in :mod:`.compact`."""
+    """See :meth:`.RowLinearBackend.row_linear`."""
     n_in = weight.shape[1]
     grouping = _grouping([in_pattern, out_pattern], leading_shape, x.device)
     inside = _units(in_pattern, grouping.groups, grouping.layers, x.device)
@@ -195,7 +194,7 @@ def row_linear(
         return reference.finish(F.linear(x.reshape(math.prod(leading_shape), n_in), weight, bias), scale, activation)
     if inside is None:
         packed = _group_dense(x.reshape(math.prod(leading_shape), n_in), grouping)
-    elif in_pattern is not None and in_pattern.n_groups == 1:  # rows in their order
+    elif in_pattern is not None and in_pattern.n_groups == 1:  # rows keep their order
         packed = _group_dense(x.reshape(math.prod(leading_shape), inside.counts[0]), grouping)
     else:
         packed = _to_groups(x, grouping.row_counts, inside.counts)

@@ -1,4 +1,4 @@
-"""Masked dense products: the definition of a linear layer between row patterns, and the oracle of its tests."""
+"""Masked dense products: the definition of a linear layer between row patterns, used as the test oracle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from approxdrop_lightning.patterns.row import RowPattern
 
-#: Activations that may be fused with a product.
+#: Activations that can be fused with a product.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda y: y, "relu": F.relu, "gelu": F.gelu}
 
 
@@ -20,12 +20,12 @@ def finish(y: Tensor, scale: float, activation: str) -> Tensor:
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:
-    """Kept values of a dense ``[*leading, n]``: flat, group after group."""
+    """See :meth:`.RowLinearBackend.pack`."""
     return x.reshape(-1)[pattern.flat_index(tuple(x.shape[:-1])).to(x.device)]
 
 
 def unpack(values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...]) -> Tensor:
-    """Dense ``[*leading, n]`` with zeros where the pattern drops; inverse of :func:`pack`."""
+    """See :meth:`.RowLinearBackend.unpack`."""
     dense = torch.zeros(*leading_shape, pattern.n, dtype=values.dtype, device=values.device)
     index = pattern.flat_index(leading_shape).to(values.device)
     return dense.view(-1).index_put((index,), values.reshape(-1)).view(dense.shape)
@@ -41,7 +41,7 @@ def row_linear(
     scale: float = 1.0,
     activation: str = "identity",
 ) -> Tensor:
-    """Kept units of ``act(scale * (x @ weight.T + bias))``. Arguments as of :func:`.compact.row_linear`."""
+    """See :meth:`.RowLinearBackend.row_linear`."""
     dense = x if in_pattern is None else unpack(x, in_pattern, leading_shape)
     y = finish(F.linear(dense, weight, bias), scale, activation)
     return y.reshape(y.shape[:-1].numel(), y.shape[-1]) if out_pattern is None else pack(y, out_pattern)

@@ -1,4 +1,4 @@
-"""Linear layer with kept tiles of its weight: :mod:`.reference` defines it, the backends beside it compute it."""
+"""Linear layer with kept tiles of its weight: defined by :mod:`.reference`, computed by the backends next to it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,35 @@ from approxdrop_lightning.patterns.tile import TilePattern
 
 
 class TileLinearBackend(Protocol):
-    """Function of a module that computes linear layers with kept tiles, as :mod:`.reference` defines them."""
+    """Function that a backend module provides; :mod:`.reference` defines its result."""
 
     def tile_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern, scale: float
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """``x @ (scale * weight * mask).T + bias``.
+
+        Args:
+            x: ``[R, n_in]``.
+            weight: ``[n_out, n_in]``, dense; so is its gradient.
+            bias: ``[n_out]`` or None.
+            pattern: Pattern of the weight.
+            scale: Factor of the kept weights.
+
+        Returns:
+            ``[R, n_out]``, contiguous.
+        """
+        ...
 
 
 def tile_backend(backend: str, x: Tensor) -> TileLinearBackend:
-    """The module that computes.
+    """The module that implements a backend.
 
     Args:
         backend: ``"auto"``, ``"reference"``, ``"compact"`` or ``"triton"``.
-        x: Input of the layer: its device and type decide what ``"auto"`` is.
+        x: Input of the layer, whose device and type determine the choice of ``"auto"``.
 
     Raises:
-        ImportError: ``"triton"`` is asked for and not installed.
+        ImportError: ``"triton"`` was requested but is not installed.
         ValueError: The backend is unknown.
     """
     chosen = choose_backend(backend, tiles_of=x)

@@ -1,4 +1,4 @@
-"""The compact backend: a few dense products of the submatrices that the kept tiles form, on any device."""
+"""The compact backend: a few dense products of the submatrices formed by the kept tiles, on any device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from approxdrop_lightning.patterns.units import Units
 
 
 def _product(x: Tensor, weight: Tensor, pattern: TilePattern) -> Tensor:
-    """``x @ (weight * mask).T``: each submatrix of the weight computes outputs of its own."""
+    """``x @ (weight * mask).T``; each submatrix of the weight computes a separate part of the outputs."""
     rows = Units.every(len(x))
     y = x.new_empty(len(x), pattern.n_out)
     multiply(
@@ -77,21 +77,10 @@ class _TileLinear(torch.autograd.Function):
 
 
 def tile_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern, scale: float) -> Tensor:
-    """``x @ (scale * weight * mask).T + bias``, by products with kept tiles only.
-
-    Args:
-        x: ``[R, n_in]``.
-        weight: ``[n_out, n_in]``, dense, as is its gradient.
-        bias: ``[n_out]`` or None.
-        pattern: Pattern of the weight.
-        scale: Factor of the kept weights.
-
-    Returns:
-        ``[R, n_out]``, contiguous.
-    """
+    """See :meth:`.TileLinearBackend.tile_linear`."""
     return _TileLinear.apply(_readable(x), _readable(weight), bias, pattern, scale)
 
 
 def _readable(matrix: Tensor) -> Tensor:
-    """The matrix itself if one of its dimensions has unit stride, else a copy."""
+    """The matrix itself if one of its dimensions has unit stride, otherwise a copy."""
     return matrix if 1 in matrix.stride() else matrix.contiguous()

@@ -1,4 +1,4 @@
-"""Masked dense products: the definition of a linear layer with kept tiles, and the oracle of its tests."""
+"""Masked dense products: the definition of a linear layer with kept tiles, used as the test oracle."""
 
 from __future__ import annotations
 
@@ -11,18 +11,7 @@ from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 def tile_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern | BernoulliPattern, scale: float
 ) -> Tensor:
-    """``x @ (scale * weight * mask).T + bias``.
-
-    Args:
-        x: ``[R, n_in]``.
-        weight: ``[n_out, n_in]``.
-        bias: ``[n_out]`` or None.
-        pattern: Pattern of the weight.
-        scale: Factor of the kept weights.
-
-    Returns:
-        ``[R, n_out]``.
-    """
+    """See :meth:`.TileLinearBackend.tile_linear`."""
     return F.linear(x, masked_weight(weight, pattern, scale), bias)
 
 

@@ -1,4 +1,4 @@
-"""Triton products with the kept tiles of a weight as operators of PyTorch."""
+"""Triton products with the kept tiles of a weight, registered as PyTorch operators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from approxdrop_lightning.ops.custom_op import custom_op
+from approxdrop_lightning.ops.custom_op import Shape, custom_op
 from approxdrop_lightning.ops.tile_linear.triton_tiles import product_launch, weight_grad_launch
 from approxdrop_lightning.ops.triton.common import check_operands
 from approxdrop_lightning.patterns.tile import TilePattern
@@ -45,22 +45,24 @@ def _product(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The matrix itself if its rows can be read in order, else a copy."""
+    """The matrix itself if its rows have unit stride, otherwise a copy."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 @_tile_linear.register_fake
-def _(x, weight, bias, offset, dp, keep, tile_size, scale):
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @_input_grad.register_fake
-def _(dy, weight, offset, dp, keep, tile_size, scale):
+def _(dy: Tensor, weight: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float) -> Tensor:
     return dy.new_empty(dy.shape[0], weight.shape[1])
 
 
 @_weight_grad.register_fake
-def _(dy, x, offset, dp, keep, tile_size, scale):
+def _(dy: Tensor, x: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float) -> Tensor:
     return x.new_empty(dy.shape[1], x.shape[1])
 
 
@@ -82,38 +84,35 @@ _tile_linear.register_autocast()
 
 
 @register_flop_formula(torch.ops.approxdrop.tile_linear)
-def _product_flops(x_shape, w_shape, bias_shape, offset_shape, dp, keep, *args, out_shape=None, **kwargs) -> int:
-    """On average over the offset: two for each row and kept weight."""
+def _product_flops(
+    x_shape: Shape, w_shape: Shape, bias_shape: Shape | None, offset_shape: Shape, dp: int, keep: int,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Two per row and kept weight, averaged over the offset."""
     return 2 * x_shape[0] * math.prod(w_shape) * keep // dp
 
 
 @register_flop_formula(torch.ops.approxdrop.tile_linear_input_grad)
-def _input_grad_flops(dy_shape, w_shape, offset_shape, dp, keep, *args, out_shape=None, **kwargs) -> int:
+def _input_grad_flops(
+    dy_shape: Shape, w_shape: Shape, offset_shape: Shape, dp: int, keep: int, *_: Any, **__: Any
+) -> int:
     return 2 * dy_shape[0] * math.prod(w_shape) * keep // dp
 
 
 @register_flop_formula(torch.ops.approxdrop.tile_linear_weight_grad)
-def _weight_grad_flops(dy_shape, x_shape, offset_shape, dp, keep, *args, out_shape=None, **kwargs) -> int:
+def _weight_grad_flops(
+    dy_shape: Shape, x_shape: Shape, offset_shape: Shape, dp: int, keep: int, *_: Any, **__: Any
+) -> int:
     return 2 * math.prod(dy_shape) * x_shape[1] * keep // dp
 
 
 def tile_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: TilePattern, scale: float) -> Tensor:
-    """``x @ (scale * weight * mask)^T + bias``: products with kept tiles only, as in :mod:`.tiles`.
-
-    Args:
-        x: ``[R, n_in]``, float32, float16 or bfloat16.
-        weight: ``[n_out, n_in]``, dense; its gradient is dense as well.
-        bias: ``[n_out]`` or None.
-        pattern: What is kept of the weight. Tiles of a multiple of 16 can be read in wide loads.
-        scale: Factor of the kept weights.
-
-    Returns:
-        ``[R, n_out]``, contiguous.
+    """See :meth:`.TileLinearBackend.tile_linear`. Tile sizes that are multiples of 16 allow wide loads.
 
     Raises:
-        ValueError: The type or the device is not one that the kernels are for.
+        ValueError: The kernels do not support the type (float32, float16, bfloat16) or the device.
     """
     check_operands("tile_linear", x, weight)
     bias = None if bias is None else bias.contiguous()
-    offset = torch.full((), pattern.offset, dtype=torch.int32, device=x.device)  # a fill, which nobody waits for
+    offset = torch.full((), pattern.offset, dtype=torch.int32, device=x.device)  # a fill does not synchronize
     return _tile_linear(x, weight, bias, offset, pattern.dp, pattern.keep, pattern.tile_size, float(scale))

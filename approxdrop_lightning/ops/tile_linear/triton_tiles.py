@@ -1,12 +1,12 @@
-"""Products with the kept tiles of a weight only, as Triton kernels: forward and both gradients.
+"""Triton kernels for products with only the kept tiles of a weight: forward and both gradients.
 
-Rows of tiles that are equal modulo ``dp`` keep the same columns of tiles. So a pattern is ``dp`` dense products, one
-for each class of rows of tiles, and a program makes a block of one class: its rows are every ``dp``-th tile, and it
-sums over the kept columns, one after the other, in a closed form. No table, no mask of tiles, no branch for a tile;
-steps of the sum may be longer or shorter than a tile. The diagonal rule is the same for the transposed weight, so the
-gradient of the input is the same kernel with the strides of the weight exchanged.
+Rows of tiles that are congruent modulo ``dp`` keep the same columns of tiles. A pattern therefore amounts to ``dp``
+dense products, one for each class of rows of tiles. A program computes a block of one class: its rows are every
+``dp``-th tile, and it sums over the kept columns, whose positions have a closed form. There is no table, no tile mask
+and no branch per tile, and a step of the sum may be longer or shorter than a tile. The transposed weight follows the
+same diagonal rule, so the input gradient uses the same kernel with the strides of the weight swapped.
 
-``offset`` is read from memory: who replays a captured CUDA graph changes the pattern by writing another number there.
+``offset`` is read from memory, so that the pattern of a captured CUDA graph can be changed before each replay.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from approxdrop_lightning.ops.triton.common import (
 )
 from approxdrop_lightning.ops.triton.launch import Launch, aligned_run, precision
 
-#: Kept shares of a layer take one choice of tiles: it is made by dense sizes.
+#: All kept shares of a layer use the same tile sizes, which are chosen by the dense sizes.
 _KEY = ["M_BUCKET", "N", "K", "TILE", "PRECISION"]
 
 
 @triton.jit
 def _kept_tiles(offset, row, tiles, dp, keep):
-    """Kept tiles of a row of tiles: number ``t`` in ``[first, last)`` is ``start + t // keep * dp + t % keep``."""
+    """Kept tiles of a row of tiles: the ``t``-th in ``[first, last)`` is ``start + t // keep * dp + t % keep``."""
     start = (tl.load(offset).to(tl.int32) - row + dp) % dp
-    start = tl.where(start + keep > dp, start - dp, start)  # kept residues that wrap around begin before tile 0
+    start = tl.where(start + keep > dp, start - dp, start)  # kept residues that wrap around start before tile 0
     span = tiles - start
     last = span // dp * keep + tl.minimum(span % dp, keep)
     return start, tl.maximum(-start, 0), last
@@ -44,8 +44,8 @@ def _kept_tiles(offset, row, tiles, dp, keep):
 
 @triton.jit
 def _unit(place, first, period, length, TILE: tl.constexpr):
-    """Unit at a place of tiles that come in runs of ``length`` every ``period``, the first of which is ``first``."""
-    # As many units as divide the tile, and blocks of places, lie together: loads are as wide.
+    """Unit at a position among tiles in runs of ``length`` every ``period``, starting with tile ``first``."""
+    # RUN consecutive positions are adjacent units, which allows loads of that width.
     RUN: tl.constexpr = TILE & -TILE if TILE % 16 else 16
     tile = place // TILE
     unit = (first + tile // length * period + tile % length) * TILE + place % TILE
@@ -59,8 +59,8 @@ def product(
     TILE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``y = scale * x @ (w * mask)^T + bias`` of ``x [M, K]`` and ``w [N, K]``, for one block of one class."""
-    # Rows vary fastest: programs that run together read one block of the weight from the cache.
+    """``y = scale * x @ (w * mask)^T + bias`` for ``x [M, K]`` and ``w [N, K]``: one block of one class."""
+    # Rows vary fastest, so that concurrent programs share a block of the weight in the cache.
     blocks_m = tl.cdiv(M, BLOCK_M)
     m = tl.program_id(0) % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.program_id(1)
@@ -73,7 +73,7 @@ def product(
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for place in range(first * TILE, last * TILE, BLOCK_K):
         k = _unit(place + tl.arange(0, BLOCK_K), start, dp, keep, TILE)
-        k_live = k < K  # beyond the last kept tile as well
+        k_live = k < K  # also masks positions beyond the last kept tile
         x_block = tl.load(x_rows + k[None, :], mask=m_live[:, None] & k_live[None, :], other=0.0)
         w_at = w_columns + k.to(tl.int64)[:, None] * w_stride_k
         w_block = tl.load(w_at, mask=k_live[:, None] & n_live[None, :], other=0.0)
@@ -93,7 +93,7 @@ def weight_grad(
     TILE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Kept tiles of ``dw = scale * dy^T @ x``, for one block of one class; nothing else is written."""
+    """Kept tiles of ``dw = scale * dy^T @ x``: one block of one class; nothing else is written."""
     row = tl.program_id(1)
     start, first, _ = _kept_tiles(offset, row, tl.cdiv(K, TILE), dp, keep)
     blocks_n = tl.cdiv(tl.cdiv(tl.cdiv(N, TILE), dp) * TILE, BLOCK_N)
@@ -120,7 +120,7 @@ def product_launch(
     x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int,
     scale: float,
 ) -> Launch:  # fmt: skip
-    """``y = scale * x @ (w * mask)^T + bias``; ``w`` may be a transposed view, whose pattern is the same."""
+    """Launch of ``y = scale * x @ (w * mask)^T + bias``; ``w`` may be a transposed view, with the same pattern."""
     (rows, n_in), n_out = x.shape, w.shape[0]
     tiles = triton.cdiv(n_out, tile_size)
 
@@ -143,10 +143,10 @@ def product_launch(
 def weight_grad_launch(
     dy: Tensor, x: Tensor, dw: Tensor, offset: Tensor, dp: int, keep: int, tile_size: int, scale: float
 ) -> Launch:
-    """Kept tiles of ``dw = scale * dy^T @ x``."""
+    """Launch of ``dw = scale * dy^T @ x``, kept tiles only."""
     rows, (n_out, n_in) = len(x), dw.shape
     tiles_out, tiles_in = triton.cdiv(n_out, tile_size), triton.cdiv(n_in, tile_size)
-    most_kept = tiles_in // dp * keep + min(tiles_in % dp, keep)  # of a row of tiles, whatever the offset
+    most_kept = tiles_in // dp * keep + min(tiles_in % dp, keep)  # per row of tiles, over all offsets
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
         blocks_n = triton.cdiv(triton.cdiv(tiles_out, dp) * tile_size, meta["BLOCK_N"])
@@ -165,13 +165,13 @@ def weight_grad_launch(
 
 
 def _constants(x: Tensor, w: Tensor, tile_size: int) -> dict[str, Any]:
-    """``ALIGNED``: whether all rows of tiles of the operands begin at multiples of 16 bytes."""
+    """Compile-time constants; ``ALIGNED`` says whether every row of tiles starts at a multiple of 16 bytes."""
     aligned = aligned_run(w.element_size(), *w.shape, tile_size) > 1
     return {"TILE": tile_size, "PRECISION": precision(x.dtype), "ALIGNED": aligned}
 
 
 def specimens() -> list[Specimen]:
-    """What is compiled ahead of time: tiles of 32 in all ways to cut the product, others in the first."""
+    """Specimens for ahead-of-time compilation: all tilings for tiles of 32, only the first for other sizes."""
     found = []
     for arch in ARCHS:
         for dtype in DTYPES:

@@ -1,1 +1,1 @@
-"""What all Triton kernels share: tilings, launches, ahead-of-time compilation."""
+"""Infrastructure shared by the Triton kernels: tilings, launches, ahead-of-time compilation."""

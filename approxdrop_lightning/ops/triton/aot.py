@@ -1,7 +1,7 @@
-"""Compile all Triton kernels without a GPU and report on the code: ``python -m approxdrop_lightning.ops.triton.aot``.
+"""Compile all Triton kernels without a GPU and analyse the code: ``python -m approxdrop_lightning.ops.triton.aot``.
 
-For each kernel, architecture and type: registers, spilled bytes, shared memory, how many of an SM's warps can be
-resident, the tensor-core instruction and the asynchronous copies found.
+Reports for each kernel, architecture and type the registers, spilled bytes, shared memory, theoretical occupancy,
+tensor-core instruction and asynchronous copies.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from approxdrop_lightning.text_table import text_table
 if TYPE_CHECKING:
     from approxdrop_lightning.ops.triton.common import Specimen
 
-#: Modules that have ``specimens()``.
+#: Modules that define ``specimens()``.
 MODULES = ("lstm.triton_lstm", "pack.triton_pack", "tile_linear.triton_tiles")
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": the same for 8.0, 9.0 and 10.0 but
-# for the shared memory of an SM. 1 KB of it is taken by the system for each block; registers are given out to warps
-# in units of 256.
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": the same for 8.0, 9.0 and 10.0 except
+# for the shared memory per SM. The system reserves 1 KB of it per block; registers are allocated to warps in units of
+# 256.
 _REGISTERS, _REGISTER_UNIT, _WARPS, _BLOCKS, _RESERVED = 65536, 256, 64, 32, 1024
 _SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 
-_TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
+_TENSOR_CORE_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
 _ASYNCHRONOUS = re.compile(r"\bcp\.async\.c[ag]\.")
 _ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[a-z_:0-9]+)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
 
 
 @dataclass(frozen=True)
-class Report:
-    """What one kernel was compiled to.
+class KernelReport:
+    """Resource usage and notable instructions of one compiled kernel.
 
     Attributes:
         kernel: Name of the specimen.
         arch: Compute capability.
-        dtype: Type of the first argument that is a matrix.
-        registers: Of a thread.
-        spills: Bytes of a thread's stack: the kernels have no arrays, so what is there was spilled.
-        shared: Bytes of shared memory of a block.
-        occupancy: Bound on the resident share of an SM's warps, by registers, shared memory and blocks.
-        tensor_core: Instruction found, or ``"-"``.
+        dtype: Type of the first matrix argument.
+        registers: Registers per thread.
+        spills: Stack bytes per thread; since the kernels have no local arrays, all of it is spilled registers.
+        shared: Bytes of shared memory per block.
+        occupancy: Theoretical occupancy: share of an SM's warps that registers, shared memory and block limits allow.
+        tensor_core: Tensor-core instruction found, or ``"-"``.
         copies: Asynchronous copies found, or ``"-"``.
-        loads: Synchronous loads from global memory in the code: fewer are wider.
-        store_bits: Width of the widest store to global memory.
+        loads: Number of synchronous global loads in the code; fewer means wider.
+        store_bits: Width of the widest global store.
     """
 
     kernel: str
@@ -71,13 +71,13 @@ class Report:
 
 
 def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> float:
-    """Share of an SM's warps that can be resident at once.
+    """Theoretical occupancy: the share of an SM's warps that can be resident at the same time.
 
     Args:
         arch: Compute capability.
-        registers: Of a thread.
-        shared: Bytes of shared memory of a block.
-        num_warps: Warps of a block.
+        registers: Registers per thread.
+        shared: Bytes of shared memory per block.
+        num_warps: Warps per block.
     """
     of_a_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
     blocks = min(
@@ -86,8 +86,8 @@ def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> float:
     return blocks * num_warps / _WARPS
 
 
-def compile_specimen(specimen: Specimen, arch: int) -> Report:
-    """Compile one specimen with ``ptxas``, as a launch on such a GPU would."""
+def compile_specimen(specimen: Specimen, arch: int) -> KernelReport:
+    """Compile one specimen down to machine code (``ptxas``), as a launch on that architecture would."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -105,7 +105,7 @@ def compile_specimen(specimen: Specimen, arch: int) -> Report:
     widths: dict[str, list[int]] = {"ld": [], "st": []}
     for kind, count, bits in _ACCESS.findall(ptx):
         widths[kind].append(int(count or 1) * int(bits))
-    return Report(
+    return KernelReport(
         specimen.name,
         arch,
         next(kind[1:] for kind in specimen.signature.values() if kind.startswith("*")),
@@ -113,7 +113,7 @@ def compile_specimen(specimen: Specimen, arch: int) -> Report:
         usage["STACK"] + usage["LOCAL"],
         shared,
         occupancy(arch, usage["REG"], shared, compiled.metadata.num_warps),
-        " ".join(sorted(set(_TENSOR_CORE.findall(ptx)))) or "-",
+        " ".join(sorted(set(_TENSOR_CORE_INSTRUCTION.findall(ptx)))) or "-",
         "cp.async" if _ASYNCHRONOUS.search(ptx) else "-",
         len(widths["ld"]),
         max(widths["st"], default=0),
@@ -132,24 +132,26 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def specimens(parts: Sequence[str] = ("",)) -> list[Specimen]:
-    """Specimens of all modules whose names contain one of ``parts``."""
+    """Specimens of all modules, limited to names that contain one of ``parts``."""
     found = []
     for name in MODULES:
         found += import_module(f"approxdrop_lightning.ops.{name}").specimens()
     return [specimen for specimen in found if any(part in specimen.name for part in parts)]
 
 
-def compile_all(parts: Sequence[str] = ("",), archs: Sequence[int] = (80, 90, 100), jobs: int = 1) -> list[Report]:
-    """Reports of all specimens whose names contain one of ``parts``.
+def compile_all(
+    parts: Sequence[str] = ("",), archs: Sequence[int] = (80, 90, 100), jobs: int = 1
+) -> list[KernelReport]:
+    """Compile all specimens whose names contain one of ``parts``, and return their reports.
 
     Args:
-        parts: Parts of names; an empty one is in all of them.
+        parts: Substrings of names; the empty string matches all.
         archs: Compute capabilities.
-        jobs: Processes, since the compiler holds Python's lock.
+        jobs: Number of processes; the compiler holds the GIL, so threads would not help.
 
     Raises:
-        ValueError: No specimen is asked for.
-        RuntimeError: The interpreter is on, which has nothing to compile.
+        ValueError: No specimen matches.
+        RuntimeError: The interpreter is enabled, which has nothing to compile.
     """
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("kernels are compiled ahead of time without TRITON_INTERPRET=1")
@@ -172,13 +174,13 @@ def _tasks(parts: tuple[str, ...], archs: tuple[int, ...]) -> list[tuple[Specime
     return [(specimen, arch) for specimen in specimens(parts) for arch in specimen.archs if arch in archs]
 
 
-def _compile_task(parts: tuple[str, ...], archs: tuple[int, ...], number: int) -> Report:
-    """By number, since kernels cannot be sent to another process."""
+def _compile_task(parts: tuple[str, ...], archs: tuple[int, ...], number: int) -> KernelReport:
+    """Compile the specimen of a number; kernels themselves cannot be pickled for another process."""
     return compile_specimen(*_tasks(parts, archs)[number])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table, or the reports as JSON."""
+    """Print the reports as a table or as JSON."""
     parser = argparse.ArgumentParser(prog="python -m approxdrop_lightning.ops.triton.aot", description=__doc__)
     parser.add_argument("--kernel", nargs="+", default=[""], help="only kernels with one of these in their names")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=(80, 90, 100))
@@ -192,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         print(json.dumps([asdict(report) for report in reports]))
         return
-    header = [field.name.replace("_", " ") for field in fields(Report)]
+    header = [field.name.replace("_", " ") for field in fields(KernelReport)]
     rows = []
     for report in reports:
         cells = asdict(report) | {"arch": f"sm{report.arch}", "occupancy": f"{report.occupancy:.0%}"}

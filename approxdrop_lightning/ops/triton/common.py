@@ -1,4 +1,4 @@
-"""What Triton kernels share beside a launch: tile sizes of products, and what is compiled ahead of time."""
+"""Tile sizes and autotuning of the Triton products, and the specimens for ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from approxdrop_lightning.ops.triton.launch import Launch
 
-#: Types that the kernels take; sums are float32.
+#: Types that the kernels support; they accumulate in float32.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: Compute capabilities that the tables of tile sizes are made for: A100, H100, B200.
+#: Compute capabilities that have tables of tile sizes: A100, H100, B200.
 ARCHS = (80, 90, 100)
 
-#: Whether kernels are interpreted: they are what they were when triton was imported.
+#: Whether kernels run in the interpreter, which is fixed when triton is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _NAMES = {
@@ -27,14 +27,14 @@ _NAMES = {
 
 
 class Tiling(NamedTuple):
-    """How a product is cut.
+    """Tile sizes and launch options of a product.
 
     Attributes:
-        rows: Rows of the result that a program makes.
-        columns: Its columns.
-        depth: Terms that are summed at a time.
-        num_warps: Warps of a program.
-        num_stages: Steps of ``depth`` in flight.
+        rows: Rows of the result per program.
+        columns: Columns of the result per program.
+        depth: Terms summed per step.
+        num_warps: Warps per program.
+        num_stages: Number of steps in flight.
     """
 
     rows: int
@@ -44,7 +44,7 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-#: By compute capability; the first of each list serves where nothing is timed. 3 * (128 + 128) * 64 * 2 bytes = 96 KB
+#: By compute capability; the first of each list is used if nothing is timed. 3 * (128 + 128) * 64 * 2 bytes = 96 KB
 #: also fit the 99 KB of the consumer cards that use the first table.
 _TENSOR_CORE = {
     80: (Tiling(128, 128, 32, 8, 4), Tiling(128, 64, 64, 4, 3), Tiling(64, 64, 64, 4, 4), Tiling(32, 64, 64, 4, 4)),
@@ -56,15 +56,15 @@ _TENSOR_CORE = {
         Tiling(128, 128, 32, 8, 4),
     ),
 }
-#: float32 without tf32 runs on ordinary multiply-adds: tiles that fit the registers, on every architecture.
+#: float32 without tf32 uses ordinary multiply-adds: tiles that fit into registers on every architecture.
 _PLAIN = (Tiling(64, 64, 32, 8, 3),)
-#: Elements of rows that are not aligned are loaded one by one: in 16 bits through registers, and addresses take more.
+#: Unaligned rows are loaded element by element, 16-bit types through registers, and addresses need further registers.
 _UNALIGNED = (Tiling(64, 64, 32, 8, 2),)
 _PLAIN_UNALIGNED = (Tiling(32, 64, 32, 8, 3),)
 
 
 def arch_of(device: torch.device) -> int:
-    """The entry of :data:`ARCHS` whose tile sizes a device uses: 80 for the interpreter and for small cards."""
+    """The entry of :data:`ARCHS` whose tile sizes a device uses; 80 for the interpreter and smaller cards."""
     if device.type != "cuda":
         return 80
     major, _ = torch.cuda.get_device_capability(device)
@@ -72,30 +72,30 @@ def arch_of(device: torch.device) -> int:
 
 
 def tilings(arch: int, dtype: torch.dtype, precision: str = "ieee", aligned: bool = True) -> tuple[Tiling, ...]:
-    """Tile sizes worth trying, the one to take untried first.
+    """Candidate tile sizes, starting with the default.
 
     Args:
         arch: One of :data:`ARCHS`.
         dtype: One of :data:`DTYPES`.
-        precision: ``"tf32"`` or ``"ieee"``; only float32 knows a difference.
-        aligned: Whether all rows of the operands begin at multiples of 16 bytes.
+        precision: ``"tf32"`` or ``"ieee"``; matters for float32 only.
+        aligned: Whether all rows of the operands start at multiples of 16 bytes.
     """
     if dtype != torch.float32:
         return _TENSOR_CORE[arch] if aligned else _UNALIGNED
     if precision == "ieee":
         return _PLAIN if aligned else _PLAIN_UNALIGNED
-    return tuple(t._replace(depth=t.depth // 2) for t in _TENSOR_CORE[arch])  # twice the bytes for each term
+    return tuple(t._replace(depth=t.depth // 2) for t in _TENSOR_CORE[arch])  # twice the bytes per term
 
 
 def autotune_product(*names: str, key: list[str]) -> Callable[[Any], Any]:
-    """``triton.autotune`` for a kernel that forms products: among the :func:`tilings` of device, type and alignment.
+    """``triton.autotune`` for a product kernel, over the :func:`tilings` for its device, type and alignment.
 
-    The kernel has an operand ``x`` and the compile-time constants ``PRECISION`` and ``ALIGNED``; a meta tensor as
-    ``x`` stands for the device of ``ARCH``, if that is given.
+    The kernel must have an operand ``x`` and the compile-time constants ``PRECISION`` and ``ALIGNED``. If ``ARCH`` is
+    given, it overrides the device of ``x``, which may then be a meta tensor.
 
     Args:
-        names: Constants of the kernel that a tiling's rows, columns and depth are.
-        key: Arguments whose change asks for another choice.
+        names: Constants of the kernel that receive a tiling's rows, columns and depth.
+        key: Arguments that trigger a new choice when they change.
     """
 
     def configs(chosen: tuple[Tiling, ...]) -> list[triton.Config]:
@@ -117,18 +117,18 @@ def autotune_product(*names: str, key: list[str]) -> Callable[[Any], Any]:
 
 
 def bucket(size: int) -> int:
-    """The power of two at or above a size: sizes of one bucket share a choice of tiles."""
+    """The next power of two; sizes in the same bucket share a choice of tiles."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 @dataclass(frozen=True)
 class Specimen:
-    """One kernel with the types, constants and options of one launch: what is compiled ahead of time.
+    """A kernel with the types, constants and options of one launch, for ahead-of-time compilation.
 
     Attributes:
-        name: What it is, for people.
+        name: Display name.
         kernel: The ``triton.jit`` function.
-        signature: Type of each argument, as ``triton.compiler.ASTSource`` wants it.
+        signature: Type of each argument, as expected by ``triton.compiler.ASTSource``.
         constants: Values of the arguments of type ``"constexpr"``.
         aligned: Arguments that are divisible by 16.
         options: ``num_warps`` and ``num_stages``.
@@ -145,13 +145,13 @@ class Specimen:
 
 
 def specimens_of(name: str, launch: Launch, archs: tuple[int, ...] = ARCHS) -> list[Specimen]:
-    """What Triton would compile for a launch, in each configuration that it would try.
+    """Everything that Triton would compile for a launch, one specimen per configuration it would try.
 
-    Triton specialises on types, on numbers that are 1 and on multiples of 16.
+    Triton specialises on types, on integers equal to 1 and on multiples of 16.
 
     Args:
-        name: What it is, for people.
-        launch: A launch; its tensors may be of the meta device and count as aligned, as PyTorch's allocator has them.
+        name: Display name.
+        launch: A launch. Its tensors may be meta tensors, and count as aligned, as PyTorch's allocator aligns them.
         archs: Compute capabilities to compile it for.
     """
     found = []
@@ -182,7 +182,7 @@ def _specimen(
 
 
 def _type(value: Any, general: bool) -> str:
-    """Triton's name of an argument's type; ``general`` arguments are never constants."""
+    """Triton's name for an argument's type; ``general`` arguments are never specialised to constants."""
     if isinstance(value, Tensor):
         return f"*{_NAMES[value.dtype]}"
     if value is None or (value == 1 and isinstance(value, int) and not general):
@@ -199,7 +199,7 @@ def _is_aligned(value: Any, parameter: Any) -> bool:
 
 
 def check_operands(caller: str, *operands: Tensor) -> None:
-    """``ValueError`` unless the kernels can read the operands, here and now."""
+    """Raise ``ValueError`` unless the kernels support the types and devices of the operands."""
     for operand in operands:
         if operand.dtype not in DTYPES:
             raise ValueError(f"{caller}: the triton backend takes float32, float16 and bfloat16, got {operand.dtype}")

@@ -1,4 +1,4 @@
-"""A launch as a value, and what kernels are told about alignment and precision."""
+"""Kernel launches as objects, and helpers for alignment and precision."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and all that it is launched with.
+    """A kernel with everything needed to launch it.
 
     Attributes:
-        kernel: A ``triton.jit`` function, or the ``triton.autotune`` of one.
-        grid: Programs along each axis, of the compile-time constants of a configuration.
+        kernel: A ``triton.jit`` function, possibly wrapped by ``triton.autotune``.
+        grid: Maps the compile-time constants of a configuration to the number of programs along each axis.
         arguments: Tensors and numbers, by name.
         constants: Compile-time constants that are not tuned.
-        options: Launch options such as ``num_warps``, if nothing is tuned.
+        options: Launch options such as ``num_warps``, for kernels that are not tuned.
     """
 
     kernel: Any
@@ -32,10 +32,10 @@ class Launch:
     options: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Launch it, if there is anything to do.
+        """Launch the kernel, unless the grid is empty.
 
-        An autotuned kernel that was not timed yet for such arguments takes its first configuration in the
-        interpreter, while a CUDA graph is captured (which timing would break), and with ``APPROXDROP_AUTOTUNE=0``.
+        An autotuned kernel that has not been timed for such arguments runs its first configuration untimed in the
+        interpreter, during CUDA graph capture (which timing would break), and with ``APPROXDROP_AUTOTUNE=0``.
         """
         best = self.kernel.cache.get(self.tuning_key()) if hasattr(self.kernel, "configs") else None
         tuned = [best] if best is not None else self.configurations()
@@ -47,13 +47,13 @@ class Launch:
         kernel[self.grid](**self.arguments, **self.constants, **options)
 
     def tuning_key(self) -> tuple[Any, ...]:
-        """The key of ``triton.autotune``'s cache: its arguments of that name, and the types of all tensors."""
+        """Key in the cache of ``triton.autotune``: the values of its key arguments, and the types of all tensors."""
         call = {k: v for k, v in (self.arguments | self.constants).items() if k in self.kernel.arg_names}
         named = [call[name] for name in self.kernel.keys if name in call]
         return (*named, *(str(value.dtype) for value in call.values() if hasattr(value, "dtype")))
 
     def configurations(self) -> list[triton.Config]:
-        """What autotuning tries for these arguments, the one to take untimed first; empty if nothing is tuned."""
+        """Configurations that autotuning tries for these arguments, default first; empty if nothing is tuned."""
         every = getattr(self.kernel, "configs", [])
         prune = getattr(self.kernel, "early_config_prune", None)
         return list(prune(every, {}, **self.arguments, **self.constants) if prune else every)
@@ -65,18 +65,18 @@ class Launch:
         return on_gpu and not torch.cuda.is_current_stream_capturing()
 
 
-@triton.jit
-def whole(number, RUN: tl.constexpr):
-    """The number, known to be a multiple: a hint on a loaded scalar does not outlive the compiler's first pass."""
+@triton.jit  # type: ignore[untyped-decorator]
+def whole(number: tl.tensor, RUN: tl.constexpr) -> tl.tensor:
+    """Mark a number as a multiple of RUN; a hint on a loaded scalar does not survive the compiler's first pass."""
     return number // RUN * RUN
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of a type are rounded: tf32 only where PyTorch's own are."""
+    """Input precision of products of a type: tf32 only if PyTorch's own products use it."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def aligned_run(itemsize: int, *numbers: int) -> int:
-    """Elements of a load of 16 bytes if it is aligned wherever a multiple of ``numbers`` leads; else 1."""
+    """Elements per 16-byte load if all offsets that are multiples of ``numbers`` are aligned to it; otherwise 1."""
     widest = 16 // itemsize
     return widest if all(number % widest == 0 for number in numbers) else 1

@@ -46,7 +46,7 @@ KERNELS = (*PRODUCTS, *COPIES, "lstm_backward_kept")
 def reports():
     done = run("--kernel", *KERNELS, "--json")
     assert done.returncode == 0, done.stderr
-    return [aot.Report(**report) for report in json.loads(done.stdout)]
+    return [aot.KernelReport(**report) for report in json.loads(done.stdout)]
 
 
 def test_every_kernel_and_architecture_is_there(reports):
