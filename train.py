@@ -1,8 +1,8 @@
 """Train with approximate dropout: ``python train.py``, ``python train.py model=lstm dropout.rate=0.7``.
 
-``compare=true`` trains with conventional dropout first, and prints both side by side.
+``compare=true`` first trains with conventional dropout, and prints both results side by side.
 
-What can be chosen stands in ``conf/train.yaml`` and the folders beside it.
+The options are in ``conf/train.yaml`` and the folders next to it.
 """
 
 import logging
@@ -32,20 +32,20 @@ config.register()
 
 
 def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
-    """Train, score the best checkpoint on the test set, record the result.
+    """Train, evaluate the best checkpoint on the test set, and record the result.
 
     Args:
         cfg: the composed configuration, ``conf/train.yaml``.
 
     Returns:
-        The metrics (``cfg.task.monitor`` is that of the best checkpoint, the others of the last epoch and of
-        the test), and the objects of the run: ``datamodule``, ``model``, ``callbacks``, ``trainer``, and
-        ``result``, the record that ``result.json`` in ``cfg.run_dir`` holds.
+        The metrics (``cfg.task.monitor`` of the best checkpoint, the others of the last epoch and the test), and
+        the objects of the run: ``datamodule``, ``model``, ``callbacks``, ``trainer``, and ``result``, the record
+        stored in ``result.json`` in ``cfg.run_dir``.
 
     Raises:
-        ValueError: before training, for a value outside what is allowed.
-        OSError: before training, if nothing can be written to ``cfg.run_dir``.
-        FileNotFoundError: if ``cfg.ckpt_path`` names no checkpoint.
+        ValueError: before training, if an option is out of range.
+        OSError: before training, if ``cfg.run_dir`` is not writable.
+        FileNotFoundError: if ``cfg.ckpt_path`` does not name a checkpoint.
     """
     _check_writable(Path(cfg.run_dir))
     _resolve_paths(cfg)
@@ -61,7 +61,7 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
     if "_target_" in cfg.dropout:
         callbacks["dropout"] = make_dropout(cfg.dropout)
     datamodule: LightningDataModule = instantiate(cfg.datamodule, _convert_="all")
-    # Before the Trainer would: the model needs the size of the vocabulary, the loggers the data source.
+    # Earlier than the Trainer does it, since the model needs the vocabulary size and the loggers the data source.
     datamodule.prepare_data()
     datamodule.setup("fit")
     log.info("data source: %s", datamodule.data_source)
@@ -82,7 +82,7 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
     try:
         trainer.fit(model, datamodule, ckpt_path=ckpt_path, weights_only=True)
     except BaseException as error:  # Ctrl-C arrives here as SystemExit
-        if not errors.is_expected(error) or isinstance(error, FloatingPointError):  # else nothing was trained
+        if not errors.is_expected(error) or isinstance(error, FloatingPointError):  # otherwise nothing was trained
             log.error(
                 "stopped at step %d; %s",
                 trainer.global_step,
@@ -90,7 +90,7 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
             )
         raise
     metrics = _numbers(trainer)
-    # No checkpoint callback in somebody's config, no validation, no epoch left to a resumed run: no best.
+    # There may be no best checkpoint: no checkpoint callback, no validation, or no epoch left in a resumed run.
     checkpoint = callbacks.get("checkpoint")
     best_path = getattr(checkpoint, "best_model_path", "")
     if (score := getattr(checkpoint, "best_model_score", None)) is not None:
@@ -106,13 +106,13 @@ def train(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
 
 
 def compare(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
-    """Train with conventional dropout, in the folder ``standard`` of the run, then as ``cfg`` says.
+    """Train with conventional dropout, in the subfolder ``standard`` of the run, then as configured.
 
     Returns:
-        What :func:`train` returns for ``cfg``; ``objects["baseline"]`` is the record of the other run.
+        The result of :func:`train` for ``cfg``, with the record of the other run in ``objects["baseline"]``.
 
     Raises:
-        ValueError: before training, if there is nothing to compare, or ``cfg.ckpt_path`` names a checkpoint.
+        ValueError: before training, if there is nothing to compare or ``cfg.ckpt_path`` is set.
     """
     if cfg.dropout.name in (BASELINE, "none"):
         raise ValueError(f"compare=true compares with conventional dropout; dropout={cfg.dropout.name} skips nothing")
@@ -128,13 +128,13 @@ def compare(cfg: DictConfig) -> tuple[Metrics, dict[str, Any]]:
 
 
 def make_dropout(cfg: DictConfig) -> Callback:
-    """The dropout callback. It takes the rates, layer by layer, from the model's own nn.Dropout."""
+    """Create the dropout callback, which takes the rates from the model's own nn.Dropout layers."""
     arguments = {key: value for key, value in cfg.items() if key not in ("name", "rate")}
     return instantiate(arguments, rate=None, _convert_="all")
 
 
 def make_model(cfg: DictConfig, datamodule: LightningDataModule) -> LightningModule:
-    """The model; sizes left open are those of the data."""
+    """Create the model; sizes that are not configured are taken from the data."""
     sizes = ("vocab_size", "in_features", "num_hops", "num_classes", "field_sizes")
     left_open = {name: getattr(datamodule, name) for name in sizes if name in cfg and cfg[name] is None}
     return instantiate(cfg, **left_open, _convert_="all")
@@ -144,13 +144,13 @@ def find_checkpoint(ckpt_path: str | None, siblings: Path) -> str | None:
     """Find the checkpoint to resume from.
 
     Args:
-        ckpt_path: None, a checkpoint, a folder (of the newest run in or below it), or ``"last"`` (of the newest run
-            below ``siblings``). Of a run ``last.ckpt`` is taken; where it is not there or damaged
-            ``interrupted.ckpt``, then the newest of the others, then those of the run before, with a warning.
-        siblings: the folder of the runs beside this one.
+        ckpt_path: None, a checkpoint, a folder (meaning the newest run in or below it), or ``"last"`` (the newest
+            run below ``siblings``). Within a run, ``last.ckpt`` is preferred; if it is missing or damaged,
+            ``interrupted.ckpt``, then the newest other checkpoint, then those of earlier runs, with a warning.
+        siblings: the folder that contains the runs.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is no checkpoint.
     """
     if ckpt_path is None or Path(ckpt_path).is_file():
         return ckpt_path
@@ -159,7 +159,7 @@ def find_checkpoint(ckpt_path: str | None, siblings: Path) -> str | None:
     newest = {path.parent: 0.0 for path in written}
     for path, time in written.items():
         newest[path.parent] = max(newest[path.parent], time)
-    preferred = {"last.ckpt": 2, "interrupted.ckpt": 1}  # an interrupt may have come in the middle of a step
+    preferred = {"last.ckpt": 2, "interrupted.ckpt": 1}  # a run may be interrupted in the middle of a step
 
     def rank(path: Path) -> tuple[float, Path, int, float]:
         return newest[path.parent], path.parent, preferred.get(path.name, 0), written[path]
@@ -180,7 +180,7 @@ def result(
     callbacks: dict[str, Callback],
     trainer: Trainer,
 ) -> dict[str, Any]:
-    """The record of a run: plain values, the same keys for every model and dropout.
+    """The record of a run: plain values, with the same keys for every model and dropout.
 
     The realised rate is ``"nominal"`` where only conventional dropout ran.
     """
@@ -213,13 +213,13 @@ def result(
 
 
 def _record(cfg: DictConfig, record: dict[str, Any], trainer: Trainer) -> None:
-    """Leave the result where people and programs look for it: a file, a line of ``train.log``, TensorBoard."""
+    """Write the result to ``result.json``, ``train.log`` and TensorBoard."""
     write_json(record, Path(cfg.run_dir) / RESULT_FILE)
     measured = {cfg.task.monitor: record["best_validation"], cfg.task.result: record["test"]}
     speed = {f"{record['unit']}_per_second": record["per_second"]}
     numbers = {name.replace("/", "_"): value for name, value in (measured | speed).items() if value is not None}
     log.info("finished: %s", ", ".join(f"{name} {value:.6g}" for name, value in numbers.items()))
-    # The tab HPARAMS wants measures beside the parameters; tags of their own, or they would end the curves.
+    # TensorBoard's HPARAMS tab needs metrics; they have separate tags, or they would be appended to the curves.
     chosen = OmegaConf.to_container(cfg, resolve=True)
     parts = {name: chosen[name] for name in ("model", "dropout", "datamodule", "seed")}
     parts |= {"trainer": {"max_epochs": cfg.trainer.max_epochs}, "data_source": record["data_source"]}
@@ -230,7 +230,7 @@ def _record(cfg: DictConfig, record: dict[str, Any], trainer: Trainer) -> None:
 
 
 def _resolve_paths(cfg: DictConfig) -> None:
-    """Relative paths are meant from where the program was started, also where Hydra changes the folder of a job."""
+    """Resolve relative paths against the original working directory, even if Hydra changes it for a job."""
     data = cfg.datamodule
     if "data_dir" in data:
         data.data_dir = data.data_dir or os.environ.get("APPROXDROP_DATA") or "data"

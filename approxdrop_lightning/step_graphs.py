@@ -76,7 +76,7 @@ class _Captured:
 
 
 @dataclass
-class Counts:
+class StepCounts:
     """Steps so far.
 
     Attributes:
@@ -110,7 +110,7 @@ class StepGraphs:
             raise ValueError(f"StepGraphs: warmup must be at least 1, got {warmup}")
         if max_graphs < 1:
             raise ValueError(f"StepGraphs: max_graphs must be at least 1, got {max_graphs}")
-        self.counts = Counts()
+        self.counts = StepCounts()
         self._capture, self._warmup, self._max_graphs = capture, warmup, max_graphs
         self._seen: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, _Captured] = {}

@@ -1,4 +1,4 @@
-"""MNIST and Penn Treebank, each with real data embedded for machines without files and network."""
+"""MNIST and Penn Treebank, each with embedded real data for machines without files or network access."""
 
 from datamodules.mnist import MNISTDataModule
 from datamodules.ptb import PTBDataModule

@@ -1,4 +1,4 @@
-"""Nodes of a graph with communities, and the averaged features of their neighbourhoods."""
+"""Nodes of a synthetic graph with communities, and averaged features of their neighbourhoods."""
 
 import torch
 from lightning import LightningDataModule
@@ -14,27 +14,28 @@ Part = tuple[Tensor, Tensor]
 class GraphDataModule(LightningDataModule):
     """Batches ``(hops[B, num_hops + 1, in_features], labels[B])`` of nodes of a synthetic graph.
 
-    Each node belongs to a community, its label. Its features are noise around its community's mean, and too noisy
-    to tell much by themselves. Most of its neighbours are of its own community, so that the mean of their features
-    tells more: hop ``k`` holds the features averaged over neighbours ``k`` times, as SIGN has them beforehand
-    (Frasca et al. 2020). Training, validation and test nodes are random thirds and fifths of one graph.
+    Each node belongs to a community, which is its label. Its features are the community's mean plus noise, and too
+    noisy to be informative on their own. Neighbours tend to belong to the same community, so the mean of their
+    features is more informative: hop ``k`` contains the features averaged over neighbours ``k`` times, precomputed as
+    in SIGN (Frasca et al. 2020). Training, validation and test nodes are a random split of one graph.
 
     Args:
-        nodes: Nodes of the graph; three fifths are trained on, one fifth each validates and tests.
-        in_features: Features of a node.
-        num_classes: Communities.
-        num_hops: Hops K, besides the node itself.
-        degree: Neighbours that each node draws; those that draw it come on top.
-        homophily: Share of them that are of its own community for sure, in [0, 1]; the others are any.
-        signal: Length of the communities' means, where the noise of each feature has deviation 1.
-        batch_size: Nodes of a batch.
-        seed: Of graph, features and parts.
+        nodes: Number of nodes; three fifths are for training, one fifth each for validation and test.
+        in_features: Number of features per node.
+        num_classes: Number of communities.
+        num_hops: Number of hops K, not counting the node itself.
+        degree: Number of neighbours that each node draws, in addition to those that draw it.
+        homophily: Share of drawn neighbours that certainly belong to the same community, in [0, 1]; the others are
+            uniform.
+        signal: Norm of the communities' means, relative to noise of standard deviation 1 in each feature.
+        batch_size: Nodes per batch.
+        seed: Seed of graph, features and split.
 
     Attributes:
-        data_source: What the data is; after ``setup``.
+        data_source: Description of the data; set by ``setup``.
 
     Raises:
-        ValueError: For a value outside what is allowed.
+        ValueError: An argument is out of range.
     """
 
     best_perplexity = None
@@ -65,7 +66,7 @@ class GraphDataModule(LightningDataModule):
         self.data_source: str | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the graph and average the features, once."""
+        """Create the graph and average the features, once."""
         if self.data_source is not None:
             return
         generator = torch.Generator().manual_seed(self.seed)
@@ -81,10 +82,10 @@ class GraphDataModule(LightningDataModule):
         self.data_source = f"synthetic (a graph of {self.num_classes} communities)"
 
     def _edges(self, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Both ends of all edges, each edge in both directions."""
+        """Start and end nodes of all edges, each edge in both directions."""
         starts = torch.arange(self.nodes).repeat_interleave(self.degree)
         ends = torch.randint(self.nodes, (len(starts),), generator=generator)
-        # Nodes sorted by community: one of a community is one of a range.
+        # With nodes sorted by community, a member of a community is drawn from a range.
         by_label = labels.argsort(stable=True)
         counts = torch.bincount(labels, minlength=self.num_classes)
         first = counts.cumsum(0) - counts
@@ -94,26 +95,26 @@ class GraphDataModule(LightningDataModule):
         return torch.cat([starts, ends]), torch.cat([ends, starts])
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled anew in each epoch; the order follows from ``seed_everything``."""
+        """Training batches, reshuffled in each epoch; the order follows from ``seed_everything``."""
         return row_loader(self._train, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        """In order."""
+        """Validation batches, in order."""
         return row_loader(self._val, self.batch_size)
 
     def test_dataloader(self) -> DataLoader:
-        """In order."""
+        """Test batches, in order."""
         return row_loader(self._test, self.batch_size)
 
 
 def average(features: Tensor, starts: Tensor, ends: Tensor, hops: int) -> list[Tensor]:
-    """Features averaged over neighbours 0 to ``hops`` times.
+    """Average features over neighbours 0 to ``hops`` times.
 
     Args:
         features: ``[N, F]``.
-        starts: Node that reads, of each edge, int64 ``[E]``; each node has at least one edge.
-        ends: Node that is read.
-        hops: Number of times.
+        starts: Receiving node of each edge, int64 ``[E]``; every node must have at least one edge.
+        ends: Node of each edge whose features are read, int64 ``[E]``.
+        hops: Number of averaging steps.
 
     Returns:
         ``hops + 1`` tensors ``[N, F]``.

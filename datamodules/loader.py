@@ -1,4 +1,4 @@
-"""Loading that can stop within an epoch and go on at the very next batch."""
+"""Data loading that resumes within an epoch, at exactly the next batch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,10 +9,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Sequent
 
 
 class ResumableLoader(DataLoader):
-    """A ``DataLoader`` whose place in the epoch is part of the Trainer's checkpoints.
+    """A ``DataLoader`` whose position within the epoch is saved in the Trainer's checkpoints.
 
-    Lightning saves and loads the state of loaders that have one; with a plain ``DataLoader`` a run that is resumed
-    within an epoch begins that epoch's data anew.
+    Lightning saves and restores the state of loaders that have one. With a plain ``DataLoader``, a run resumed
+    mid-epoch would start that epoch's data from the beginning.
     """
 
     _seen = 0
@@ -25,42 +25,42 @@ class ResumableLoader(DataLoader):
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Number of batches handed out in this epoch."""
+        """Number of batches yielded in this epoch."""
         return {"batches": self._seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Leave out, in the next epoch, the batches handed out before."""
+        """Skip, in the next epoch, the batches that were already yielded."""
         self._skip = state["batches"]
 
 
 class EpochSampler(Sampler[int]):
-    """A random order that is a function of seed and epoch alone, so that it can be had again.
+    """A random order that depends only on seed and epoch, and is therefore reproducible.
 
     Lightning calls ``set_epoch``.
 
     Args:
         size: Number of samples.
-        seed: Of all epochs.
+        seed: Seed for all epochs.
     """
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed, self.epoch = size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch."""
+        """Select the order of an epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        # The CPU generator reads 32 bits of a seed; neighbouring seeds must not share epochs.
+        # The CPU generator uses only 32 bits of a seed; neighbouring seeds must not share epochs.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**32)
         return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
-class Rows(Dataset[tuple[Tensor, ...]]):
-    """Tensors of as many rows, in memory: a batch is one gather from each, not many small tensors put together."""
+class TensorRows(Dataset[tuple[Tensor, ...]]):
+    """In-memory tensors with the same number of rows. A batch is one gather per tensor, without collation."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self.tensors = tensors
@@ -79,15 +79,15 @@ class Rows(Dataset[tuple[Tensor, ...]]):
 def row_loader(
     tensors: tuple[Tensor, ...], batch_size: int, shuffle: bool = False, num_workers: int = 0
 ) -> ResumableLoader:
-    """Loader of rows of tensors in memory; the last batch of an epoch may be smaller.
+    """Loader for the rows of in-memory tensors; the last batch of an epoch may be smaller.
 
     Args:
-        tensors: Of as many rows each.
-        batch_size: Rows of a batch.
-        shuffle: Whether the order is random, anew in each epoch; it then follows from ``seed_everything``.
-        num_workers: Processes that load.
+        tensors: Tensors with the same number of rows.
+        batch_size: Rows per batch.
+        shuffle: Whether to reshuffle in each epoch; the order then follows from ``seed_everything``.
+        num_workers: Number of loading processes.
     """
-    rows = Rows(*tensors)
+    rows = TensorRows(*tensors)
     sampler = EpochSampler(len(rows), torch.initial_seed() % 2**31) if shuffle else SequentialSampler(rows)
     batches = BatchSampler(sampler, batch_size, drop_last=False)
     return ResumableLoader(rows, batch_sampler=batches, num_workers=num_workers, collate_fn=_as_it_is)

@@ -1,4 +1,4 @@
-"""MNIST as whole tensors: loading a batch costs one gather."""
+"""MNIST as in-memory tensors: loading a batch is a single gather."""
 
 import os
 import struct
@@ -18,10 +18,10 @@ from datamodules.source import EMBEDDED, check_at_least, check_source, data_fold
 
 Part = tuple[Tensor, Tensor]
 
-#: Images set aside for validation, of 60,000 from files, 5,500 embedded ones and 12,000 rendered ones.
+#: Validation images by source, out of 60,000 from files, 5,500 embedded and 12,000 rendered ones.
 VAL_SIZE = {"files": 5000, "embedded": 500, "synthetic": 2000}
-MEAN, STD = 0.1307, 0.3081  # of the training images, on a scale of 0 to 1
-# As torchvision names and the authors publish them: a header (magic number, then the shape), one byte per value.
+MEAN, STD = 0.1307, 0.3081  # of the training images, scaled to [0, 1]
+# File names as in torchvision. The published format is a header (magic number, then shape) and one byte per value.
 HEADERS = {
     "train-images-idx3-ubyte": struct.pack(">4I", 0x803, 60_000, 28, 28),
     "train-labels-idx1-ubyte": struct.pack(">2I", 0x801, 60_000),
@@ -39,28 +39,28 @@ SIZES = {
 class MNISTDataModule(LightningDataModule):
     """Batches ``(images[B, 1, 28, 28], labels[B])``; images are normalised float32.
 
-    Validation is on a random part of the training images, always the same one. Its images are never trained on.
-    What is embedded is a balanced part of the real data: 5,500 images of the training set, the last 500 of them for
-    validation, and 500 of the test set.
+    The validation set is a fixed random part of the training images, which is never trained on. The embedded data is
+    a balanced part of the real data: 5,500 images of the training set, the last 500 of them for validation, and 500
+    of the test set.
 
     Args:
-        data_dir: Folder with ``MNIST/raw`` as torchvision lays it out; default ``APPROXDROP_DATA`` or ``data``.
-        source: ``"files"``, ``"download"``, ``"embedded"`` (6,000 real images), ``"auto"``: whichever of these is to
-            be had first, with a warning if it is the last; or ``"synthetic"``: rendered digits.
+        data_dir: Folder with ``MNIST/raw`` in torchvision's layout; default ``APPROXDROP_DATA`` or ``data``.
+        source: ``"files"``, ``"download"``, ``"embedded"`` (6,000 real images), ``"auto"`` for the first of these
+            that is available, with a warning if it is the last, or ``"synthetic"`` for rendered digits.
         batch_size: Images per batch.
-        num_workers: Processes that load; 0 is fastest, the images are in memory.
-        train_limit: Train on so many images only.
-        val_size: Images set aside for validation; None: 5,000 of the whole data set, 500 of what is embedded.
-        seed: Of the split and of the synthetic images.
+        num_workers: Number of loading processes; 0 is fastest, since the images are in memory.
+        train_limit: Maximum number of images to train on.
+        val_size: Number of validation images; None for 5,000 of the whole data set or 500 of the embedded one.
+        seed: Seed of the split and of the synthetic images.
 
     Attributes:
-        data_kind: ``"files"``, ``"embedded"`` or ``"synthetic"``; after ``setup``.
-        data_source: Where the data came from, in words; after ``setup``.
+        data_kind: ``"files"``, ``"embedded"`` or ``"synthetic"``; set by ``setup``.
+        data_source: Description of where the data came from; set by ``setup``.
 
     Raises:
-        ValueError: For a value outside what is allowed, and in ``setup`` for a damaged file.
-        FileNotFoundError: In ``setup``, if ``source="files"`` and there are none.
-        ConnectionError: In ``setup``, if ``source="download"`` failed.
+        ValueError: An argument is out of range or, in ``setup``, a file is damaged.
+        FileNotFoundError: In ``setup``, with ``source="files"``, if the files are missing.
+        ConnectionError: In ``setup``, with ``source="download"``, if the download failed.
     """
 
     best_perplexity = None
@@ -88,12 +88,12 @@ class MNISTDataModule(LightningDataModule):
         self.data_source: str | None = None
 
     def prepare_data(self) -> None:
-        """Fetch the files if need be; what it found is found again by ``setup`` on the other processes."""
+        """Download the files if necessary; ``setup`` finds them again in the other processes."""
         _ = self._folder
 
     @cached_property
     def _folder(self) -> Path | None:
-        """Of the real data; asked for once, so that a failed download is tried and warned of once."""
+        """Folder of the real data; cached, so that a failed download is attempted and reported only once."""
         return obtain("MNIST", self.source, self._find, str(self._raw), self._download, MNIST.mirrors[0])
 
     @property
@@ -116,7 +116,7 @@ class MNISTDataModule(LightningDataModule):
         return self.data_dir
 
     def _download(self) -> Path:
-        MNIST(str(self.data_dir), download=True)  # checks MD5s
+        MNIST(str(self.data_dir), download=True)  # verifies MD5 checksums
         return self.data_dir
 
     def setup(self, stage: str | None = None) -> None:
@@ -128,7 +128,7 @@ class MNISTDataModule(LightningDataModule):
         val_size = self.val_size or VAL_SIZE[kind]
         if val_size >= len(images):
             raise ValueError(f"val_size must be below the {len(images):,} training images, got {val_size:,}")
-        # What is embedded has an order in which both parts are balanced.
+        # The embedded images are ordered such that both parts are balanced.
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.arange(len(images)) if kind == "embedded" else torch.randperm(len(images), generator=generator)
         train, val = order[:-val_size], order[-val_size:]
@@ -142,7 +142,7 @@ class MNISTDataModule(LightningDataModule):
         }[kind]
 
     def _read(self) -> tuple[str, list[Part]]:
-        """Kind of the data; training and test part."""
+        """Return the kind of the data, and its training and test part."""
         if (folder := self._folder) is not None:
             return "files", [_read_files(folder, train) for train in (True, False)]
         if self.source == "synthetic":
@@ -150,15 +150,15 @@ class MNISTDataModule(LightningDataModule):
         return "embedded", _read_embedded()
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled anew in each epoch; the order follows from ``seed_everything``."""
+        """Training batches, reshuffled in each epoch; the order follows from ``seed_everything``."""
         return self._loader(self._train, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        """In order."""
+        """Validation batches, in order."""
         return self._loader(self._val)
 
     def test_dataloader(self) -> DataLoader:
-        """In order."""
+        """Test batches, in order."""
         return self._loader(self._test)
 
     def _loader(self, part: tuple[Tensor, Tensor], shuffle: bool = False) -> DataLoader:
@@ -180,5 +180,5 @@ def _read_files(folder: Path, train: bool) -> Part:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """``[N, 28, 28]`` from 0 to 255 to float32 ``[N, 1, 28, 28]`` of mean 0 and deviation 1, as MNIST's are."""
+    """Normalise ``[N, 28, 28]`` in 0 to 255 by MNIST's mean and deviation, to float32 ``[N, 1, 28, 28]``."""
     return (images.to(torch.float32).unsqueeze(1) / 255 - MEAN) / STD

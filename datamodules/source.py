@@ -1,4 +1,4 @@
-"""Where data comes from: files, a download, the part that is embedded, or a generator, which must be asked for."""
+"""Data sources: files, a download, the embedded data, or, only on request, a generator."""
 
 import http.client
 import os
@@ -12,29 +12,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SOURCES = ("auto", "files", "download", "embedded", "synthetic")
-DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer
-PROBE_TIMEOUT = 4.0  # seconds until ``auto`` takes a machine to be offline
+DOWNLOAD_TIMEOUT = 10.0  # seconds without a response
+PROBE_TIMEOUT = 4.0  # seconds until ``auto`` considers the machine offline
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
 class EmbeddedDataWarning(UserWarning):
-    """The whole data set was not to be had; a part of it, or another one, stands in."""
+    """The whole data set is not available, and the embedded data is used instead."""
 
 
 def data_folder(data_dir: str | os.PathLike | None) -> Path:
-    """``data_dir``, or the environment's ``APPROXDROP_DATA``, or ``data``."""
+    """``data_dir``, or else the environment variable ``APPROXDROP_DATA``, or else ``data``."""
     return Path(data_dir or os.environ.get("APPROXDROP_DATA") or "data").expanduser()
 
 
 def check_source(source: str) -> str:
-    """Return ``source``; raise ``ValueError`` if there is none of that name."""
+    """Return ``source``; raise ``ValueError`` if it is unknown."""
     if source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
     return source
 
 
 def check_at_least(low: int, **values: int) -> None:
-    """Raise ``ValueError`` naming the first value that is no whole number of at least ``low``."""
+    """Raise ``ValueError`` naming the first value that is not an integer of at least ``low``."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
@@ -43,20 +43,20 @@ def check_at_least(low: int, **values: int) -> None:
 def obtain(
     name: str, source: str, find: Callable[[], Path | None], looked_in: str, download: Callable[[], Path], url: str
 ) -> Path | None:
-    """Folder of the whole data set, or None for what is embedded or synthetic.
+    """Return the folder of the whole data set, or None for embedded or synthetic data.
 
     Args:
-        name: Of the data set, for messages.
-        source: ``"files"`` and ``"download"`` must succeed; ``"auto"`` tries both and takes what is embedded
-            otherwise, loudly.
-        find: Returns the folder of the files, or None. What it raises (a damaged file) is never swallowed.
-        looked_in: Where ``find`` looks, for messages.
-        download: Fetches the files and returns their folder.
-        url: Of the server that ``download`` asks.
+        name: Name of the data set, for messages.
+        source: ``"files"`` and ``"download"`` must succeed; ``"auto"`` tries both and otherwise falls back to the
+            embedded data with a warning.
+        find: Returns the folder of the files, or None. Its errors, such as a damaged file, always propagate.
+        looked_in: The places that ``find`` searches, for messages.
+        download: Downloads the files and returns their folder.
+        url: URL on the server that ``download`` uses.
 
     Raises:
-        FileNotFoundError: ``source="files"`` and there are none.
-        ConnectionError: ``source="download"`` and it failed.
+        FileNotFoundError: ``source="files"``, but there are no files.
+        ConnectionError: ``source="download"``, but the download failed.
     """
     if source in ("embedded", "synthetic"):
         return None
@@ -72,7 +72,7 @@ def obtain(
             _probe(url)
         with _timeout():
             return download()
-    # urllib's errors are OSErrors, but a connection lost halfway is an HTTPException; torchvision adds RuntimeError.
+    # urllib raises OSErrors, but HTTPException if a connection breaks halfway; torchvision raises RuntimeError.
     except (OSError, http.client.HTTPException, RuntimeError) as error:
         if source == "download":
             raise ConnectionError(f"{name} could not be downloaded: {error}") from error
@@ -86,10 +86,10 @@ def obtain(
 
 
 def _probe(url: str) -> None:
-    """Raise ``OSError`` if the server of ``url`` does not answer at once.
+    """Raise ``OSError`` if the server of ``url`` does not respond promptly.
 
-    Looking a name up heeds no timeout, and each address of each mirror has its own: offline, both add up to minutes.
-    So the question is asked in a thread that may be left behind.
+    Name resolution ignores timeouts, and each address of each mirror has its own; offline, these add up to minutes.
+    The request therefore runs in a thread that can be abandoned.
     """
     outcome: list[Exception | None] = []
 
@@ -97,7 +97,7 @@ def _probe(url: str) -> None:
         try:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_TIMEOUT):
                 outcome.append(None)
-        except urllib.error.HTTPError:  # refused, but somebody is there
+        except urllib.error.HTTPError:  # an error response, but the server is reachable
             outcome.append(None)
         except (OSError, http.client.HTTPException) as error:
             outcome.append(error)
@@ -113,7 +113,7 @@ def _probe(url: str) -> None:
 
 @contextmanager
 def _timeout() -> Iterator[None]:
-    """A server that does not answer must not hold up the run; the downloaders take no timeout."""
+    """Set a default socket timeout, so that an unresponsive server cannot block downloaders, which accept none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:

@@ -1,6 +1,6 @@
-"""Data from a generator, for tests: rendered digits, and text from a source of known entropy.
+"""Generated data for tests: rendered digits, and text from a source of known entropy.
 
-Both are seeded and never use the global random state.
+Both are seeded and do not use the global random state.
 """
 
 import random
@@ -14,10 +14,10 @@ Part = tuple[Tensor, Tensor]
 
 
 def digits(seed: int, train: int = 12_000, test: int = 2_000) -> tuple[Part, Part]:
-    """Rendered digits of many sizes, slants, places and strengths, blurred and noisy.
+    """Render digits with varying sizes, slants, positions and intensities, blurred and noisy.
 
     Args:
-        seed: Of everything.
+        seed: Seed of all randomness.
         train: Number of training images.
         test: Number of test images.
 
@@ -56,13 +56,13 @@ def _digit(label: int, dice: random.Random, fonts: list[ImageFont.FreeTypeFont])
 class WordSource:
     """A first-order Markov source of words with Zipfian frequencies.
 
-    With probability ``memory`` the next word is drawn from the few successors of the last one (each word has its
-    own, with Zipfian weights), else from a Zipf distribution over all words (the k-th most frequent one has
+    With probability ``memory`` the next word is drawn from a few successors of the previous one (each word has its
+    own, with Zipfian weights), and otherwise from a Zipf distribution over all words (the k-th most frequent word has
     probability proportional to 1/k).
 
     Attributes:
-        start: Distribution of a word without a predecessor, float64 ``[V]``.
-        transitions: Distribution of the next word after each, float64 ``[V, V]``.
+        start: Distribution of words without a predecessor, float64 ``[V]``.
+        transitions: Distribution of the next word after each word, float64 ``[V, V]``.
     """
 
     start: Tensor
@@ -70,7 +70,7 @@ class WordSource:
 
     @classmethod
     def make(cls, seed: int, vocabulary: int = 1000, successors: int = 8, memory: float = 0.7) -> "WordSource":
-        """Make the source of a seed."""
+        """Create the source for a seed."""
         generator = torch.Generator().manual_seed(seed % 2**64)
         successors = min(successors, vocabulary)
         start = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
@@ -85,7 +85,7 @@ class WordSource:
     def stationary(self) -> Tensor:
         """Long-run word frequencies, float64 ``[V]``."""
         frequencies = self.start
-        for _ in range(200):  # the memory fades by `memory` per step: 0.7^200 is 1e-31
+        for _ in range(200):  # the influence of the start decays by `memory` per step: 0.7^200 is 1e-31
             frequencies = frequencies @ self.transitions
         return frequencies
 
@@ -96,7 +96,7 @@ class WordSource:
         return float(self.stationary @ per_word)
 
     def text(self, length: int, seed: int) -> Tensor:
-        """Draw a text, int64 ``[length]``, from the stationary distribution on."""
+        """Draw a text, int64 ``[length]``, starting from the stationary distribution."""
         dice = torch.rand(length, generator=torch.Generator().manual_seed(seed % 2**64), dtype=torch.float64)
         cumulative = self.transitions.cumsum(1)
         words = torch.empty(length, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Patterns of units side by side: what ``torch.cat`` makes of units that have patterns of their own."""
+"""Patterns of concatenated units: the result of ``torch.cat`` on units that each have a pattern."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from approxdrop_lightning.patterns.row import HOST, RowPattern, _ByCell
 
 @dataclass(frozen=True, eq=False)
 class JoinedPattern(RowPattern):
-    """Pattern of the units of several patterns, one after the other. Made by :func:`join`.
+    """Pattern of the concatenated units of several patterns. Created by :func:`join`.
 
-    Its ``order`` holds the cell of each block, counted from the first one that its pattern keeps, instead of a place:
-    the blocks of one piece are dealt to the cells evenly, those of all pieces together need not be.
+    Its ``order`` holds the cell of each block, counted from the first kept one, rather than a position: the blocks of
+    a single piece are distributed evenly over the cells, but those of all pieces together need not be.
 
     Attributes:
-        pieces: The patterns.
+        pieces: The patterns of the pieces.
     """
 
     pieces: tuple[RowPattern, ...] = ()
 
     @cached_property
     def by_order(self) -> tuple[RowPattern, ...]:
-        """The pattern of each order: that of its groups."""
+        """One pattern per order of the units, consisting of the groups of that order."""
         if self.n_orders == 1:
             return (self,)
         return tuple(_of(pieces) for pieces in zip(*(piece.by_order for piece in self.pieces), strict=True))
@@ -51,7 +51,7 @@ class JoinedPattern(RowPattern):
 
     @property
     def share(self) -> float:
-        """Share of the units kept, all groups together."""
+        """Share of the units kept, averaged over the groups."""
         return sum(piece.share * piece.n for piece in self.pieces) / self.n
 
     def mask(
@@ -67,10 +67,10 @@ class JoinedPattern(RowPattern):
 
 
 def join(patterns: Sequence[RowPattern]) -> JoinedPattern | None:
-    """The pattern of units side by side, or None if rows would fall into other groups in one than in another.
+    """The pattern of concatenated units, or None if the patterns assign the rows of a batch to different groups.
 
     Args:
-        patterns: Of the units, one after the other; one at least.
+        patterns: Patterns of the pieces, in order; at least one.
 
     Returns:
         A pattern of ``sum(p.n for p in patterns)`` units.
@@ -84,7 +84,7 @@ def join(patterns: Sequence[RowPattern]) -> JoinedPattern | None:
 
 
 def of_as_many_orders(patterns: Sequence[RowPattern]) -> list[RowPattern]:
-    """The same patterns, each with as many orders of its units as the one with fewest, for before they are used."""
+    """The patterns, cut to the smallest number of orders among them; to be called before they are used."""
     fewest = min(pattern.n_orders for pattern in patterns)
     return [
         pattern
@@ -100,7 +100,7 @@ def _first(orders: Tensor, count: int) -> Tensor:
 
 def _of(pieces: Sequence[RowPattern]) -> JoinedPattern:
     first = pieces[0]
-    # Blocks of one size that no piece shares with the next one.
+    # A common block size, such that no block extends across two pieces.
     block_size = gcd(*(p.block_size for p in pieces), *(p.n for p in pieces[:-1]))
     cells = torch.cat([_cells(p, block_size) for p in pieces], dim=1)
     pattern = JoinedPattern.unchecked(
@@ -118,7 +118,7 @@ def _of(pieces: Sequence[RowPattern]) -> JoinedPattern:
 
 
 def _cells(pattern: RowPattern, block_size: int) -> Tensor:
-    """Cell of each block of the size given, ``[n_orders, blocks]``, counted from the first kept one of group 0."""
+    """Cell of each block of the given size, ``[n_orders, blocks]``, counted from the first kept cell of group 0."""
     cells = (pattern._orders - pattern.offset).remainder(pattern.dp)
     blocks = -(-pattern.n // block_size)
     return cells.repeat_interleave(pattern.block_size // block_size, dim=1)[:, :blocks]

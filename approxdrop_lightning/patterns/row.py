@@ -1,4 +1,4 @@
-"""Row patterns: which units of a layer are kept, and by which rows of a batch."""
+"""Row patterns: the units of a layer that each row of a batch keeps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from approxdrop_lightning.device import to_device
 from approxdrop_lightning.patterns.units import Units
 
-#: Patterns are built here, whatever the default device.
+#: Patterns are built on the CPU, regardless of the default device.
 HOST = torch.device("cpu")
 
 
@@ -43,24 +43,25 @@ class RowPattern:
     groups, ``shift = keep``; one per cell if ``keep = 1``); otherwise the dropped sets are (2 groups, ``shift = dp -
     keep``). There are no more groups than that, because the products of larger groups are faster.
 
-    The rows of a large batch may also take several orders of the units in turn, which multiplies the number of groups
-    (those of one order follow those of another): more distinct masks in a batch make its gradient less noisy.
+    The rows of a large batch may also alternate between several orders of the units, which multiplies the number of
+    groups (the groups of one order follow those of another): more distinct masks in a batch make its gradient less
+    noisy.
 
     Because ``offset`` is uniform over ``dp`` values, every unit is kept with probability exactly
     ``keep / dp``, even if ``dp`` does not divide ``n``.
 
     Attributes:
         n: Number of units, >= 1.
-        dp: Period, number of cells, >= 1. Cells are empty where ``dp`` exceeds the number of blocks.
+        dp: Period, number of cells, >= 1. Some cells are empty if ``dp`` exceeds the number of blocks.
         offset: First kept cell of group 0, in [0, dp).
         keep: Number of kept cells, in [1, dp].
-        interleave: Whether rows of the batch take the cells in turn.
-        order: Permutation of the ``ceil(n / block_size)`` blocks (int64 tensor or sequence); several permutations as
-            the rows of a matrix if the pattern is interleaved; None for the natural order.
+        interleave: Whether the rows of a batch alternate between the cells.
+        order: Permutation of the ``ceil(n / block_size)`` blocks (int64 tensor or sequence), or, if the pattern is
+            interleaved, several permutations as the rows of a matrix; None for the natural order.
         block_size: Units per block, >= 1. The last block may be smaller.
 
     Raises:
-        ValueError: An argument is outside of its range.
+        ValueError: An argument is out of range.
     """
 
     n: int
@@ -96,7 +97,7 @@ class RowPattern:
         return pattern
 
     def reordered(self, order: Tensor) -> RowPattern:
-        """The same pattern of units in other orders, which are not checked either."""
+        """The same pattern with other orders of the units, which are not validated either."""
         return RowPattern.unchecked(self.n, self.dp, self.offset, self.keep, self.interleave, order, self.block_size)
 
     def __eq__(self, other: object) -> bool:
@@ -124,19 +125,19 @@ class RowPattern:
 
     @cached_property
     def n_orders(self) -> int:
-        """Number of orders of the units that rows take in turn."""
+        """Number of orders of the units that the rows alternate between."""
         return 1 if self.keeps_all or self.order is None or self.order.dim() == 1 else len(self.order)
 
     @cached_property
     def by_order(self) -> tuple[RowPattern, ...]:
-        """One pattern for each order of the units, that of its groups."""
+        """One pattern per order of the units, consisting of the groups of that order."""
         if self.order is None or self.n_orders == 1:
             return (self,)
         return tuple(self.reordered(order) for order in self.order.unbind())
 
     @property
     def overlaps(self) -> bool:
-        """Whether groups have kept units in common."""
+        """Whether the kept units of different groups overlap."""
         return self.interleave and 2 * self.keep > self.dp and not self.keeps_all
 
     @property
@@ -149,7 +150,7 @@ class RowPattern:
         return self.keep == self.dp
 
     def units(self, group: int) -> Units:
-        """Kept units of a group, cell by cell; those of a shared pattern ascend throughout."""
+        """The units that a group keeps, cell by cell; in ascending order for a shared pattern."""
         return self._units[group]
 
     @cached_property
@@ -164,18 +165,18 @@ class RowPattern:
         return (Units(starts, groups[0].lengths[order], groups[0].count),)
 
     def dropped(self, group: int) -> Units:
-        """Units that a group drops. The pattern must have one order, as for the next two."""
+        """The units that a group drops. This and the next two methods require a pattern with a single order."""
         first = group * self._shift
         return self._by_cell.between(0, first) + self._by_cell.between(first + self.keep, self.dp)
 
     @property
     def common(self) -> Units:
-        """Units that both of two overlapping groups keep: the last ones of group 0, the first ones of group 1."""
+        """The units kept by both of two overlapping groups: the last ones of group 0, the first ones of group 1."""
         return self._by_cell.between(self._shift, self.keep)
 
     @property
     def never_kept(self) -> Units:
-        """Units that no group keeps."""
+        """The units that no group keeps."""
         return self._by_cell.between((self.n_groups - 1) * self._shift + self.keep, self.dp)
 
     @cached_property
@@ -192,14 +193,14 @@ class RowPattern:
     def cells(self) -> tuple[Tensor, ...]:
         """Kept indices of each group: ``n_groups`` int64 tensors.
 
-        Ascending within a cell; the cells of a group follow each other, starting with the first kept one. Group 0 of
-        a shared pattern ascends throughout.
+        Ascending within each cell; the cells of a group follow each other, starting with the first kept one. For a
+        shared pattern, all indices ascend.
         """
         return tuple(units.index for units in self._units)
 
     @property
     def kept(self) -> Tensor:
-        """Kept indices of group 0, int64; those of every row if the pattern is shared."""
+        """Kept indices of group 0, int64; for a shared pattern, those of every row."""
         return self._units[0].index
 
     @property
@@ -208,7 +209,7 @@ class RowPattern:
         return self._units[0].count
 
     def units_by_cell(self, group: int) -> list[int]:
-        """Number of units in each cell that a group keeps, in the order of :meth:`units`."""
+        """Number of units in each of a group's kept cells, in the order of :meth:`units`."""
         groups = self.n_groups // self.n_orders
         first, before = group % groups * self._shift, self.by_order[group // groups]._by_cell.units
         return [before[cell + 1] - before[cell] for cell in range(first, first + self.keep)]
@@ -221,15 +222,15 @@ class RowPattern:
         n_blocks, orders = self.n_blocks, self.n_orders
         blocks, times = _times_kept(n_blocks, self.dp, self.offset, self.keep, self.n_groups // orders)
         kept = orders * blocks * self.block_size
-        if missing := n_blocks * self.block_size - self.n:  # the last block is smaller
+        if missing := n_blocks * self.block_size - self.n:  # the last block is shorter
             last = [n_blocks - 1]
-            if self.order is not None:  # NumPy reads single entries many times faster
+            if self.order is not None:  # reading single entries is many times faster in NumPy
                 last = self.order.numpy().reshape(orders, n_blocks)[:, -1].tolist()
             kept -= missing * sum(times[place] for place in last)
         return kept / (self.n_groups * self.n)
 
     def row_groups(self, leading_shape: tuple[int, ...]) -> tuple[Units, ...]:
-        """Rows of each group, as ascending units of the flattened leading dimensions."""
+        """Rows of each group, as ascending indices into the flattened leading dimensions."""
         return _row_groups(tuple(leading_shape), self.n_groups)
 
     def row_order(self, leading_shape: tuple[int, ...]) -> Tensor:
@@ -242,7 +243,7 @@ class RowPattern:
             return known
         rows = self.row_groups(leading_shape)
         index = torch.cat([(r.index[:, None] * self.n + c).view(-1) for r, c in zip(rows, self.cells(), strict=True)])
-        self._flat_indices.clear()  # a pattern rarely sees batches of several shapes
+        self._flat_indices.clear()  # a pattern rarely sees batches of different shapes
         self._flat_indices[leading_shape] = index
         return index
 
@@ -274,7 +275,7 @@ class RowPattern:
 
 @dataclass(frozen=True, eq=False)
 class _ByCell:
-    """Blocks sorted by cell, starting with the first kept one, so that consecutive cells are one slice."""
+    """Blocks sorted by cell, starting with the first kept one, so that consecutive cells form a slice."""
 
     starts: Tensor
     lengths: Tensor
@@ -287,7 +288,7 @@ class _ByCell:
 
 
 def _sort_by_cell(n: int, order: Tensor, offset: int, dp: int, block_size: int) -> _ByCell:
-    # NumPy: PyTorch's calls on such small tensors take several times as long.
+    # In NumPy, because PyTorch calls on such small tensors take several times as long.
     places = order.numpy()
     blocks = ((places - offset) % dp).argsort(kind="stable")
     counts, sizes = _cell_sizes(n, dp, offset, block_size, int(places[-1]))
@@ -301,27 +302,27 @@ def _sort_by_cell(n: int, order: Tensor, offset: int, dp: int, block_size: int) 
 
 @lru_cache(maxsize=1024)
 def _lengths(n_blocks: int, block_size: int) -> Tensor:
-    """Lengths of equal blocks."""
+    """Lengths of blocks of equal size."""
     return torch.full((n_blocks,), block_size, device="cpu")
 
 
 def _shift(dp: int, keep: int) -> int:
-    """Distance in cells from the first kept cell of a group to that of the next."""
+    """Distance in cells between the first kept cells of consecutive groups."""
     return dp - keep if 2 * keep > dp else keep
 
 
 @lru_cache(maxsize=1024)
 def _times_kept(n_blocks: int, dp: int, offset: int, keep: int, n_groups: int) -> tuple[int, list[int]]:
-    """How many blocks the groups of one order keep in total, and how many groups keep the block at each place."""
+    """Total number of blocks that the groups of one order keep, and the number of groups that keep each position."""
     times = _kept_places(n_blocks, dp, offset, keep, n_groups, torch.bool, 1).sum(0).tolist()
     return sum(times), times
 
 
 @lru_cache(maxsize=4096)
 def _cell_sizes(n: int, dp: int, offset: int, block_size: int, last: int) -> tuple[list[int], list[int]]:
-    """Number of blocks and of units in each cell, starting with the first kept one.
+    """Number of blocks and number of units in each cell, starting with the first kept one.
 
-    They depend on the order only through its ``last`` entry, the place of the block that may be smaller.
+    They depend on the order only through its ``last`` entry, the position of the block that may be smaller.
     """
     n_blocks = -(-n // block_size)
     least, more = divmod(n_blocks, dp)
@@ -341,7 +342,7 @@ def natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
 def _kept_places(
     n_blocks: int, dp: int, offset: int, keep: int, n_groups: int, dtype: torch.dtype, value: float
 ) -> Tensor:
-    """``[n_groups, n_blocks]``: ``value`` where a group keeps the block at a place of the order, else zero."""
+    """``[n_groups, n_blocks]``: ``value`` where a group keeps the block at a position of the order, else zero."""
     first = offset + _shift(dp, keep) * torch.arange(n_groups, device="cpu")[:, None]
     kept = (torch.arange(n_blocks, device="cpu") - first).remainder(dp) < keep
     return kept if dtype == torch.bool else kept.to(dtype) * value

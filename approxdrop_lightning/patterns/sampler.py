@@ -1,4 +1,4 @@
-"""Draws patterns from a distribution with a private random generator."""
+"""Sampling of patterns from a distribution, with a private random generator."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from approxdrop_lightning.distribution import PatternDistribution
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 
-#: Multiples of this block size let the compiled product read a weight once for all orders (``row_linear/one_pass``).
-#: Random sequences, and so checkpoints, depend on the value: it stays when vectors get wider.
+#: With multiples of this block size, the compiled product reads a weight once for all orders
+#: (``row_linear/one_pass``). Random sequences, and hence checkpoints, depend on this value: it must not change with
+#: the vector width.
 WIDE_BLOCK = 16
 
 
 def fitting_block_size(n: int, dp: int, block_size: int) -> int:
     """Block size for ``n`` units and a period.
 
-    ``block_size``, halved until each cell has at least four blocks: with fewer, the share of the units in a cell
-    would vary too much. Halving keeps powers of two aligned with vectors.
+    This is ``block_size``, halved until each cell has at least four blocks; with fewer blocks, the sizes of the cells
+    would differ too much. Halving keeps powers of two aligned with vectors.
     """
     while block_size > 1 and n < 4 * dp * block_size:
         block_size //= 2
@@ -31,18 +32,18 @@ def fitting_block_size(n: int, dp: int, block_size: int) -> int:
 
 
 def least_rows(block_size: int, group_rows: int) -> int:
-    """Fewest rows of a group where the batch takes several orders of the units in turn: fewer make products slow.
+    """Minimum number of rows per group if the rows alternate between several orders; fewer would slow products down.
 
-    ``group_rows``, and twice as many if the block size is no multiple of :data:`WIDE_BLOCK`.
+    This is ``group_rows``, doubled if the block size is not a multiple of :data:`WIDE_BLOCK`.
     """
     return group_rows if block_size % WIDE_BLOCK == 0 else 2 * group_rows
 
 
 def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
-    """Side of the tiles of a weight for a period.
+    """Tile size for a weight and a period.
 
-    ``tile_size``, halved until both sides have ``4 * dp`` tiles or a tile is a single weight: then every row and
-    every column keeps some weights, and their numbers differ by a quarter at most. Halving keeps tiles aligned.
+    This is ``tile_size``, halved until both sides have ``4 * dp`` tiles or a tile is a single weight. Every row and
+    every column then keeps some weights, and their numbers differ by at most a quarter. Halving keeps tiles aligned.
     """
     while tile_size > 1 and min(n_out, n_in) < 4 * dp * tile_size:
         tile_size //= 2
@@ -52,23 +53,23 @@ def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
 class PatternSampler:
     """Draws patterns. Holds the only random state of the package; the global generator is never used.
 
-    Each step starts with :meth:`draw`, which picks ``(dp, keep)``. All patterns of the step share it, so that the
-    groups of interleaved patterns line up from layer to layer; each :meth:`pattern` and :meth:`tiles` draws its own
+    Each step starts with :meth:`draw`, which picks ``(dp, keep)`` for all patterns of the step, so that the groups of
+    interleaved patterns line up from layer to layer. Each call of :meth:`pattern` or :meth:`tiles` then draws its own
     offset and order.
 
     Args:
         distribution: Probabilities over ``(dp, keep)``.
-        interleave: Whether rows of the batch take the cells of a pattern in turn.
+        interleave: Whether the rows of a batch alternate between the cells of a pattern.
         shuffle: Whether each pattern permutes the units before dividing them into cells.
-        block_size: Most units that are permuted together, >= 1; see :func:`fitting_block_size`. Ignored without
-            ``shuffle``.
-        seed: Seed of the private generator, any integer; its remainder modulo 2**64 counts.
+        block_size: Maximum number of units permuted as a block, >= 1; see :func:`fitting_block_size`. Ignored
+            without ``shuffle``.
+        seed: Seed of the private generator, any integer; reduced modulo 2**64.
         rank: Rank of this process. Processes with the same seed draw the same ``(dp, keep)`` at each step, so that
             none waits for another, but different patterns.
-        orders: Most orders of the units that the rows of a batch take in turn, >= 1; see :meth:`pattern`. Without
-            ``interleave`` and ``shuffle`` it is not used.
-        group_rows: Fewest rows of a group that several orders may leave, >= 1; see :func:`least_rows`.
-        tile_size: Largest side of a tile, >= 1; see :func:`fitting_tile_size`.
+        orders: Maximum number of orders of the units that the rows of a batch alternate between, >= 1; see
+            :meth:`pattern`. Ignored unless both ``interleave`` and ``shuffle`` are set.
+        group_rows: Minimum number of rows per group with several orders, >= 1; see :func:`least_rows`.
+        tile_size: Maximum tile size, >= 1; see :func:`fitting_tile_size`.
     """
 
     def __init__(
@@ -91,23 +92,23 @@ class PatternSampler:
         self.orders = orders
         self.group_rows = group_rows
         self.rank = rank
-        # PyTorch takes 64 bits, and negative seeds for the upper half of them: that is what the remainder is, too.
+        # PyTorch takes 64-bit seeds and maps negative ones to the upper half of the range, as the remainder does.
         self._steps = torch.Generator("cpu").manual_seed(operator.index(seed) % 2**64)
-        # Reseeded from `_steps` at each step: processes cannot drift apart, and a step's patterns do not depend on
-        # how many patterns earlier steps drew.
+        # Reseeded from `_steps` at each step, so that processes cannot drift apart and a step's patterns do not
+        # depend on how many patterns earlier steps drew.
         self._patterns = torch.Generator("cpu")
-        # Pairs of probability zero are left out, or rounding in the sum might pick one.
+        # Without pairs of probability zero, which rounding in the cumulative sum could otherwise select.
         pairs = [(s, k) for s, k in zip(distribution.support, distribution.probabilities, strict=True) if k > 0]
         self._support = [s for s, _ in pairs]
         self._cumulative = list(accumulate(k for _, k in pairs))
         self.dp, self.keep = self._support[0]
-        #: Of the step: where in the distribution its pair lies, and the seed of its patterns; compiled graphs choose
-        #: theirs by these.
+        #: The step's quantile in the distribution and the seed of its patterns, from which compiled graphs derive
+        #: their own.
         self.quantile, self.seed_of_step = 0.0, 0
         self.draw()
 
     def draw(self) -> tuple[int, int]:
-        """Start a step: draw its ``(dp, keep)``."""
+        """Start a step by drawing its ``(dp, keep)``."""
         self.quantile = torch.rand((), generator=self._steps, dtype=torch.float64, device="cpu").item()
         index = min(bisect_right(self._cumulative, self.quantile * self._cumulative[-1]), len(self._support) - 1)
         self.dp, self.keep = self._support[index]
@@ -117,11 +118,11 @@ class PatternSampler:
         return self.dp, self.keep
 
     def pattern(self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = ()) -> RowPattern:
-        """Draw a pattern of ``n`` units with the step's ``(dp, keep)``; with ``shared`` one for all rows.
+        """Draw a pattern of ``n`` units with the step's ``(dp, keep)``; if ``shared``, the same for all rows.
 
-        An interleaved pattern has as many orders of the units as leave each group :func:`least_rows` rows of the
-        batch, but one at least and ``orders`` at most. Samples (one leading dimension) that keep most units have one;
-        docs/results.md shows what several are for.
+        An interleaved pattern has as many orders of the units as possible such that each group has at least
+        :func:`least_rows` rows of the batch, between one and ``orders``. Batches of samples (a single leading
+        dimension) that keep most units use one order; docs/results.md shows the benefit of several.
         """
         interleave = self.interleave and not shared
         if self.keep == self.dp:
@@ -182,7 +183,7 @@ class PatternSampler:
         return BernoulliPattern(n_out, n_in, self.distribution.rate, seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """State from which exactly the same sequence continues; loads with ``weights_only=True``."""
+        """State for continuing exactly the same sequence; loadable with ``weights_only=True``."""
         return {
             "steps": self._steps.get_state(),
             "patterns": self._patterns.get_state(),
@@ -207,6 +208,6 @@ class PatternSampler:
         self._steps.set_state(state["steps"].cpu())
         self._patterns.set_state(state["patterns"].cpu())
         self.dp, self.keep = pair
-        # Of the step under way; a state written before there were compiled patterns begins them with the next one.
+        # Of the current step. States of older versions lack them; compiled patterns then start with the next step.
         self.quantile = float(state.get("quantile", self.quantile))
         self.seed_of_step = int(state.get("seed", self.seed_of_step))

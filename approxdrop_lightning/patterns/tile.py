@@ -1,4 +1,4 @@
-"""Patterns of weights: which entries of a weight matrix are kept."""
+"""Patterns of weights: the entries of a weight matrix that are kept."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class TilePattern:
         dp: Period, >= 1.
         offset: Diagonal of the first kept tiles, in [0, dp).
         keep: Number of kept diagonals of ``dp``, in [1, dp].
-        tile_size: Side of a tile, in weights, >= 1.
+        tile_size: Rows and columns of a tile, >= 1.
 
     Raises:
-        ValueError: An argument is outside of its range.
+        ValueError: An argument is out of range.
     """
 
     n_out: int
@@ -55,20 +55,20 @@ class TilePattern:
 
     @property
     def t(self) -> TilePattern:
-        """Pattern of the transposed weight: it has the same diagonals."""
+        """Pattern of the transposed weight, which has the same diagonals."""
         return TilePattern(self.n_in, self.n_out, self.dp, self.offset, self.keep, self.tile_size)
 
     @property
     def dropped(self) -> TilePattern:
-        """Pattern of the tiles that this one drops; it must drop some."""
+        """Pattern that keeps exactly the tiles that this one drops; there must be some."""
         offset = (self.offset + self.keep) % self.dp
         return TilePattern(self.n_out, self.n_in, self.dp, offset, self.dp - self.keep, self.tile_size)
 
     def submatrices(self) -> tuple[tuple[Units, Units], ...]:
-        """The kept weights as ``(rows, columns)`` of dense submatrices.
+        """The kept weights as dense submatrices, given by ``(rows, columns)``.
 
-        Every row is in exactly one submatrix, which has no columns if its rows are dropped entirely. Those of the
-        transposed pattern have every column in exactly one submatrix instead.
+        Every row is in exactly one submatrix, which has no columns if its rows are dropped entirely. In the
+        transposed pattern, every column is in exactly one submatrix instead.
         """
         return _submatrices(self)
 
@@ -83,7 +83,7 @@ class TilePattern:
         return self.n_kept / (self.n_out * self.n_in)
 
     def mask(self, device: torch.device = HOST) -> Tensor:
-        """Which weights are kept: bool ``[n_out, n_in]`` on ``device``."""
+        """Mask of the kept weights: bool ``[n_out, n_in]`` on ``device``."""
         size = self.tile_size
         i, j = (torch.arange(-(-n // size), device=device) for n in (self.n_out, self.n_in))
         tiles = (i[:, None] + j - self.offset).remainder(self.dp) < self.keep
@@ -105,7 +105,7 @@ class BernoulliPattern:
         seed: Seed of the mask, >= 0.
 
     Raises:
-        ValueError: An argument is outside of its range.
+        ValueError: An argument is out of range.
     """
 
     n_out: int
@@ -119,11 +119,11 @@ class BernoulliPattern:
 
     @property
     def share(self) -> float:
-        """Share of the entries kept, in expectation."""
+        """Expected share of the entries kept."""
         return 1 - self.rate
 
     def mask(self, device: torch.device = HOST) -> Tensor:
-        """Which entries are kept: bool ``[n_out, n_in]``. Every call for a type of device returns the same mask."""
+        """Mask of the kept entries: bool ``[n_out, n_in]``, the same in every call for a given type of device."""
         generator = torch.Generator(device).manual_seed(self.seed)
         mask = torch.empty(self.n_out, self.n_in, dtype=torch.bool, device=generator.device)
         return mask.bernoulli_(self.share, generator=generator)

@@ -1,4 +1,4 @@
-"""A selection of units, stored as ranges of consecutive ones."""
+"""Ordered selections of units, stored as ranges of consecutive units."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from approxdrop_lightning.device import to_device
 
 
 class UnitsStruct(ctypes.Structure):
-    """``Units`` of ``kernels.h``: what compiled code is given."""
+    """``Units`` in ``kernels.h``, the form in which compiled code receives them."""
 
     _fields_ = [
         ("starts", ctypes.c_void_p),
@@ -26,7 +26,7 @@ class UnitsStruct(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """An ordered selection of units, stored as ranges of consecutive ones, each of which is copied at once.
+    """An ordered selection of units, stored as ranges of consecutive units, each of which is copied as a whole.
 
     Attributes:
         starts: First unit of each range, int64.
@@ -40,8 +40,8 @@ class Units:
 
     @cached_property
     def index(self) -> Tensor:
-        """Every unit's number, int64."""
-        if len(self.starts) == self.count:  # ranges of one
+        """Indices of all units, int64."""
+        if len(self.starts) == self.count:  # all ranges have length one
             return self.starts
         if self.count and bool((self.lengths == self.lengths[0]).all()):
             return (self.starts[:, None] + torch.arange(int(self.lengths[0]), device="cpu")).view(-1)
@@ -71,12 +71,12 @@ class Units:
         return {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Cached attributes stay behind: the addresses in `struct` are those of this object's tensors.
+        # Without the cached attributes: the addresses in `struct` belong to this object's tensors.
         return Units, (self.starts, self.lengths, self.count)
 
     @cached_property
     def struct(self) -> UnitsStruct:
-        """The units as compiled code reads them; valid as long as this object lives."""
+        """The units in the form that compiled code reads; valid as long as this object is alive."""
         return UnitsStruct(self.starts.data_ptr(), self.lengths.data_ptr(), self.starts.numel(), self.count)
 
     @staticmethod
@@ -85,7 +85,7 @@ class Units:
         return _every(n)
 
     def __add__(self, other: Units) -> Units:
-        """These units followed by others."""
+        """Concatenate two selections."""
         if not self.count or not other.count:
             return self if self.count else other
         starts, lengths = torch.cat([self.starts, other.starts]), torch.cat([self.lengths, other.lengths])

@@ -1,4 +1,4 @@
-"""Make ``mnist_part.npz`` from MNIST: ``python datamodules/embedded/make_mnist_part.py FOLDER_WITH_MNIST``."""
+"""Create ``mnist_part.npz`` from MNIST: ``python datamodules/embedded/make_mnist_part.py FOLDER_WITH_MNIST``."""
 
 import sys
 from pathlib import Path
@@ -7,17 +7,17 @@ import numpy as np
 from torchvision.datasets import MNIST
 
 SEED = 0
-COUNTS = {"train": (500, 50), "test": (50,)}  # of each digit, in blocks that are shuffled by themselves
+COUNTS = {"train": (500, 50), "test": (50,)}  # images per digit, in separately shuffled blocks
 
 
 def make(folder: str) -> dict[str, np.ndarray]:
     """Images ``[N, 28, 28]`` and labels ``[N]``, uint8: 5,000 and 500 of the training set, 500 of the test set.
 
-    Of each digit images are taken at equal distances: MNIST comes in runs of one writer, and the first half of its
-    test set is the easier one.
+    The images of each digit are equally spaced, because MNIST is ordered by writer and the first half of its test set
+    is easier.
 
     Args:
-        folder: Has ``MNIST/raw`` as torchvision lays it out.
+        folder: Folder that contains ``MNIST/raw`` in torchvision's layout.
     """
     dice = np.random.default_rng(SEED)
     arrays = {}
