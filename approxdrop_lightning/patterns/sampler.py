@@ -140,16 +140,16 @@ class PatternSampler:
         return pattern.reordered(torch.stack([order, *further]))
 
     def n_orders(self, n_groups: int, overlaps: bool, leading_shape: tuple[int, ...], least: int) -> int:
-        """How many orders of the units the rows of a batch take in turn; see :meth:`pattern`.
+        """Number of orders of the units that the rows of a batch alternate between; see :meth:`pattern`.
 
         Args:
-            n_groups: Groups of rows of one order.
-            overlaps: Whether these have kept units in common.
-            leading_shape: Of the batch.
-            least: Fewest rows of a group.
+            n_groups: Number of groups in one order.
+            overlaps: Whether the kept units of different groups overlap.
+            leading_shape: Shape of the batch.
+            least: Minimum number of rows per group.
         """
         if len(leading_shape) == 1 and overlaps:
-            return 1  # samples that keep most units gain nothing by several (docs/results.md)
+            return 1  # samples that keep most units do not benefit from several (docs/results.md)
         rows = math.prod(leading_shape) if leading_shape else 0
         return max(1, min(self.orders, rows // (n_groups * least)))
 
