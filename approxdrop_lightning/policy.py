@@ -29,6 +29,8 @@ class Thresholds:
         saved_compiled: The same in a compiled graph, for the products before a dropout together, and for those after.
         whole: What it costs that something reads a value of the dense output, in multiplies: kept values are put in
             their places, and their gradients are packed.
+        residual: Whether to skip where only the layer before a dropout saves, as in a residual sum. It costs quality:
+            the few masks of a batch reach all later layers (docs/results.md, Transformers).
         features: Fewest units of a dropout; of a weight's shorter side if its tiles are dropped.
         hidden: Smallest hidden size of an LSTM that reads interleaved inputs by a recurrence of our own.
         block: Smallest blocks of units that are worth reading for each of several orders, where most are kept.
@@ -39,6 +41,7 @@ class Thresholds:
     saved_tiles: int
     saved_compiled: int
     whole: int
+    residual: bool = False
     features: int = 64
     hidden: int = 64
     block: int = 8
@@ -88,6 +91,10 @@ class Thresholds:
         least = self.saved_tiles if tiles else self.saved
         return _too_few(saved, min(least, self.saved_lstm) if lstm else least)
 
+    def residual_sum(self, readers: Iterable[str]) -> str | None:
+        """A dropout that only layers before it save by, whose output functions of these names read whole."""
+        return None if self.residual else f"read whole by {', '.join(sorted(readers))}, where few masks cost quality"
+
     def together(self, saved: Iterable[int], whole: int) -> str | None:
         """A dropout whose products save so many multiplies each, and of which so many values are read whole too."""
         gain, cost = sum(saved), whole * self.whole
@@ -118,7 +125,7 @@ THRESHOLDS = {
 }
 #: Nothing is too small.
 _NONE = Thresholds(
-    saved=0, saved_lstm=0, saved_tiles=0, saved_compiled=0, whole=0, features=0, hidden=0, block=0
+    saved=0, saved_lstm=0, saved_tiles=0, saved_compiled=0, whole=0, residual=True, features=0, hidden=0, block=0
 )  # fmt: skip
 
 

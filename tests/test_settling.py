@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.calls import calls_into_package
+from support.compiled import rewriting
 from support.gallery import GALLERY, LanguageModel
 from support.skipping import assert_skips, set_thresholds
 from torch import nn
@@ -340,3 +341,30 @@ def test_the_state_holds_the_decisions():
     resample(other, torch.randn(2, 9, 64))
     assert "scores" in converted(other)
     assert conversion_of(other).settling.state_dict()["uses"] == state["uses"]
+
+
+class ResidualBlock(nn.Module):
+    """A dropout inside the block, which two layers skip by, and one before the residual sum, which only one does."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.inner = nn.Linear(64, 256), nn.Dropout(0.5)
+        self.down, self.last = nn.Linear(256, 64), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return x + self.last(self.down(self.inner(self.up(x).relu())))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_residual_sums_have_stock_dropout_but_for_studies(compiled, monkeypatch):
+    set_thresholds(monkeypatch, saved=1, saved_compiled=1, whole=0)
+    x = torch.randn(24, 64)
+    for options, expected in (({}, ["inner"]), ({"min_gain": 1}, ["inner", "last"])):
+        model = ResidualBlock()
+        report = approximate(model, **options)
+        forward = torch.compile(model, backend=rewriting) if compiled else model
+        for _ in range(3):
+            resample(model, x)
+            forward(x).sum().backward()
+        assert [site.name for site in report.sites if site.skips] == expected
+        assert ("read whole by add, where few masks cost quality" in str(report)) == (not options)

@@ -254,6 +254,9 @@ class Rewriter:
             return
         if not drop.layers and not drop.readers:
             return
+        if not drop.readers and (reason := ask.residual_sum(map(function_name, drop.node.users))):
+            site.too_small = reason
+            return
         before, after = (self._saves_too_few(layers, site, ask) for layers in (drop.layers, drop.readers))
         drop.packs_before = before is None
         if before is not None and after is not None:

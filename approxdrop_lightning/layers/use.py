@@ -134,7 +134,9 @@ class Use:
         self.by_readers = True
         for names in [names for names in self.before if read_whole_too & set(names)]:
             del self.before[names]
-        if self.before or self.after:
+        if self.whole and self.before and not self.after and (reason := self.ask.residual_sum(self.whole)):
+            self.decide(reason)
+        elif self.before or self.after:
             self.decide(self.ask.together([*self.before.values(), *self.after.values()], sum(self.whole.values())))
         else:
             self.decide(self.too_small or self.site.unread(self))
