@@ -8,11 +8,14 @@ and compare no sizes of their own.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
 
 _HALVES = (torch.float16, torch.bfloat16)
+#: Whether the step under way is to be replayed as a CUDA graph, in which the host's part is no longer there.
+REPLAYED: ContextVar[bool] = ContextVar("replayed", default=False)
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class Thresholds:
             in multiplies, by which the report estimates time.
         saved_lstm: The same for a product of an LSTM.
         saved_tiles: The same for a product with kept tiles.
-        saved_compiled: The same in a compiled graph, for the products before a dropout together, and for those after.
+        saved_compiled: The same in a compiled graph, for all products beside a dropout together. Those before it must
+            save a tenth of that to compute kept outputs only.
+        saved_replayed: The same for compiled graphs in steps that are replayed as CUDA graphs.
         whole: What it costs that something reads a value of the dense output, in multiplies: kept values are put in
             their places, and their gradients are packed.
         residual: Whether to skip where only the layer before a dropout saves, as in a residual sum. It costs quality:
@@ -40,6 +45,7 @@ class Thresholds:
     saved_lstm: int
     saved_tiles: int
     saved_compiled: int
+    saved_replayed: int
     whole: int
     residual: bool = False
     features: int = 64
@@ -55,8 +61,16 @@ class Thresholds:
         return _too_few(saved, self.saved_lstm)
 
     def compiled(self, saved: int) -> str | None:
-        """All linear layers of a compiled graph on one side of a dropout."""
-        return _too_few(saved, self.saved_compiled)
+        """All linear layers of a compiled graph beside a dropout."""
+        return _too_few(saved, self._saved_compiled)
+
+    def before_compiled(self, saved: int) -> bool:
+        """Whether those before a dropout that skips compute kept outputs only."""
+        return 10 * saved >= self._saved_compiled
+
+    @property
+    def _saved_compiled(self) -> int:
+        return self.saved_replayed if REPLAYED.get() else self.saved_compiled
 
     def tiles(self, shape: tuple[int, ...], saved: int) -> str | None:
         """A weight of that shape whose tiles are dropped, which would save so many multiplies."""
@@ -113,19 +127,26 @@ THRESHOLDS = {
     # one of 512, in blocks of 8, at 1.1.
     # whole: functional.unpack and its backward pass took 0.5 to 2.3 ns a value, a multiply (with those of both
     # gradients) .063; stock dropout would take 7 to 14 ns for its mask, of which nothing is counted here.
-    "cpu": Thresholds(saved=20_000_000, saved_lstm=0, saved_tiles=0, saved_compiled=2_000_000, whole=32),
-    # saved: `mlp --device cuda --hidden 4096 4096 --min-gain 0 --batch N` on an H100. Not measured: saved_compiled,
-    # and whole, which is by bytes.
+    "cpu": Thresholds(
+        saved=20_000_000, saved_lstm=0, saved_tiles=0, saved_compiled=2_000_000, saved_replayed=2_000_000, whole=32
+    ),
+    # saved: `mlp --device cuda --hidden 4096 4096 --min-gain 0 --batch N` on an H100.
+    # saved_compiled, saved_replayed: `gpu` on an H200. Skipping cost the host .4 to .8 ms for each dropout, and .1 to
+    # .2 ms in a step that is replayed; this is what the GPU multiplies in that time, forward and backward.
+    # whole: not measured; by bytes.
     "cuda": Thresholds(
-        saved=25_000_000_000, saved_lstm=25_000_000_000, saved_tiles=0, saved_compiled=100_000_000, whole=100
+        saved=25_000_000_000, saved_lstm=25_000_000_000, saved_tiles=0,
+        saved_compiled=5_000_000_000, saved_replayed=2_500_000_000, whole=100,
     ),
     "tensor cores": Thresholds(
-        saved=250_000_000_000, saved_lstm=250_000_000_000, saved_tiles=0, saved_compiled=100_000_000, whole=2000
+        saved=250_000_000_000, saved_lstm=250_000_000_000, saved_tiles=0,
+        saved_compiled=100_000_000_000, saved_replayed=30_000_000_000, whole=2000,
     ),
-}
+}  # fmt: skip
 #: Nothing is too small.
 _NONE = Thresholds(
-    saved=0, saved_lstm=0, saved_tiles=0, saved_compiled=0, whole=0, residual=True, features=0, hidden=0, block=0
+    saved=0, saved_lstm=0, saved_tiles=0, saved_compiled=0, saved_replayed=0, whole=0, residual=True,
+    features=0, hidden=0, block=0,
 )  # fmt: skip
 
 
@@ -171,10 +192,14 @@ class Policy:
         found = measured(device, dtype)
         if self.min_gain is not None:
             least = self.min_gain
-            found = replace(_NONE, saved=least, saved_lstm=least, saved_tiles=least, saved_compiled=least)
+            found = replace(
+                _NONE, saved=least, saved_lstm=least, saved_tiles=least, saved_compiled=least, saved_replayed=least
+            )
         if self.saved is not None:
             lstm = self.saved if found.saved_lstm else 0
-            found = replace(found, saved=self.saved, saved_lstm=lstm, saved_compiled=self.saved)
+            found = replace(
+                found, saved=self.saved, saved_lstm=lstm, saved_compiled=self.saved, saved_replayed=self.saved
+            )
         if self.features is not None:
             found = replace(found, features=self.features, block=found.block if self.features else 0)
         return found if self.hidden is None else replace(found, hidden=self.hidden)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from approxdrop_lightning.policy import REPLAYED
+
 Step = Callable[[Sequence[Tensor]], Any]
 
 
@@ -134,6 +136,14 @@ class StepGraphs:
         key = (key, tuple((t.shape, t.dtype, t.device) for t in inputs))
         if key in self._graphs:
             return self._replay(self._graphs[key], inputs)
+        token = REPLAYED.set(True)  # what is compiled now saves the device's time, not the host's
+        try:
+            return self._first(key, inputs, step)
+        finally:
+            REPLAYED.reset(token)
+
+    def _first(self, key: Hashable, inputs: Sequence[Tensor], step: Step) -> Any:
+        """A step of which there is no graph yet."""
         if key in self._refused:
             return self._eager(inputs, step, self._refused[key])
         self._seen[key] += 1

@@ -69,7 +69,7 @@ def test_min_gain_is_all_that_counts_if_it_is_given(least):
 def test_deprecated_options_replace_one_threshold_each():
     table = THRESHOLDS["cpu"]
     for option, changed in (
-        ("min_multiplies", {"saved": 7, "saved_compiled": 7}),
+        ("min_multiplies", {"saved": 7, "saved_compiled": 7, "saved_replayed": 7}),
         ("min_features", {"features": 7}),
         ("min_hidden", {"hidden": 7}),
     ):

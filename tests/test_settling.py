@@ -191,7 +191,7 @@ def test_a_saving_must_outweigh_what_reading_the_output_whole_costs(monkeypatch)
 
     x = torch.randn(16, 64)
     for cost, skips in ((32, True), (33, False)):  # 16 * 64 * 64 / 2 multiplies, and 16 * 64 values
-        set_thresholds(monkeypatch, whole=cost)
+        set_thresholds(monkeypatch, whole=cost, residual=True)
         model = Residual()
         report = approximate(model, seed=0)
         step(model, x)

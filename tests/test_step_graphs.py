@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from support.fake_capture import FakeCapture
+from support.skipping import set_thresholds
 from torch import nn
 
+from approxdrop_lightning.policy import THRESHOLDS
 from approxdrop_lightning.step_graphs import StepGraphs, split_tensors
 
 
@@ -124,3 +126,18 @@ def test_batches_of_any_nesting():
     assert split_tensors({"x": x, "more": (y, "name", 4)})[1] != key
     with pytest.raises(TypeError, match="unhashable"):
         split_tensors((x, {1, 2}))
+
+
+def test_the_policy_knows_what_is_to_be_replayed(monkeypatch):
+    """The host's part of skipping counts in a step of its own, and not in one that is replayed."""
+    set_thresholds(monkeypatch, saved_compiled=10, saved_replayed=5)
+    asked = []
+
+    def step(inputs):
+        asked.append(THRESHOLDS["cpu"].compiled(7))
+        return inputs[0]
+
+    graphs = StepGraphs(FakeCapture(), warmup=1)
+    graphs.run(None, [torch.zeros(1)], step)
+    assert asked == [None]
+    assert THRESHOLDS["cpu"].compiled(7) is not None

@@ -257,19 +257,15 @@ class Rewriter:
         if not drop.readers and (reason := ask.residual_sum(map(function_name, drop.node.users))):
             site.too_small = reason
             return
-        before, after = (self._saves_too_few(layers, site, ask) for layers in (drop.layers, drop.readers))
-        drop.packs_before = before is None
-        if before is not None and after is not None:
-            site.too_small = before if drop.layers else after
+        before, after = (
+            int(sum(map(self._multiplies, layers)) * site.rate) for layers in (drop.layers, drop.readers)
+        )
+        if (too_few := ask.compiled(before + after)) is not None:
+            site.too_small = too_few
             return
+        drop.packs_before = bool(drop.layers) and (ask.before_compiled(before) or not drop.readers)
         leading = tuple(_hint(d) for d in dims[:-1])
         drop.entry = drop.book.use(site, number, drop.n, leading, drop.pair, x.device)
-
-    def _saves_too_few(self, layers: list[Node], site: Any, ask: Thresholds) -> str | None:
-        """Why it would not gain to skip in the layers on one side of a dropout."""
-        if not layers:
-            return "no linear layer"
-        return ask.compiled(int(sum(map(self._multiplies, layers)) * site.rate))
 
     def _can_name(self, dims: tuple[Any, ...]) -> bool:
         return all(isinstance(d, int) or str(d.node.expr) in self._symbols for d in dims)

@@ -311,7 +311,9 @@ class Site:
         widths = pending.widths if isinstance(pending, Combination) else ()
         if widths and use.ask.units(min(widths)) is not None:
             widths = ()
-        pattern = self.pattern(shape[-1], leading_shape=shape[:-1], widths=widths)
+        # On CUDA each group is several launches from Python: one order is all that pays there (docs/gpu_model.md).
+        leading = () if kind[0].type == "cuda" else shape[:-1]
+        pattern = self.pattern(shape[-1], leading_shape=leading, widths=widths)
         use.unseen |= pattern.keeps_all
         if pattern.keeps_all:
             return as_dense(x) * self.scale
