@@ -38,7 +38,8 @@ class Thresholds:
             the few masks of a batch reach all later layers (docs/results.md, Transformers).
         features: Fewest units of a dropout; of a weight's shorter side if its tiles are dropped.
         hidden: Smallest hidden size of an LSTM that reads interleaved inputs by a recurrence of our own.
-        block: Smallest blocks of units that are worth reading for each of several orders, where most are kept.
+        sequence: Fewest units of a dropout of sequences below rate .5, where most units are kept. Narrower ones gain
+            little time, and cost quality (docs/results.md, Transformers).
     """
 
     saved: int
@@ -50,7 +51,7 @@ class Thresholds:
     residual: bool = False
     features: int = 64
     hidden: int = 64
-    block: int = 8
+    sequence: int = 512
 
     def product(self, saved: int) -> str | None:
         """A product of a linear layer that would save so many multiplies."""
@@ -82,11 +83,11 @@ class Thresholds:
         """A dropout of ``n`` units."""
         return f"{n} features are too few to gain (fewer than {self.features})" if n < self.features else None
 
-    def blocks(self, n: int, block_size: int) -> str | None:
-        """A dropout of ``n`` units in blocks that are read for each of several orders, and most of which are kept."""
-        if block_size >= self.block:
+    def units_of_sequences(self, n: int) -> str | None:
+        """A dropout of sequences, of ``n`` units and a rate below .5."""
+        if n >= self.sequence:
             return None
-        return f"{n} features are too few to gain at a rate below .5 (blocks of {block_size} units)"
+        return f"{n} features of sequences are too few to gain below rate .5 (fewer than {self.sequence})"
 
     def recurrence(self, hidden: int) -> str | None:
         """An LSTM of that hidden size that would read interleaved inputs by a recurrence of our own."""
@@ -123,8 +124,8 @@ THRESHOLDS = {
     # saved, features: `mlp --hidden N N --min-gain 0 --pattern row --baseline --rate .1 .3 .5 .7`, N = 16 ... 2048.
     # saved_compiled: the same networks under torch.compile (tests/graph).
     # hidden: `lstm --hidden N --consecutive 1 --min-gain 0 --pattern row --baseline`, N = 64, 128.
-    # block: `lstm --hidden 256 --vocabulary 2000 --consecutive 1 --min-gain 0`: at .3 an LSTM of 256 ran at 0.9,
-    # one of 512, in blocks of 8, at 1.1.
+    # sequence: `lstm --hidden N --vocabulary 2000 --consecutive 1 --min-gain 0 --rate .3`: an LSTM of 256 ran at 0.9,
+    # one of 512 at 1.1; and perplexities of a transformer of 256.
     # whole: functional.unpack and its backward pass took 0.5 to 2.3 ns a value, a multiply (with those of both
     # gradients) .063; stock dropout would take 7 to 14 ns for its mask, of which nothing is counted here.
     "cpu": Thresholds(
@@ -146,7 +147,7 @@ THRESHOLDS = {
 #: Nothing is too small.
 _NONE = Thresholds(
     saved=0, saved_lstm=0, saved_tiles=0, saved_compiled=0, saved_replayed=0, whole=0, residual=True,
-    features=0, hidden=0, block=0,
+    features=0, hidden=0, sequence=0,
 )  # fmt: skip
 
 
@@ -201,7 +202,7 @@ class Policy:
                 found, saved=self.saved, saved_lstm=lstm, saved_compiled=self.saved, saved_replayed=self.saved
             )
         if self.features is not None:
-            found = replace(found, features=self.features, block=found.block if self.features else 0)
+            found = replace(found, features=self.features, sequence=found.sequence if self.features else 0)
         return found if self.hidden is None else replace(found, hidden=self.hidden)
 
     def state(self) -> list[object]:

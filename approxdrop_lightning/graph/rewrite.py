@@ -246,6 +246,8 @@ class Rewriter:
             return
         ask: Thresholds = site.policy.at(x.device, product_dtype(x.device, x.dtype))
         too_few = ask.units(drop.n)
+        if too_few is None and len(dims) > 2 and site.rate < 0.5 and site.sampler.interleave:
+            too_few = ask.units_of_sequences(drop.n)
         if too_few is not None:
             site.too_small = too_few
             return

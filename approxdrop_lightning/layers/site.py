@@ -173,9 +173,8 @@ class Site:
             use.decide(reason)
             return
         sampler = self.sampler
-        if sampler.overlaps and sampler.keep < sampler.dp:
-            block_size, orders = sampler.blocks_and_orders(n, tuple(leading))
-            reason = use.ask.blocks(n, block_size) if orders > 1 else None
+        if len(leading) > 1 and self.rate < 0.5 and sampler.interleave:
+            reason = use.ask.units_of_sequences(n)
             if reason is not None:
                 use.decide(reason)
                 return
