@@ -7,6 +7,8 @@ import torch
 
 from approxdrop_lightning.benchmark import gpu
 from approxdrop_lightning.benchmark.__main__ import main
+from approxdrop_lightning.benchmark.gpu import correctness, products, steps
+from approxdrop_lightning.ops.pack import pack_ops
 
 pytest.importorskip("triton")
 
@@ -17,9 +19,10 @@ def read(path):
 
 
 def test_all_parts(tmp_path, capsys, monkeypatch):
-    workloads = gpu._workloads("cpu")[:1]  # the command trains more
-    monkeypatch.setattr(gpu, "_workloads", lambda device: workloads)
-    monkeypatch.setattr(gpu, "_RATES", (0.5, 0.3))
+    workloads = steps._workloads("cpu")[:1]  # the command trains more
+    monkeypatch.setattr(steps, "_workloads", lambda device: workloads)
+    for part in (correctness, products, steps):
+        monkeypatch.setattr(part, "RATES", (0.5, 0.3))
     rows = main(["gpu", "--device", "cpu", "--minutes", "5", "--output", str(tmp_path / "new")])
     by_part = {name: [row for row in rows if row["part"] == name] for name, *_ in gpu.PARTS}
     correct = by_part["correctness"]
@@ -29,12 +32,12 @@ def test_all_parts(tmp_path, capsys, monkeypatch):
     assert all(row["bmm_both_sides_ms"] > 0 and row["ideal"] > 2 for row in by_part["products"])
     assert {row["what"] for row in by_part["copies"]} == {"weight", "activations"}
     assert all(row["pack_gb_s"] > 0 and row["unpack_gb_s"] > 0 for row in by_part["copies"])
-    steps = {(row["workload"], row["contender"], row["mode"]): row for row in by_part["steps"] if row["rate"] == 0.5}
+    found = {(row["workload"], row["contender"], row["mode"]): row for row in by_part["steps"] if row["rate"] == 0.5}
     mlp = "MLP 20-64-64-10, batch 32"
-    assert steps[mlp, "conventional", "compiled"]["to_same_mode"] == 1
-    assert steps[mlp, "row", "graphed"]["note"] == "only with a GPU"
-    assert steps[mlp, "row", "eager"]["host_ms"] > 0
-    assert steps[mlp, "row", "eager"]["ceiling"] > 2  # it skips
+    assert found[mlp, "conventional", "compiled"]["to_same_mode"] == 1
+    assert found[mlp, "row", "graphed"]["note"] == "only with a GPU"
+    assert found[mlp, "row", "eager"]["host_ms"] > 0
+    assert found[mlp, "row", "eager"]["ceiling"] > 2  # it skips
     assert [row for row in rows if "error" in row] == []
     for name, title, *_ in gpu.PARTS:
         recorded = read(tmp_path / "new" / f"{name}.csv")
@@ -48,7 +51,7 @@ def test_a_case_that_fails_is_a_row_and_not_the_end(tmp_path, monkeypatch, capsy
     def fail(*_):
         raise RuntimeError("no such instruction\nand more")
 
-    monkeypatch.setattr(gpu, "_check_tiles", fail)
+    monkeypatch.setattr(correctness, "_check_tiles", fail)
     rows = gpu.main(["--device", "cpu", "--part", "correctness", "--output", str(tmp_path)])
     errors = {row["what"]: row["error"] for row in rows if "error" in row}
     assert errors == {"tiles 300x420": "RuntimeError: no such instruction"}
@@ -57,8 +60,8 @@ def test_a_case_that_fails_is_a_row_and_not_the_end(tmp_path, monkeypatch, capsy
 
 
 def test_wrong_numbers_are_seen(tmp_path, monkeypatch):
-    right = gpu.pack_ops.unpack
-    monkeypatch.setattr(gpu.pack_ops, "unpack", lambda *a: right(*a) * 1.01)
+    right = pack_ops.unpack
+    monkeypatch.setattr(pack_ops, "unpack", lambda *a: right(*a) * 1.01)
     rows = gpu.main(["--device", "cpu", "--part", "correctness", "--output", str(tmp_path)])
     assert [row["ok"] for row in rows if row["what"].startswith("pack and unpack")][:4] == [False] * 4
 
