@@ -126,10 +126,21 @@ class Settling:
     _shapes: Shapes = None
     _steps: int = 0
     _again: bool = False  # the next step is watched, whatever it reads
+    _idle: bool = False  # all layers are stock
 
     @property
     def _sites(self) -> list[Site]:
         return [site for site in self.report.sites if site.rate and site.decides]
+
+    def goes_on(self, batch: Any) -> bool:
+        """Whether all layers stay stock in a step: nothing is to be done for it, and nothing is here."""
+        if not self._idle:
+            return False
+        shapes = shapes_of(batch)
+        if shapes is None and (self._steps + 1) & self._steps:
+            self._steps += 1
+            return True
+        return shapes is not None and shapes == self._shapes
 
     def begin(self, batch: Any) -> None:
         """Begin a step of a batch; of one of which nothing is known steps 1, 2, 4, 8, ... are watched."""
@@ -205,6 +216,7 @@ class Settling:
                 if layer.stock and not site.resting:
                     site.forget_patterns()
                 site.resting = layer.stock
+        self._idle = all(layer.stock for layer in self.layers.values())
 
     @property
     def has_stock(self) -> bool:
@@ -248,7 +260,9 @@ class Settling:
 
 def shapes_of(batch: Any) -> Shapes:
     """Shapes of the tensors of a batch, in whatever containers; None if there are none."""
-    return tuple(tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)) or None
+    flat = type(batch) in (tuple, list) and all(type(leaf) is Tensor for leaf in batch)
+    leaves = batch if flat else tree_leaves(batch)  # which takes longer than some steps would like
+    return tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)) or None
 
 
 def _covers(large: Shapes, small: Shapes) -> bool:

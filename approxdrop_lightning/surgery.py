@@ -150,6 +150,9 @@ class Conversion:
             fresh: Whether patterns are drawn.
             batch: What the step is going to read; None if it is not known.
         """
+        if self._count is None and not self._in_step_with_others and self.settling.goes_on(batch):
+            self.stepping = True
+            return
         self.end()
         self.settling.begin(batch)
         for layer in self._layers.values():
@@ -175,14 +178,16 @@ class Conversion:
         for ledger in self.report.work:
             ledger.begin(typical and (first or self.settling.watching))
 
-    def _drawn_from(self) -> Iterable[PatternSampler]:
-        """Samplers that a step needs.
+    @property
+    def _in_step_with_others(self) -> bool:
+        """Whether there are several processes: they draw from all samplers, so that none is ahead of another."""
+        return torch.distributed.is_available() and torch.distributed.is_initialized()
 
-        Several processes draw from all, so that none is ahead of another, and so do sites that may be compiled.
-        """
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    def _drawn_from(self) -> Iterable[PatternSampler]:
+        """Samplers that a step needs: all, if sites may be compiled, whose graphs read the draw of the first one."""
         compiled = self.book is not None and not all(site.uses for site in self.report.sites)
-        return self.samplers.values() if distributed or compiled else self.settling.samplers()
+        every = compiled or self._in_step_with_others
+        return self.samplers.values() if every else self.settling.samplers()
 
     def _note(self, multiplies: int) -> None:
         self.report.elsewhere += multiplies
