@@ -1,5 +1,5 @@
-// Copies and sums by index that would take PyTorch several calls. Matrices are row-major; sizes whose names say so are in
-// bytes.
+// Indexed copies and sums that would take several calls in PyTorch. Matrices are row-major; sizes are in bytes where their
+// names say so.
 #include <stdint.h>
 #include <string.h>
 #ifdef _OPENMP
@@ -19,7 +19,7 @@ static inline void copy_range(char *restrict to, const char *restrict from, int6
     }
 }
 
-// A thread's share of the ranges, [first, last), and how many units come before them.
+// A thread's share of the ranges, [first, last), and the number of units before them.
 static void split(Units units, int64_t *first, int64_t *last, int64_t *before) {
     int64_t thread = 0, threads = 1;
 #ifdef _OPENMP
@@ -29,7 +29,7 @@ static void split(Units units, int64_t *first, int64_t *last, int64_t *before) {
     for (int64_t r = 0; r < *first; r++) *before += units.lengths[r];
 }
 
-// Cut a single long range of rows, which one thread alone would get.
+// Split a single long range of rows, which would otherwise go to one thread.
 static void cut(Units *rows, int64_t *starts, int64_t *lengths, int threads) {
     if (rows->ranges != 1) return;
     int64_t start = rows->starts[0], length = rows->lengths[0];
@@ -40,7 +40,7 @@ static void cut(Units *rows, int64_t *starts, int64_t *lengths, int threads) {
     rows->starts = starts, rows->lengths = lengths, rows->ranges = threads;
 }
 
-// to = from[rows, columns]; rows of `to` follow each other.
+// to = from[rows, columns]; the rows of `to` are contiguous.
 void take(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t from_bytes, Units rows,
           Units columns, int64_t item, int64_t size, int threads) {
     int64_t cut_starts[MAX_THREADS], cut_lengths[MAX_THREADS];
@@ -63,7 +63,7 @@ void take(char *restrict to, int64_t to_bytes, const char *restrict from, int64_
     }
 }
 
-// to[rows, columns] = from, whose rows follow each other; with clear the other columns of these rows become zero.
+// to[rows, columns] = from, whose rows are contiguous; with clear, the other columns of these rows are zeroed.
 void put(char *restrict to, int64_t to_bytes, const char *restrict from, int64_t from_bytes, Units rows,
          Units columns, int64_t item, int64_t size, int threads, int clear) {
     int64_t cut_starts[MAX_THREADS], cut_lengths[MAX_THREADS];
@@ -119,7 +119,8 @@ void zero(char *restrict to, int64_t to_bytes, Units rows, Units columns, int64_
 
 EXPORT_SIZE(Units);
 
-// A group of rows whose values follow each other, and where in the sums its columns belong. `RowGroup` of groups.py.
+// A group of rows whose values are contiguous, and the columns of the sums that they contribute to. `RowGroupStruct` in
+// groups.py.
 typedef struct {
     int64_t rows;
     Units columns;
@@ -127,7 +128,7 @@ typedef struct {
 
 EXPORT_SIZE(RowGroup);
 
-// to[columns] += sum over the rows, for each of `n` groups, whose float32 values follow each other.
+// to[columns] += sum over the rows, for each of `n` groups with contiguous float32 values.
 void column_sums(const float *restrict values, const RowGroup *groups, int64_t n, float *restrict to, int threads) {
     for (const RowGroup *group = groups; group < groups + n; values += group->rows * group->columns.count, group++) {
 #pragma omp parallel num_threads(threads) if (group->rows * group->columns.count > 4 * PARALLEL_FROM)

@@ -1,4 +1,4 @@
-// What the compiled kernels share.
+// Definitions shared by the compiled kernels.
 #ifndef APPROXDROP_KERNELS_H
 #define APPROXDROP_KERNELS_H
 #include <stdint.h>
@@ -8,8 +8,8 @@
 
 #define LINE 64  // bytes of a cache line
 
-// Eight floats past the caches: what is not read soon need neither be read before it is written, nor drive out what is.
-// Pays for whole lines only. After the last one comes a fence.
+// Store eight floats past the caches: data that is not read soon need not be loaded before it is written, nor evict
+// other data. Only worthwhile for whole lines, and requires a fence after the last one.
 static inline void store_past_caches(float *to, const float *from) {
 #ifdef __AVX__
     _mm256_stream_ps(to, _mm256_loadu_ps(from));
@@ -24,13 +24,13 @@ static inline void fence(void) {
 #endif
 }
 
-// Some rows or columns of a matrix, as ranges of consecutive ones. `UnitsStruct` of patterns/units.py.
+// Rows or columns of a matrix, as ranges of consecutive ones. `UnitsStruct` in patterns/units.py.
 typedef struct {
     const int64_t *starts, *lengths;
     int64_t ranges, count;
 } Units;
 
-// Lets a test compare the size of a struct with that of its counterpart in Python.
+// Allows a test to compare the size of a struct with that of its Python counterpart.
 #define EXPORT_SIZE(type) const int64_t sizeof_##type = sizeof(type)
 
 #endif

@@ -1,10 +1,10 @@
-// Linear layer that reads kept inputs and computes all outputs, float32, in one pass over the weight: for groups of rows
-// that keep whole panels of PANEL consecutive inputs.
+// Linear layer that reads the kept inputs and computes all outputs in one pass over the weight, float32. Every group of
+// rows must keep whole panels of PANEL consecutive inputs.
 //
-// Several orders of the inputs make many small groups, each of which keeps other panels; with product.c every group would
-// read its submatrix of the weight again. Here each panel of the weight is packed once for all groups, and a group sums
-// over the panels that it keeps; the weight's gradient of a panel is summed over all groups that keep it and stored once.
-// So further orders cost nothing but shorter loops.
+// Several orders of the inputs result in many small groups that keep different panels; with product.c every group would
+// read its own submatrix of the weight. Here each panel of the weight is packed once for all groups, and each group sums
+// over the panels that it keeps; the gradient of a panel is summed over all groups that keep it and stored once. Further
+// orders therefore cost nothing but shorter loops.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,43 +12,43 @@
 #include "kernels.h"
 #include "tile.h"
 
-#define PANEL 16            // inputs of a panel, PANEL in one_pass.py: a tile of the result is HIGH x PANEL
+#define PANEL 16            // inputs per panel, PANEL in one_pass.py; a tile of the result is HIGH x PANEL
 #define VECS (PANEL / LANES)
 #define HIGH (12 / VECS)
-#define DEPTH 384           // of a packed slab, as in product.c,
-#define HEIGHT 144          // and its rows
-#define PANELS 4            // of outputs that are packed together
-#define NEAR 49152          // floats of a slab of the outputs' gradient that stay in the L2 cache
+#define DEPTH 384           // depth of a packed slab, as in product.c,
+#define HEIGHT 144          // and its number of rows
+#define PANELS 4            // panels of outputs that are packed together
+#define NEAR 49152          // floats of a slab of the output gradient that stay in the L2 cache
 #define GAP 8               // packing writes up to eight values past the end of what it packs
 
-// As one_pass.py lays it out.
+// `LayerStruct` in one_pass.py.
 typedef struct {
     int64_t rows, inputs, outputs, groups;
-    const int64_t *row, *first_row;      // rows of the batch, group after group; where each group's begin
-    const int64_t *panel, *first_panel;  // panels that each group keeps, likewise
-    float *x;                            // or its gradient: group after group, [its rows, its inputs]
+    const int64_t *row, *first_row;      // rows of the batch, group after group, and the start of each group
+    const int64_t *panel, *first_panel;  // panels that each group keeps, in the same form
+    float *x;                            // or its gradient: group after group, [rows of the group, its inputs]
     float *y;                            // or its gradient: [rows, outputs]
     float *weight;                       // or its gradient: entry (output, input) at output * w_output + input * w_input
     int64_t w_output, w_input;
-    const float *bias;  // of the outputs, or NULL
+    const float *bias;  // [outputs], or NULL
 } Layer;
 
 EXPORT_SIZE(Layer);
 const int64_t one_pass_panel = PANEL;
 
-// `depth` terms of the sums of a tile, and where their packed factors begin.
+// `depth` terms of the sums of a tile, and the offsets of their packed factors.
 typedef struct {
     int64_t a, b, depth;
 } Terms;
 
 typedef struct {
-    int64_t width, x, rows, first_row, high, bands, packed;  // x, packed: where the group's values begin
+    int64_t width, x, rows, first_row, high, bands, packed;  // x, packed: offsets of the group's values
 } Group;
 
 typedef struct {
     int64_t panels;
     Group *group;
-    int64_t *column, *iota, *input_at, *output_at, *row_at;  // column: where each kept panel begins in its group's x
+    int64_t *column, *iota, *input_at, *output_at, *row_at;  // column: start of each kept panel in its group's x
 } Layout;
 
 static inline __attribute__((always_inline)) void sum_terms(int rows, const float *a0, const float *b0, const Terms *terms,
@@ -71,7 +71,7 @@ static inline __attribute__((always_inline)) void sum_terms(int rows, const floa
         for (int v = 0; v < VECS; v++) out[i][v] = sum[i][v];
 }
 
-// A constant number of rows keeps the sums in registers.
+// With a constant number of rows the sums stay in registers.
 static __attribute__((noinline)) void tile_sums(int64_t rows, const float *a, const float *b, const Terms *terms, int64_t n_terms, vec (*out)[VECS]) {
     switch (rows) {
 #define SUM(n) \
@@ -115,7 +115,7 @@ static void spread(const float *row, int64_t width, float *to, int64_t step) {
 
 static int64_t in_panel(const Layer *g, int64_t panel) { return least(PANEL, g->inputs - panel * PANEL); }
 
-// Bands of almost equal height: the last one is no remainder.
+// Bands of almost equal height, so that the last one is not a small remainder.
 static int64_t even_height(int64_t rows) {
     const int64_t bands = (rows + HIGH - 1) / HIGH;
     return bands ? (rows + bands - 1) / bands : 1;
@@ -150,10 +150,10 @@ static int lay_out(const Layer *g, Layout *l) {
     return 1;
 }
 
-// Slabs of up to HEIGHT rows that a group is cut into.
+// Number of slabs, of up to HEIGHT rows each, that a group is split into.
 static int64_t row_slabs(const Group *of) { return (of->bands * of->high + HEIGHT - 1) / HEIGHT; }
 
-// Work space that a thread keeps: of all threads (0), or its own (1).
+// Workspace that a thread keeps: shared by all threads (0), or private (1).
 static float *work_space(int which, int64_t floats) {
     static _Thread_local float *kept[2];
     static _Thread_local int64_t sizes[2];
@@ -226,7 +226,7 @@ int one_pass_input_grad(const Layer *g, int threads) {
     Layout l;
     if (!lay_out(g, &l)) return 1;
     const int64_t slabs = (g->outputs + DEPTH - 1) / DEPTH, step = slabs ? (g->outputs + slabs - 1) / slabs : 0;
-    int64_t tasks = 0;  // a group, and HEIGHT of its rows at most
+    int64_t tasks = 0;  // each is up to HEIGHT rows of a group
     for (int64_t i = 0; i < g->groups; i++) tasks += row_slabs(l.group + i);
     float *packed = work_space(0, l.panels * PANEL * step + GAP);
     int failed = !packed;
@@ -239,7 +239,7 @@ int one_pass_input_grad(const Layer *g, int threads) {
         }
         for (int64_t k0 = 0; k0 < g->outputs; k0 += step) {
             const int64_t deep = least(step, g->outputs - k0);
-            // By the rows of the weight as they lie in memory.
+            // In the memory order of the weight's rows.
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < (g->w_input == 1 ? deep : l.panels); i++) {
                 if (failed) continue;
@@ -281,7 +281,7 @@ int one_pass_input_grad(const Layer *g, int threads) {
     return failed;
 }
 
-// dw[:, input] = sum of dy[rows of the group].T @ x[:, input] over the groups that keep the input; else zero.
+// dw[:, input] = sum of dy[rows of the group].T @ x[:, input] over the groups that keep the input; zero if none does.
 int one_pass_weight_grad(const Layer *g, int threads) {
     Layout l;
     if (!lay_out(g, &l)) return 1;
@@ -289,7 +289,7 @@ int one_pass_weight_grad(const Layer *g, int threads) {
     const int64_t bands = (g->outputs + high - 1) / high;
     int64_t per = NEAR / (g->rows * high + GAP + 1), room = 0;
     per = per < 1 ? 1 : per;
-    // For each panel, the terms of the groups that keep it.
+    // For each panel, the terms from all groups that keep it.
     Terms *terms = malloc(sizeof(Terms) * (kept + 1) + sizeof(int64_t) * (l.panels + 1 + 2 * kept));
     if (!terms) {
         free(l.group);

@@ -1,27 +1,27 @@
-// Products of submatrices, float32: only kept entries are read and multiplied, and the only copies are those into cache.
-// The loops are those of Goto and van de Geijn (2008): a slab of `a` and some panels of `b` are packed so that they stay
-// in the L2 cache, and a small tile of the result is held in registers. Here packing reads by index, which costs no more
-// than packing does anyway, and the tile is stored by index.
+// Products of submatrices, float32: only kept entries are read and multiplied, and the only copies are into cache.
+// The loops follow Goto and van de Geijn (2008): a slab of `a` and some panels of `b` are packed so that they stay in the
+// L2 cache, and a small tile of the result is held in registers. Packing reads by index, at no extra cost, and the tile is
+// stored by index.
 #include <stdint.h>
 #include <stdlib.h>
 
 #include "kernels.h"
 #include "tile.h"
 
-#define DEPTH 384                  // of a slab: a panel of `b`, COLUMNS x DEPTH, fits into the L1 cache
+#define DEPTH 384                  // depth of a slab: a panel of `b`, COLUMNS x DEPTH, fits into the L1 cache
 #define HEIGHT (24 * ROWS)         // a slab of `a`, HEIGHT x DEPTH, fits into the L2 cache
-#define PANELS 4                   // beside that many panels of `b`, which are packed together to read longer rows
+#define PANELS 4                   // along with this many panels of `b`, packed together in order to read longer rows
 #define SMALL 100000               // multiplies below which a second thread costs more than it saves
 
-// A submatrix by offsets: entry (i, j) lies at base[row[i] + column[j]]. `along`: the entries of a row are adjacent.
+// A submatrix given by offsets: entry (i, j) is base[row[i] + column[j]]. `along`: the entries of a row are adjacent.
 typedef struct {
     const float *base;
     int64_t *row, *column;
     int along;
 } Indexed;
 
-// Panels of `b`, each [depth, COLUMNS]. Consecutive columns are read row by row for all panels at once: each row lies on
-// pages of its own, and looking up a page takes time.
+// Panels of `b`, each [depth, COLUMNS]. Consecutive columns are read row by row for all panels at once, because every row
+// is on different pages, and looking up a page takes time.
 static void pack_panels(Indexed b, int64_t first, int64_t depth, const int64_t *columns, int64_t n, float *restrict to) {
     const int64_t *inner = b.row + first;
     int adjacent = b.along && n % COLUMNS == 0;
@@ -71,15 +71,15 @@ static int64_t *offsets(Units units, int64_t stride, int64_t *to) {
     return to;
 }
 
-// Some rows and columns of a matrix whose entry (i, j) lies at base[i * row_stride + j * column_stride].
-// As product.py lays it out; so is the next one.
+// Rows and columns of a matrix whose entry (i, j) is base[i * row_stride + j * column_stride].
+// This struct and the next have counterparts in product.py.
 typedef struct {
     float *base;
     int64_t row_stride, column_stride;
     Units rows, columns;
 } Submatrix;
 
-// out = a @ b + bias[b.columns], or += if it is to ADD. bias may be NULL; the column stride of `out` is 1.
+// out = a @ b + bias[b.columns], or += in mode ADD. bias may be NULL; the column stride of `out` is 1.
 typedef struct {
     Submatrix a, b, out;
     const float *bias;
@@ -90,7 +90,7 @@ EXPORT_SIZE(Product);
 
 enum { WRITE, ADD, PAST_CACHES };
 
-// How one product is cut into tasks: slabs of bands of `high` rows, times `width` panels of columns.
+// Division of one product into tasks: slabs of bands of `high` rows, times `width` panels of columns.
 typedef struct {
     Indexed a, b;
     int64_t *out_row, *out_column, *bias_index;
@@ -109,7 +109,7 @@ static Indexed indexed(const Submatrix *s, int64_t *i) {
     return (Indexed){s->base, i, i + s->rows.count, s->column_stride == 1 || s->row_stride != 1};
 }
 
-// `i` has room for its indices.
+// `i` has room for the indices.
 static void plan(const Product *p, Plan *to, int64_t panels_per_task, int64_t *i) {
     const int64_t m = height_of(p), n = width_of(p);
     to->a = indexed(&p->a, i), i += m + depth_of(p);
@@ -117,7 +117,7 @@ static void plan(const Product *p, Plan *to, int64_t panels_per_task, int64_t *i
     to->out_row = i, to->out_column = i + m, to->bias_index = i + m + n;
     i = offsets(p->out.columns, 1, offsets(p->out.rows, p->out.row_stride, i));
     if (p->bias) offsets(p->b.columns, 1, i);
-    // Tiles of almost equal height, slabs of almost equal depth: the last one is no remainder.
+    // Tiles of almost equal height and slabs of almost equal depth, so that the last one is not a small remainder.
     to->bands = (m + ROWS - 1) / ROWS;
     to->high = (int)((m + to->bands - 1) / to->bands);
     to->bands = (m + to->high - 1) / to->high;
@@ -164,7 +164,7 @@ static void run_task(const Product *p, const Plan *to, int64_t task, float *pa, 
     }
 }
 
-// Products that do not depend on each other. Their tasks are shared out together. Returns whether memory was lacking.
+// Independent products, whose tasks are distributed over the threads together. Returns nonzero if out of memory.
 int products(const Product *list, int64_t count, int threads) {
     int64_t multiplies = 0, tasks = 0, panels = 0, room = 0;
     for (int64_t i = 0; i < count; i++) {
@@ -172,7 +172,7 @@ int products(const Product *list, int64_t count, int threads) {
         panels += (width_of(list + i) + COLUMNS - 1) / COLUMNS * ((height_of(list + i) + HEIGHT - 1) / HEIGHT);
         room += indices(list + i);
     }
-    // Several tasks for each thread, since cores may be unequally loaded, but not many: each packs its slab of `a` again.
+    // Several tasks per thread, since cores may be unequally loaded, but not many: each one packs its slab of `a` again.
     int64_t per_task = panels / (4 * threads) / PANELS * PANELS;
     per_task = per_task < PANELS ? PANELS : least(per_task, 8 * PANELS);
     Plan *plans = malloc(sizeof(Plan) * count + sizeof(int64_t) * room);

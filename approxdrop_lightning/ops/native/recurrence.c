@@ -1,5 +1,5 @@
-// The recurrence of an LSTM over all its steps, float32. The recurrent weight is packed once; the pointwise operations
-// follow each tile of the product while it is in cache. Gates lie in the order i, f, g, o.
+// The recurrence of an LSTM over all steps, float32. The recurrent weight is packed once; the pointwise operations are
+// applied to each tile of the product while it is in cache. The order of the gates is i, f, g, o.
 #include <stdint.h>
 #include <stdlib.h>
 #ifdef _OPENMP
@@ -8,9 +8,9 @@
 
 #include "tile.h"
 
-#define DEPTH 1024  // of a panel, so that it stays in the L2 cache
+#define DEPTH 1024  // depth of a panel, so that it stays in the L2 cache
 
-// exp by 2^n * polynomial, relative error below 2e-7. No branch and no call, so that the compiler vectorizes it.
+// exp as 2^n * polynomial, relative error below 2e-7. Without branches and calls, so that the compiler vectorizes it.
 static inline float fast_exp(float x) {
     const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
     x = x < -87.0f ? -87.0f : x;  // NaN stays NaN
@@ -35,7 +35,7 @@ static inline float fast_exp(float x) {
 static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
 static inline float tanh_(float x) {
-    float square = x * x;  // near 0 the quotient would lose all digits: the series to x^7
+    float square = x * x;  // near 0 the quotient would lose all digits, hence the series up to x^7
     float small = x * (1.0f + square * (-0.333333333f + square * (0.133333333f - square * 0.0539682540f)));
     float e = fast_exp(2.0f * x);
     float large = 1.0f - 2.0f / (e + 1.0f);
@@ -55,14 +55,14 @@ static void panel_product(int64_t bands, int high, int64_t depth, const float *a
         }
 }
 
-// Writes n + COLUMNS of them; returns where they end.
+// Writes n + COLUMNS of them and returns their end.
 static int64_t *multiples(int64_t n, int64_t step, int64_t *to) {
     for (int64_t i = 0; i < n + COLUMNS; i++) to[i] = i * step;
     return to + n + COLUMNS;
 }
 
-// What both directions share: rows in bands, the depth of their products, arrays of offsets, the work space of each
-// thread. All is one allocation that begins at `inner`, NULL if there was no memory.
+// Shared by both directions: bands of rows, the depth of the products, arrays of offsets, and the workspace of each
+// thread. A single allocation that starts at `inner`, which is NULL if out of memory.
 typedef struct {
     int64_t batch, bands, depth, *inner, *rows, *weight_rows, each;
     int high;
@@ -74,7 +74,7 @@ static Shape shape_of(int64_t batch, int64_t depth, int64_t row, int64_t hidden,
     Shape s = {.batch = batch, .bands = (batch + ROWS - 1) / ROWS, .depth = depth};
     s.high = (int)((batch + s.bands - 1) / s.bands);
     s.bands = (batch + s.high - 1) / s.high;
-    // A thread's packed rows, then its sums; no two threads write to one line of the cache.
+    // A thread's packed rows, then its sums; no two threads write to the same cache line.
     s.each = (s.bands * s.high * (depth + products * COLUMNS) + 16 + 31) / 16 * 16;
     s.inner = malloc(sizeof(int64_t) * (depth + batch + 4 * hidden + 3 * COLUMNS) + sizeof(float) * s.each * threads);
     if (!s.inner) return s;
@@ -98,10 +98,10 @@ static void pack_rows(const Shape *s, const float *from, const int64_t *inner, f
              to + band * s->high * s->depth);
 }
 
-// h and c of all steps, and acts: the gates after their nonlinearity. h and c begin with the initial state.
-// weight is [4 * hidden, depth], contiguous, and kept says which of the hidden units it reads; NULL: all.
+// Computes h and c of all steps, and acts, the activated gates. h and c start with the initial state.
+// weight is [4 * hidden, depth], contiguous, and kept lists the hidden units that it reads; NULL means all.
 // packed has room for 4 * depth * hidden, with hidden rounded up to a multiple of COLUMNS, and 8 more.
-// Returns whether memory was lacking; then nothing was done.
+// Returns nonzero if out of memory; then nothing was done.
 int lstm_forward(const float *restrict gates, float *restrict h, float *restrict c, float *restrict acts,
                   const float *restrict weight, const int64_t *kept, float *restrict packed,
                   int64_t steps, int64_t batch, int64_t hidden, int64_t depth, int threads) {
@@ -147,9 +147,9 @@ int lstm_forward(const float *restrict gates, float *restrict h, float *restrict
     return 0;
 }
 
-// Backwards through the steps: dgates from dh_out, the gradient of all outputs. dh and dc hold those of the last state, and
-// become those of the initial one. packed has room for 4 * hidden * depth, with depth rounded up, and 8 more.
-// Returns as does lstm_forward.
+// Runs backward through the steps and computes dgates from dh_out, the gradient of all outputs. dh and dc hold the
+// gradients of the last state and are overwritten by those of the initial state. packed has room for 4 * hidden * depth,
+// with depth rounded up, and 8 more. Return value as in lstm_forward.
 int lstm_backward(const float *restrict acts, const float *restrict c, const float *restrict dh_out,
                    float *restrict dh, float *restrict dc, float *restrict dgates,
                    const float *restrict weight, const int64_t *kept, float *restrict packed, int64_t steps,

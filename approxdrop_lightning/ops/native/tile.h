@@ -1,4 +1,4 @@
-// The inner loops of a product, float32: a tile of the result that is held in registers, and the packing of what it reads.
+// The inner loops of a product, float32: a tile of the result held in registers, and the packing of its operands.
 #ifndef APPROXDROP_TILE_H
 #define APPROXDROP_TILE_H
 #include <stdint.h>
@@ -47,7 +47,7 @@ static inline __attribute__((always_inline)) void tile_of(int rows, int64_t dept
     for (int i = 0; i < rows; i++) out[i][0] = sum[i][0], out[i][1] = sum[i][1];
 }
 
-// A constant number of rows keeps the sums in registers.
+// With a constant number of rows the sums stay in registers.
 static inline void tile(int rows, int64_t depth, const float *a, const float *b, vec (*out)[2]) {
     switch (rows) {
 #define CASE(n) \
@@ -59,7 +59,7 @@ static inline void tile(int rows, int64_t depth, const float *a, const float *b,
     }
 }
 
-// to[k * step + i] = from[i][k] for i, k < 8. Stored in the order of k: with a step below 8 the next ones overwrite.
+// to[k * step + i] = from[i][k] for i, k < 8. Stored in the order of k; with a step below 8, later stores overwrite.
 static inline void transpose(const float *const *from, int64_t at, float *to, int64_t step) {
     v8 r[8], t[8];
     for (int i = 0; i < 8; i++) r[i] = *(const v8 *)(from[i] + at);
@@ -77,7 +77,7 @@ static inline void transpose(const float *const *from, int64_t at, float *to, in
     for (int i = 0; i < 4; i++) *(v8 *)(to + (i + 4) * step) = SHUFFLE(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-// to[k * full + i] = base[inner[k] + outer[i]] for i < width; what is beyond width is anything that is finite to read.
+// to[k * full + i] = base[inner[k] + outer[i]] for i < width; the content beyond width is unspecified.
 // Writes up to eight values past the end.
 static inline void pack(const float *base, const int64_t *inner, int64_t depth, const int64_t *outer, int width, int full,
                  int inner_along, float *restrict to) {
@@ -100,7 +100,7 @@ static inline void pack(const float *base, const int64_t *inner, int64_t depth, 
         }
         return;
     }
-    // Eights from the last one on: what is stored past an eight's end belongs to one that is stored later.
+    // Groups of eight, last one first: values stored past the end of a group are overwritten by a later one.
     for (int i = (full - 1) / 8 * 8; i >= 0; i -= 8) {
         const float *from[8];
         for (int j = 0; j < 8; j++) from[j] = base + outer[least(i + j, width - 1)];
