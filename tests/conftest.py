@@ -1,8 +1,8 @@
-"""What must be chosen before anything imports torch or triton, and what the processes of a session have in common."""
+"""Settings that must precede the import of torch or triton, and state shared by the processes of a session."""
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# As train.py does: the configs that tests compose start from it.
+# As in train.py: the configs that tests compose are based on it.
 from approxdrop_lightning.application.config import register
 
 register()
@@ -21,7 +21,7 @@ register()
 
 @pytest.fixture(autouse=True)
 def _device(request):
-    """Tests of kernels run on the GPU, where there is one."""
+    """Run kernel tests on the GPU if there is one."""
     on_gpu = torch.cuda.is_available() and request.node.get_closest_marker("triton")
     torch.set_default_device("cuda" if on_gpu else None)
     yield
@@ -30,16 +30,16 @@ def _device(request):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory that an op asks for is NaN: an entry that it forgets to write cannot pass for zero."""
+    """Fill new memory with NaN, so that entries that an op does not write are noticed."""
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
     fill = lambda t: t.fill_(float("nan")) if t.is_floating_point() else t  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-    monkeypatch.setattr("approxdrop_lightning.ops.native.buffers._KEEP_FROM_BYTES", 1 << 62)  # buffers are new, too
+    monkeypatch.setattr("approxdrop_lightning.ops.native.buffers._KEEP_FROM_BYTES", 1 << 62)  # nor pooled buffers
 
 
 def pytest_sessionfinish(session):
-    """Hand what a process has counted to the one that prints it."""
+    """Send the counts of a worker process to the main process."""
     from support.fuzz import OUTCOMES, TRIED
 
     if hasattr(session.config, "workeroutput"):
@@ -48,7 +48,7 @@ def pytest_sessionfinish(session):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    """Add up what the processes have counted."""
+    """Add up the counts of the worker processes."""
     from support.fuzz import OUTCOMES, TRIED
 
     tried, outcomes = getattr(node, "workeroutput", {}).get("tried", ({}, {}))
@@ -58,7 +58,7 @@ def pytest_testnodedown(node):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how many inputs the properties were tried on."""
+    """Print the number of inputs that the properties were tested on."""
     from support.fuzz import OUTCOMES, TRIED
 
     if TRIED:

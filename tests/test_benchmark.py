@@ -1,4 +1,4 @@
-"""The benchmark runs, verifies before it times, and records where; times themselves are not tested."""
+"""The benchmark runs, verifies before timing, and records its environment; the times are not tested."""
 
 import csv
 
@@ -63,7 +63,7 @@ def test_lstm_and_profile(capsys):
 @pytest.mark.parametrize(
     ("arguments", "name", "saved"),
     [
-        # Feed-forward blocks between two dropouts, and the decoder; nothing of attention is saved.
+        # Feed-forward blocks between two dropouts, and the decoder; nothing is saved in attention.
         (
             ["transformer", "--hidden", "64", "--layers", "1", "--steps", "8", "--batch", "6", "--vocabulary", "50"],
             "transformer 1x64, T=8, B=6, vocabulary 50",
@@ -187,6 +187,6 @@ def test_rounds_take_turns():
     order = []
     steps = {name: lambda n=name: order.append(n) for name in "ab"}
     seconds = measure.interleaved(steps, repeats=3, warmup=1, consecutive=2)
-    assert order == list("aaabbb" * 4)  # the first one of each turn is not timed
+    assert order == list("aaabbb" * 4)  # the first one of each round is not timed
     assert [len(values) for values in seconds.values()] == [3, 3]
     assert measure.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0

@@ -1,4 +1,4 @@
-"""``benchmark gpu`` all the way through, without a GPU; what it shows there is not tested."""
+"""``benchmark gpu`` from start to end, without a GPU; the results are not tested."""
 
 import csv
 

@@ -51,7 +51,7 @@ def trainer(*callbacks, tmp_path=None, **options):
 
 
 class Record(Callback):
-    """Patterns and classes at every step."""
+    """Records patterns and classes at every step."""
 
     def __init__(self, callback):
         self.callback, self.patterns, self.classes = callback, [], []
@@ -73,7 +73,7 @@ def test_fit_converts_draws_logs_and_restores(make, data, sites, tmp_path):
     assert all({"ApproxDropoutSite", "ApproxLinear"} <= names for names in record.classes)
     assert [type(m) for m in model.modules()] == before
     assert all(len(patterns) == sites for patterns in record.patterns)
-    assert len(set(map(tuple, record.patterns))) == len(record.patterns)  # another one for each batch
+    assert len(set(map(tuple, record.patterns))) == len(record.patterns)  # a different one for each batch
     assert callback.realised_rate == pytest.approx(0.5, abs=0.05)
     assert run.callback_metrics["dropout/realised_rate"].item() == pytest.approx(0.5, abs=0.05)
     assert all("consumers' columns" in row.skipped for row in callback.report)
@@ -156,7 +156,7 @@ def test_fit_with_weights_dropped(make, data, sites, pattern, tmp_path):
     assert all({"ApproxDropoutSite", "TileLinear"} <= names for names in record.classes)
     assert [type(m) for m in model.modules()] == before
     assert all(len(patterns) == sites for patterns in record.patterns)
-    assert len(set(map(tuple, record.patterns))) > 2  # of tiles there are few: those of the offsets
+    assert len(set(map(tuple, record.patterns))) > 2  # there are only as many tile patterns as offsets
     assert callback.realised_rate == pytest.approx(0.5, abs=0.05)
     assert all(("consumers' tiles" in row.skipped) == (pattern == "tile") for row in callback.report)
 
@@ -231,7 +231,7 @@ def test_the_folds_of_one_model_do_not_repeat_their_patterns(tmp_path):
 
 
 def test_a_checkpoint_that_was_refused_leaves_nothing_behind(tmp_path):
-    """Half of it fits: the rates are the same, the epoch's counters are not there."""
+    """Only half of it fits: the rates are the same, but the epoch's counters are missing."""
     path = edited(tmp_path, lambda state: state.pop("steps"))
     callback = ApproxDropout(min_gain=0, seed=1)
     with pytest.raises(MisconfigurationException, match="'steps' is missing"):
@@ -255,7 +255,7 @@ def test_a_checkpoint_counts_for_more_than_an_earlier_fit(tmp_path):
         mlp(), loader(), ckpt_path=checkpoint.best_model_path
     )
     assert resumed.patterns == straight.patterns
-    with pytest.raises(MisconfigurationException, match="do not fit this run"):  # and is not begun anew in silence
+    with pytest.raises(MisconfigurationException, match="do not fit this run"):  # rather than silently restarted
         trainer(callback, tmp_path=tmp_path).fit(
             MLPClassifier(in_features=20, hidden=(64, 64), num_classes=3, rate=0.3),
             loader(),
@@ -280,7 +280,7 @@ def test_checkpoint_loads_without_the_callback_and_back(tmp_path):
 
 
 class Groups(MLPClassifier):
-    """Two parameter groups, moments, and a schedule: what an optimizer's state can hold."""
+    """Everything that an optimizer's state can hold: two parameter groups, moments, and a schedule."""
 
     def configure_optimizers(self):
         matrices = [p for p in self.parameters() if p.dim() > 1]
@@ -354,7 +354,7 @@ def test_what_does_not_change_the_patterns_may_be_changed(option, tmp_path):
 
 
 def edited(tmp_path, edit):
-    """A checkpoint whose state of the callback was edited."""
+    """A checkpoint with an edited callback state."""
     checkpoint = ModelCheckpoint(tmp_path, "x")
     trainer(ApproxDropout(min_gain=0), checkpoint, tmp_path=tmp_path, max_epochs=1).fit(mlp(), loader())
     content = torch.load(checkpoint.best_model_path, weights_only=True)
@@ -364,7 +364,7 @@ def edited(tmp_path, edit):
 
 
 def test_a_checkpoint_of_the_first_format_is_refused_and_its_weights_load(tmp_path):
-    """Then a sampler had one generator, and options were fewer."""
+    """At that time a sampler had one generator, and there were fewer options."""
 
     def first_format(state):
         (sampler,) = state["samplers"].values()
@@ -380,7 +380,7 @@ def test_a_checkpoint_of_the_first_format_is_refused_and_its_weights_load(tmp_pa
 
 
 def test_a_checkpoint_of_the_last_format_goes_on(tmp_path):
-    """It did not know what the epoch's mean of the rate began with, nor the newest options."""
+    """It lacked the start of the epoch's mean rate, and the newest options."""
 
     def last_format(state):
         del state["before"], state["options"]["tile_size"], state["options"]["recurrent"]
@@ -543,7 +543,7 @@ def test_the_callback_can_be_copied_before_and_after_fit(tmp_path):
 
 
 class Change(Callback):
-    """Changes the model where it is told to."""
+    """Changes the model in the given hooks."""
 
     def __init__(self, **changes):
         for hook, change in changes.items():
@@ -606,7 +606,7 @@ def test_another_callback_that_fails_in_its_own_end_does_not_leave_the_model_con
 
 
 def test_copies_made_in_training_are_stock_and_can_be_trained(tmp_path):
-    """A moving average of the weights, a teacher, the best epoch so far."""
+    """Such as a moving average of the weights, a teacher, or the best epoch so far."""
     copies = []
     keep = Change(on_train_batch_end=lambda module: copies.append(copy.deepcopy(module.net)))
     average = Change(on_train_start=lambda module: copies.append(torch.optim.swa_utils.AveragedModel(module.net)))

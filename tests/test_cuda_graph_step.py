@@ -1,4 +1,4 @@
-"""The callback that captures whole steps, without a GPU, by a fake capture: the same training, and who is refused."""
+"""The callback that captures whole steps, with a fake capture: equal training, and what is rejected."""
 
 import lightning
 import pytest
@@ -69,7 +69,7 @@ def new(**options):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_same_training(precision, tmp_path):
-    """Losses, weights, what is logged and counted; conventional dropout has the masks it would have had."""
+    """Losses, weights, logs and counts; conventional dropout has the masks it would have had."""
     plain, model, callback = new(), new(), Captured(warmup=2)
     wanted = train(plain, tmp_path=tmp_path, precision=precision)
     found = train(model, callback, tmp_path=tmp_path, precision=precision)

@@ -1,4 +1,4 @@
-"""What pyproject.toml allows to be installed beside the package."""
+"""Constraints of pyproject.toml on other packages, and imports between parts of the package."""
 
 import ast
 import re

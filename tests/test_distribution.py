@@ -1,4 +1,4 @@
-"""Distribution search: exact where it claims to be, loud where it is not."""
+"""Distribution search: exact where it claims to be, with a warning where it is not."""
 
 import itertools
 import math
@@ -157,7 +157,7 @@ def test_command_runs_as_a_module_without_a_warning():
 def test_the_picture_shows_what_the_patterns_keep():
     conventional, shared, interleaved = arrangements(2, 1)
     assert (shared.kept == shared.kept[0]).all()
-    assert not (interleaved.kept[0] * interleaved.kept[1]).any()  # neighbours keep other units
+    assert not (interleaved.kept[0] * interleaved.kept[1]).any()  # neighbours keep different units
     assert [part.multiplies for part in (conventional, shared, interleaved)] == [1, 0.25, 0.25]
     assert (shared.read != 0).float().mean() == 0.25
     assert [(interleaved.read == group).float().mean() for group in (1, 2)] == [0.25, 0.25]

@@ -1,4 +1,4 @@
-"""The programs of examples/ do what they say, at a small size, and the notebook runs from top to bottom."""
+"""The programs in examples/ work as described, at a small size, and the notebook runs from top to bottom."""
 
 import io
 import logging
@@ -26,10 +26,10 @@ SMALL = {
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """A folder of one's own, and this process's state afterwards as before; yields what Lightning logs."""
+    """Run in a new folder, restore this process's state afterwards, and yield what Lightning logs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)
-    # Lightning's handler may write to what was stderr long ago.
+    # Lightning's handler may write to an outdated stderr.
     handler, logger = logging.StreamHandler(io.StringIO()), logging.getLogger("lightning.pytorch")
     logger.addHandler(handler)
     random = torch.get_rng_state()
@@ -40,7 +40,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def skipped(output):
-    """Percent of the multiplies that the report says are saved."""
+    """Percentage of saved multiplies in the report."""
     return int(re.search(r"saved in expectation: .*\((\d+)% of their multiplies", output).group(1))
 
 

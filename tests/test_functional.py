@@ -47,7 +47,7 @@ def run(x, weight, bias, in_pattern, out_pattern, scale, backend):
 def test_row_linear_is_the_masked_product(in_kind, out_kind, backend):
     generator = torch.Generator().manual_seed(0)
     shapes = itertools.product(
-        [(7,), (3, 5), (1,), (2, 1, 3), (12,), (0,)],  # less rows than groups, divisible, ragged, none
+        [(7,), (3, 5), (1,), (2, 1, 3), (12,), (0,)],  # fewer rows than groups, divisible, ragged, none
         [(12, 8), (13, 7), (1, 5), (6, 1)],  # divisible, ragged, one unit
         [(1, 1), (2, 1), (3, 1), (3, 2), (5, 3), (10, 3), (9, 1)],  # 9, 10: more cells than units
     )
@@ -101,7 +101,7 @@ def test_rows_may_take_several_orders(sides, backend, dtype):
 @pytest.mark.parametrize("orders", [1, 2])
 @pytest.mark.parametrize("kept", list(itertools.permutations([(2, 1), (10, 7), (3, 2)], 2)))
 def test_dropouts_of_two_rates_around_a_layer(kept, orders, backend):
-    """As many groups before it as after it, which overlap on one side only or by other amounts."""
+    """The same number of groups before and after, which overlap on one side only or to different degrees."""
     generator = torch.Generator().manual_seed(0)
     settings = {"interleave": True, "shuffle": True, "block_size": 4, "orders": orders}
     patterns = [make_pattern(n, *pair, generator, **settings) for n, pair in zip((52, 41), kept, strict=True)]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the vendor's kernels, captured graphs, timed tiles, whole trainings."""
+"""Tests that need a GPU: the vendor's kernels, captured graphs, timed tiles, whole training runs."""
 
 import json
 import subprocess

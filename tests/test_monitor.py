@@ -1,4 +1,4 @@
-"""ThroughputLogger: what is counted, what is not."""
+"""ThroughputLogger: what is counted and what is not."""
 
 import warnings
 from collections import UserDict, namedtuple
@@ -19,7 +19,7 @@ from approxdrop_lightning.monitor import ThroughputLogger
 
 
 class Clock:
-    """A clock that only moves when it is told to."""
+    """A clock that advances only on request."""
 
     def __init__(self):
         self.now = 0.0
@@ -48,7 +48,7 @@ class Steps(LightningModule):
 
 
 class SlowDraw(Callback):
-    """Takes half a second before each step, as drawing patterns might."""
+    """Spends half a second before each step, as drawing patterns might."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         pl_module.clock.now += 0.5
@@ -156,10 +156,10 @@ BATCHES = {
 @pytest.mark.parametrize("unit", ["samples", "tokens"])
 @pytest.mark.parametrize("what", BATCHES)
 def test_batches_of_all_kinds_are_counted(what, unit, clock, monkeypatch):
-    """By the callback's own hooks: Lightning's loop is not in question."""
+    """Calls the callback's hooks directly, without Lightning's loop."""
     monkeypatch.setattr(monitor, "_wait_for", lambda device: None)
     batch, throughput = BATCHES[what], ThroughputLogger(unit=unit, warmup_steps=0, window_size=2)
-    if what == "no rows":  # beside one with seven
+    if what == "no rows":  # along with one that has seven
         steps, expected = [(torch.zeros(0, 3), torch.zeros(0)), (SEVEN, torch.zeros(7))] * 2, 3.5
     else:
         steps, expected = [batch] * 4, 7

@@ -1,4 +1,4 @@
-"""One place of names, defaults and texts: signature, docstring and Hydra config follow it."""
+"""Names, defaults and texts have a single source for signature, docstring and Hydra config."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Other ways in: a plain loop, LightningCLI, any Hydra application, the installed wheel."""
+"""Other entry points: a plain loop, LightningCLI, any Hydra application, the installed wheel."""
 
 import os
 import shutil
@@ -107,7 +107,7 @@ def test_any_hydra_application(tmp_path, name, interleave):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, as ``python -m build`` makes it."""
+    """The wheel built by ``python -m build``."""
     return build(tmp_path_factory, "wheel", "*.whl")
 
 
@@ -181,7 +181,7 @@ print(type(instantiate(config.callbacks.approx_dropout)).__name__, "saved", roun
 
 
 def install(venv, *what, interpreter=sys.executable):
-    """Python of an environment, made if it is not there, in which pip has installed something."""
+    """Python of an environment, created if necessary, in which pip has installed something."""
     if not venv.exists():
         subprocess.run([interpreter, "-m", "venv", str(venv)], check=True, timeout=120)
     python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -203,7 +203,7 @@ def use(python, cwd, *arguments):
 
 
 def test_the_installed_wheel_works_without_triton_and_gpu(wheel, tmp_path):
-    """Installed by pip; what it depends on is borrowed from this environment, to save downloading it."""
+    """Installed by pip, with the dependencies of this environment, to avoid downloads."""
     python = install(tmp_path / "venv", "--no-deps", wheel)
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
@@ -214,7 +214,7 @@ def test_the_installed_wheel_works_without_triton_and_gpu(wheel, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 def test_an_empty_environment_needs_nothing_but_the_package(wheel, sdist, version, tmp_path):
-    """Gigabytes are downloaded. Wheel, then source distribution; with Triton if PyTorch brings it, and without."""
+    """Downloads gigabytes. Wheel, then source distribution; without Triton, and with it if PyTorch includes it."""
     interpreter = shutil.which(f"python{version}")
     if interpreter is None or subprocess.run([interpreter, "-c", ""], capture_output=True, check=False).returncode:
         pytest.skip(f"there is no python{version} on PATH")
@@ -231,7 +231,7 @@ def test_an_empty_environment_needs_nothing_but_the_package(wheel, sdist, versio
 
 @pytest.mark.slow
 def test_the_oldest_versions_that_are_allowed_work(wheel, tmp_path):
-    """Gigabytes are downloaded. A part of the tests runs with the lower bound of everything that has one."""
+    """Downloads gigabytes. Some of the tests run with the lower bound of every dependency that has one."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     oldest = []

@@ -1,4 +1,4 @@
-"""What README and docs show works as it stands: Python runs, and so does every command, at a small size."""
+"""Everything shown in README and docs works: Python code and every command run, at a small size."""
 
 import json
 import re
@@ -24,7 +24,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in DOCUMENTS}
 README, GUIDE = TEXTS["README.md"], TEXTS["guide.md"]
 OPTIONAL = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-#: Beginnings of commands, and what they are checked by below. Others are not to be shown.
+#: Prefixes of the commands that may be shown; each is checked below.
 PROGRAMS = ("python", "pip", "pytest", "mkdocs", "ruff", "mypy", "tensorboard", "pre-commit", "git", ".ci/run")
 
 QUICKEST = [
@@ -55,15 +55,15 @@ class Command:
 
 
 def commands():
-    """Lines of indented and fenced blocks, and code between backticks, that begin as a command does."""
+    """Lines of indented and fenced blocks, and code between backticks, that start like a command."""
     found = []
     for document, text in TEXTS.items():
         blocks = [line.strip() for line in re.findall(r"^    (\S.*)$", text, flags=re.MULTILINE)]
-        # Backticks may go over the end of a line; code blocks have none.
+        # Code between backticks may span lines; code blocks contain none.
         inline = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`|]+)`(?!`)", text)]
         for line in [*blocks, *inline]:
             for part in line.split(" && "):
-                # A word by itself is a name, <name> is to be filled in; three dots stand for the command before.
+                # A single word is a name, <name> a placeholder; three dots stand for the preceding command.
                 is_command = part.startswith("... ") or part.split()[0] in PROGRAMS
                 if is_command and " " in part and "<" not in part:
                     found.append(Command(document, part.split("  #")[0].strip()))
@@ -108,7 +108,7 @@ def test_readme_is_one_page_and_its_example_ten_lines():
 
 
 def first_job(command, tmp_path):
-    """The command's overrides without its sweeps, and with files that are there in the place of /path/to/... ."""
+    """The overrides of the command's first job, with existing files in place of /path/to/... ."""
     overrides = [word for word in command.words[2:] if word not in ("-m", "--multirun")]
     chosen = []
     for override in OverridesParser.create().parse_overrides(overrides):
@@ -119,14 +119,14 @@ def first_job(command, tmp_path):
     for part in ("train", "valid", "test"):
         (text / f"{part}.txt").write_text("it was the best of times it was the worst of times\n" * 20)
     chosen = [word.replace("/path/to/text", str(text)) for word in chosen if not word.startswith("hydra/")]
-    if any("/path/to/data" in word for word in chosen):  # of which there may be none here
+    if any("/path/to/data" in word for word in chosen):  # which may not exist here
         return [word for word in chosen if "/path/to/data" not in word and word != "datamodule.source=files"]
     return chosen
 
 
 @pytest.mark.parametrize("command", TRAINING, ids=str)
 def test_a_training_command_trains(tmp_path, monkeypatch, command):
-    """With two batches of the embedded data; of a sweep, the first job. Resuming, after a run to be resumed."""
+    """With two batches of the embedded data; the first job of a sweep; resuming after a first run."""
     monkeypatch.delenv("APPROXDROP_DATA", raising=False)
     overrides = first_job(command, tmp_path)
     composed = config("x", *overrides)
@@ -147,7 +147,7 @@ def test_a_training_command_trains(tmp_path, monkeypatch, command):
 
 @pytest.mark.parametrize("command", [command for command in TRAINING if " -m " in command.text], ids=str)
 def test_every_value_of_a_sweep_exists(command):
-    """Each by itself, beside what is fixed."""
+    """Each one separately, along with what is fixed."""
     parsed = OverridesParser.create().parse_overrides([word for word in command.words[2:] if word != "-m"])
     fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
     swept = [override for override in parsed if override.is_sweep_override()]
@@ -168,7 +168,7 @@ def test_a_benchmark_command_measures(command, capsys):
     asked = benchmark._parser().parse_args(words)
     if asked.device == "cuda" and not torch.cuda.is_available():
         return  # its arguments are known
-    words = [word for word in words if word not in ("compiled", "--profile")]  # which take their time
+    words = [word for word in words if word not in ("compiled", "--profile")]  # which take long
     hidden = ["64", "64"] if asked.kind != "lstm" else ["64"]
     small = ["--batch", "8", "--steps", "3", "--vocabulary", "50", "--repeats", "1", "--consecutive", "1"]
     benchmark.main([*words, "--hidden", *hidden, *small, "--rate", str(asked.rate[0])])
@@ -214,7 +214,7 @@ def test_every_test_file_that_is_named_exists():
 def test_every_python_command_is_one_of_those_that_are_run():
     run = {*TRAINING, *BENCHMARKS, *of("python -m approxdrop_lightning.distribution")}
     run |= {*of("python -m approxdrop_lightning.application.time_to_quality")}
-    # Programs of examples/ and the kernels' compilation have tests of their own.
+    # The programs in examples/ and the compilation of kernels have separate tests.
     elsewhere = of(
         "python examples/", "python -m approxdrop_lightning.ops.triton.aot", "python datamodules/embedded/"
     )

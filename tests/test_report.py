@@ -42,7 +42,7 @@ def test_the_report_says_what_is_skipped_and_why_not(monkeypatch):
     ],
 )
 def test_what_reads_the_layer_before_whole_is_named(between, name):
-    """It needs all units of the layer, so none of their rows can be skipped: that is no fault of the model's."""
+    """It reads all units of the layer, so none of its rows can be skipped; this is not the model's fault."""
     model = nn.Sequential(nn.Linear(16, 64), between, nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 4), nn.Dropout(0.5))
     report = approximate(model, min_gain=0)
     for _ in range(2):
@@ -67,7 +67,7 @@ def test_layers_far_before_a_dropout_are_not_named():
 
 
 def test_a_frozen_part_is_reported():
-    """As LightningModule.freeze leaves it: in evaluation mode, without gradients."""
+    """As after LightningModule.freeze: in evaluation mode, without gradients."""
     model = mlp()
     report = approximate(model, min_gain=0)
     model[1].eval().requires_grad_(False)
@@ -90,7 +90,7 @@ def test_a_rate_that_is_not_the_models_is_shown_beside_it():
 
 
 class Mixed(nn.Module):
-    """Layers of every counted kind, on each way of being called."""
+    """Layers of every counted kind, called in every way."""
 
     def __init__(self):
         super().__init__()
@@ -126,13 +126,13 @@ def test_layers_that_cannot_be_converted_count_too():
     resample(model)
     y, _ = model[0](torch.randn(3, 5, 8))
     model[1](y).sum().backward()
-    gates = 3 * 16 * 2 * 15  # of both directions, for 15 rows
+    gates = 3 * 16 * 2 * 15  # both directions, 15 rows
     assert report.elsewhere == gates * (8 + 16) + gates * (32 + 16)
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.7])
 def test_the_report_counts_what_is_saved_in_expectation(rate):
-    """Two dropouts of one rate share their period: the mean of the square, counted here over many steps."""
+    """Two dropouts of one rate share their period, so the mean of the square counts, estimated over many steps."""
     model = nn.Sequential(
         nn.Linear(60, 240), nn.ReLU(), nn.Dropout(rate), nn.Linear(240, 120), nn.Dropout(rate), nn.Linear(120, 60)
     )

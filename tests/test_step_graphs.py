@@ -1,4 +1,4 @@
-"""Which steps are captured, which are replayed, and that either is the step: without a GPU, by a fake capture."""
+"""Which steps are captured and replayed, and that both equal the eager step; with a fake capture."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Conversion: right by construction, nothing locked in, nothing silently different."""
+"""Conversion: correct, reversible, and never silently different."""
 
 import copy
 
@@ -21,7 +21,7 @@ def test_restore_gives_the_ordinary_classes_back():
     restore(model)
     assert [(type(m), set(m.__dict__)) for m in model.modules()] == before
     assert [id(p) for p in model.parameters()] == parameters
-    approximate(model)  # and once more
+    approximate(model)  # a second time
 
 
 class Functional(nn.Module):

@@ -1,4 +1,4 @@
-"""``train.py`` end to end: both models, real slices and synthetic data, resume, Ctrl-C, bad input."""
+"""``train.py`` end to end: models, slices of real data and synthetic data, resume, Ctrl-C, bad input."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def test_end_to_end(tmp_path, model, source, dropout):
     if model == "mlp":
         assert 0 < metrics["test/acc"] < 1
     else:
-        assert metrics["test/ppl"] < 300  # that of guessing
+        assert metrics["test/ppl"] < 300  # the perplexity of guessing
     result = json.loads((tmp_path / "result.json").read_text())
     assert result == objects["result"]
     assert result["per_second"] > 0 and result["seconds_per_step"] > 0
@@ -65,7 +65,7 @@ def test_end_to_end(tmp_path, model, source, dropout):
 
 
 def check_hparams(folder, result):
-    """What TensorBoard's tab HPARAMS reads: parameters of the session, and measures by tag."""
+    """What TensorBoard's HPARAMS tab reads: parameters of the session, and metrics by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -82,7 +82,7 @@ def check_hparams(folder, result):
 
 
 def test_a_first_run_follows_the_data_that_it_finds(tmp_path):
-    """More epochs and larger steps on the embedded part; what is given on the command line stands."""
+    """More epochs and larger steps on the embedded data; overrides on the command line take precedence."""
     cfg = config(tmp_path, "datamodule.source=embedded", *QUICK, *SMALL["mlp"], "test=false")
     cfg.trainer.max_epochs = config("x").trainer._get_node("max_epochs")._value()  # as without debug=fast
     cfg.trainer.limit_train_batches = 1
@@ -187,7 +187,7 @@ def test_it_learns(tmp_path, model):
 
 
 def test_resume_goes_on_as_if_never_stopped(tmp_path):
-    """Two epochs at once, or one and another from last.ckpt: sampler and schedule go along."""
+    """Two epochs at once, or one and then another from last.ckpt: sampler and schedule are resumed."""
     overrides = [*SMALL["lstm"], *QUICK, SYNTHETIC, "test=false"]
     _, straight = train(config(tmp_path / "straight", *overrides, "trainer.max_epochs=2"))
     train(config(tmp_path / "half", *overrides))
@@ -244,7 +244,7 @@ def test_ctrl_c_leaves_checkpoints_and_log(tmp_path):
     overrides = ["trainer.max_epochs=1000", "trainer.limit_train_batches=40", "trainer.limit_val_batches=1"]
     arguments = [*SMALL["mlp"], *overrides, SYNTHETIC, f"hydra.run.dir={tmp_path}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    # What a shell starts in the background ignores Ctrl-C, and so would its children.
+    # Background processes of a shell ignore Ctrl-C, and so would their children.
     heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     process = subprocess.Popen(command(*arguments), cwd=ROOT, **pipes, **heed)
     try:

@@ -1,4 +1,4 @@
-"""The Trainer's features, each with the callback."""
+"""Features of the Trainer in combination with the callback."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ class Manual(Net):
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
-        for _ in range(2):  # the second forward has patterns of its own
+        for _ in range(2):  # the second forward has its own patterns
             optimizer.zero_grad()
             self.manual_backward(super().training_step(batch, batch_idx))
             optimizer.step()
@@ -91,7 +91,7 @@ def test_finders_that_fit_inside_leave_no_trace(finder, tmp_path):
         fit(model, *extra, callback, patterns, tmp_path=tmp_path)
         runs.append(patterns.seen)
         assert type(model.net[0]) is nn.Linear
-    few = min(map(len, runs))  # the batch size found decides how many steps there are
+    few = min(map(len, runs))  # the number of steps depends on the batch size found
     assert few > 2
     assert [[p.offset for p in step] for step in runs[0][:few]] == [
         [p.offset for p in step] for step in runs[1][:few]
@@ -146,7 +146,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("sync", ["sync", "own"])
 def test_two_processes_stay_in_step(sync, tmp_path):
-    """The same dp on both, patterns equal or not as asked, gradients and weights the same."""
+    """The same dp on both, patterns equal or not as configured, equal gradients and weights."""
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}

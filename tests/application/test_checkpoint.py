@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there; damaged ones and such as could run code are refused; the best score goes along."""
+"""Checkpoints: written atomically, rejected if damaged or able to run code, and resumed with their best score."""
 
 import contextlib
 import errno
@@ -24,7 +24,7 @@ SMALL, LARGE = {"weight": torch.arange(100.0)}, {"weight": torch.arange(500_000.
 
 @contextlib.contextmanager
 def file_size_limit(size):
-    """No file of this process may become larger: what a full disk does, without one."""
+    """Limit the file size of this process, which acts like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -73,7 +73,7 @@ def test_a_read_only_file_system_is_named(tmp_path):
 
 
 def test_a_folder_without_the_right_to_write_is_named():
-    """Root may write everywhere, so somebody else tries."""
+    """Root may write everywhere, so this runs as another user."""
     root = os.geteuid() == 0
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o555)
@@ -104,7 +104,7 @@ def whole_bytes():
 
 @examples(100, 5_000)
 def test_a_damaged_checkpoint_is_never_read(number):
-    """Cut off anywhere it is refused; with any byte altered it is refused or says the same as before."""
+    """Truncated anywhere it is rejected; with any byte altered it is rejected or loads the same values."""
     content = whole_bytes()
 
     def damaged(position, change, cut):
@@ -144,7 +144,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 
 
 def test_the_best_score_goes_along_into_another_folder(tmp_path):
-    """Lightning's own callback forgets it there."""
+    """Lightning's own callback forgets it in that case."""
     states = {}
     for cls in (ModelCheckpoint, ResumableCheckpoint):
         first = cls(tmp_path / "first", monitor="x", mode="max")

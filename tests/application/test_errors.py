@@ -1,4 +1,4 @@
-"""What a person is told when a run ends before its time."""
+"""Messages of runs that end early."""
 
 import shlex
 

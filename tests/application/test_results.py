@@ -1,4 +1,4 @@
-"""The result table: what stands in it is text, whatever it looks like."""
+"""The result table prints all values verbatim, whatever they look like."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The summary of a sweep, from records, from a real two-job sweep and from jobs that ran side by side."""
+"""The summary of a sweep, from records, from a real two-job sweep and from parallel jobs."""
 
 import csv
 import json
@@ -90,9 +90,9 @@ def test_the_picture_shows_quality_and_speed_up_over_conventional_dropout_of_the
     drawn = {bars.get_label(): bars for bars in speed.containers}
     assert set(drawn) == {"conventional dropout", "row pattern, interleaved"}
     points, caps, _ = drawn["row pattern, interleaved"]
-    assert list(points.get_ydata()) == [2.0]  # the mean of 1.5 and 2.5, each by its own seed
+    assert list(points.get_ydata()) == [2.0]  # the mean of 1.5 and 2.5, each relative to the run of its seed
     assert [cap.get_ydata()[0] for cap in caps] == [1.5, 2.5]
-    # Sensible limits: speed from zero; two points of accuracy at least, however close the runs are, and a mark.
+    # Sensible limits: speed starts at zero; accuracy spans at least two points, with a mark where the axis is cut.
     assert speed.get_ylim()[0] == 0
     assert quality.get_ylim()[1] - quality.get_ylim()[0] >= 2
     assert any(text.get_text() == "axis cut" for text in quality.texts)

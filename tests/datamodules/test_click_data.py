@@ -1,4 +1,4 @@
-"""The synthetic clicks: shapes, frequencies, a rule whose odds hold, the same rows of one seed."""
+"""The synthetic clicks: shapes, frequencies, calibrated odds, reproducible rows."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_values_are_zipfian():
 
 
 def test_the_rule_tells_who_clicks():
-    """The best loss is far below that of the share of clicks, and nearer to it with a narrower spread."""
+    """The best loss is far below that of a constant prediction, and closer to it with a narrower spread."""
     data, narrow = make(val_size=5000), make(val_size=5000, spread=0.1)
     for one, gain in ((data, (0.1, 0.3)), (narrow, (-0.01, 0.01))):
         share = one._test[2].double().mean()

@@ -1,4 +1,4 @@
-"""The synthetic graph: hops by hand, what each hop tells, parts that do not overlap, the same data of one seed."""
+"""The synthetic graph: hops computed by hand, informative hops, disjoint splits, reproducible data."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_batches_cover_every_training_node_once_and_the_last_is_smaller():
 
 
 def test_neighbourhoods_tell_more_than_nodes():
-    """Of the classes' own means: nearest mean of hop 0 and of hop 2."""
+    """Accuracy of the nearest class mean, for hop 0 and hop 2."""
     data = make(signal=1.5)
     hops, labels = (torch.cat(part) for part in zip(*data.train_dataloader(), strict=True))
     shares = []

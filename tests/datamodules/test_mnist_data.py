@@ -1,4 +1,4 @@
-"""MNIST: right images, cheap batches, damaged files refused, no fall-back in silence."""
+"""MNIST: correct images, cheap batches, damaged files rejected, no silent fallback."""
 
 import importlib.util
 import os
@@ -62,7 +62,7 @@ def test_order_is_new_each_epoch_and_follows_the_global_seed():
         loader = data.train_dataloader()
         orders = []
         for epoch in range(2):
-            loader.batch_sampler.sampler.set_epoch(epoch)  # as Lightning does
+            loader.batch_sampler.sampler.set_epoch(epoch)  # as in Lightning
             orders.append(torch.cat([y for _, y in loader]))
         epochs.append(orders)
     assert torch.equal(epochs[0][0], epochs[1][0])
@@ -88,7 +88,7 @@ def test_a_truncated_file_is_named_and_never_replaced(tmp_path, source):
         MNISTDataModule(tmp_path, source=source).prepare_data()
 
 
-# Zeros, as a crash leaves them; a type unknown to torchvision; a right header with impossible labels.
+# Zeros, as left by a crash; a type unknown to torchvision; a valid header with impossible labels.
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -162,7 +162,7 @@ def test_embedded_files_are_small_and_have_a_note():
 
 
 def test_offline_auto_does_not_wait_for_names_to_be_looked_up(tmp_path, monkeypatch):
-    """As behind a resolver that drops what it is asked; the thread that asks is left behind."""
+    """As behind a resolver that drops requests; the requesting thread is abandoned."""
     asked, answer = threading.Event(), threading.Event()
 
     def hang(*_, **__):
@@ -200,7 +200,7 @@ def test_synthetic_digits_are_reproducible_private_and_learnable():
     assert torch.equal(x, other)
     assert x.shape == (11_000, 1, 28, 28)
     assert torch.bincount(y, minlength=10).min() > 900
-    # Class means alone tell some digits from others, but by far not all: neither noise nor trivial.
+    # Class means distinguish some digits, but by far not all: the data is neither noise nor trivial.
     means = torch.stack([x[y == c].mean(0) for c in range(10)])
     test, labels = modules[0]._test
     right = (torch.cdist(test.flatten(1), means.flatten(1)).argmin(1) == labels).float().mean()

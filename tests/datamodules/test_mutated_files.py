@@ -1,4 +1,4 @@
-"""Readers that are fed files of which anything was changed: right, or an error that names the file."""
+"""Readers of arbitrarily modified files return correct data or raise an error that names the file."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from datamodules import ptb as ptb_module
 
 REAL = Path(os.environ.get("APPROXDROP_DATA", "/nonexistent"))
 pytestmark = pytest.mark.skipif(not (REAL / "ptb").is_dir(), reason="APPROXDROP_DATA names no folder with ptb/")
-#: What may happen to a file: position (as a share), what is done, how many bytes, and bytes to put there.
+#: Modifications of a file: position (as a share), operation, number of bytes, and the bytes to insert.
 MUTATIONS = st.lists(
     st.tuples(
         st.floats(0, 1), st.sampled_from(["cut off", "overwrite", "insert", "remove", "repeat"]), st.integers(1, 40),
@@ -76,7 +76,7 @@ def test_penn_treebank(number, check_md5):
             came_of_it("read")
             words = {name: text.decode() for name, text in texts.items()} | {part: changed.decode()}
             for name, text in words.items():
-                # Line ends of all kinds; the last line may have none.
+                # All kinds of line ends; the last line may have none.
                 *whole, last = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
                 expected = [word for line in [*whole, *([last] if last else [])] for word in (*line.split(), "<eos>")]
                 assert data.num_tokens[name] == len(expected)
@@ -97,7 +97,7 @@ def test_penn_treebank(number, check_md5):
 
 @examples(40, 3_000)
 def test_mnist(number, monkeypatch):
-    """With the first 60 and 20 images: their headers say so, and the reader is told to expect it."""
+    """The first 60 and 20 images, with matching headers and expectations of the reader."""
     counts = {"train": 60, "t10k": 20}
     contents = {}
     for name, header in mnist_module.HEADERS.items():

@@ -1,4 +1,4 @@
-"""Penn Treebank: every word in its place, every file checked, no fall-back in silence."""
+"""Penn Treebank: every word in its place, every file verified, no silent fallback."""
 
 import hashlib
 import http.client
@@ -22,7 +22,7 @@ real_data = pytest.mark.skipif(not REAL.is_dir(), reason="APPROXDROP_DATA names 
 
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch, tmp_path):
-    """Neither this machine's data folder nor its torchtext cache may decide a test."""
+    """Isolate the tests from this machine's data folder and torchtext cache."""
     monkeypatch.delenv("APPROXDROP_DATA", raising=False)
     monkeypatch.setattr(ptb_module, "TORCHTEXT_CACHE", tmp_path / "cache")
 
@@ -36,7 +36,7 @@ def write(folder, train="a b c\nb c\n", valid="a c\n", test="c a b d\n"):
 
 @pytest.fixture
 def small_treebank(monkeypatch, tmp_path):
-    """The MD5s are those of what ``write`` writes."""
+    """Expect the MD5 checksums of the files that ``write`` writes."""
     for part in ptb_module.MD5:
         content = (write(tmp_path / "md5") / f"ptb.{part}.txt").read_bytes()
         monkeypatch.setitem(ptb_module.MD5, part, hashlib.md5(content).hexdigest())
@@ -77,7 +77,7 @@ def test_the_published_counts():
     assert data.best_perplexity is None
     inputs, targets = next(iter(data.train_dataloader()))
     assert inputs.shape == targets.shape == (35, 20)
-    # The first stream begins as the text does.
+    # The first stream starts like the text.
     assert [data.vocab[i] for i in inputs[:3, 0]] == ["aer", "banknote", "berlitz"]
 
 

@@ -1,4 +1,4 @@
-"""Which backend computes, and what happens where Triton is not or cannot run."""
+"""The choice of backend, and what happens if Triton is missing or cannot run."""
 
 import subprocess
 import sys
@@ -113,7 +113,7 @@ def test_no_kernel_is_imported_before_it_is_asked_for():
     "pattern", [RowPattern(64, 2, 1), RowPattern(64, 2, 1, interleave=True), TilePattern(64, 32, 2, 1, tile_size=16)]
 )
 def test_operands_may_be_views(backend, pattern):
-    """A bias with a stride, and a gradient without any (that of a sum): compiled code is given addresses."""
+    """A strided bias, and an expanded gradient (of a sum): compiled code receives only addresses."""
     if backend == "triton":
         pytest.importorskip("triton")
     x, weight, bias = torch.randn(8, 32), torch.randn(64, 32), torch.randn(128)

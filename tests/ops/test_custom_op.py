@@ -1,4 +1,4 @@
-"""Operators give the same whether somebody looks on or not."""
+"""Operators give the same results through the dispatcher and past it."""
 
 import contextlib
 

@@ -94,7 +94,7 @@ def test_products_are_those_of_the_masked_weight(case, backend):
 
 
 def test_pieces_of_different_blocks_have_as_many_orders():
-    """Narrow pieces have narrow blocks, hence fewer orders in the same batch."""
+    """Narrow pieces have narrow blocks, and hence fewer orders for the same batch."""
     options = {"interleave": True, "shuffle": True, "block_size": 16, "orders": 8}
     seed = 1  # keeps half of the units: samples that keep more have one order
     pieces = draw(0.5, options, (160,), [512, 64, 512], seed)

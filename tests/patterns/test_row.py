@@ -105,7 +105,7 @@ def test_every_unit_is_dropped_with_exactly_the_rate_for_any_n(n, dp, block_size
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
 def test_a_copy_has_its_own_memory(copied):
-    """Compiled code is given addresses; those of the original may be gone when the copy is used."""
+    """Compiled code receives addresses; those of the original may be invalid when the copy is used."""
     pattern = RowPattern(40, 3, 1, interleave=True, order=torch.randperm(10), block_size=4)
     original = [pattern.units(g).struct for g in range(3)]
     other = copied(pattern)

@@ -1,4 +1,4 @@
-"""The sampler: right frequencies, private randomness, exact resume."""
+"""The sampler: correct frequencies, private randomness, exact resume."""
 
 import io
 
@@ -20,7 +20,7 @@ def make(rate=0.6, seed=0, keep="one", gamma=0.0, **options):
 
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**31, 2**32 + 7, 2**63 - 1, 2**63, 2**64 - 1, -1, -5, -(2**63)])
 def test_a_seed_that_pytorch_takes_is_that_of_pytorch(seed):
-    """Sequences of earlier versions stay as they were."""
+    """Sequences are the same as in earlier versions."""
     expected = torch.Generator().manual_seed(seed)
     torch.rand((), generator=expected, dtype=torch.float64), torch.randint(2**31, (), generator=expected)
     assert torch.equal(make(seed=seed).state_dict()["steps"], expected.get_state())
@@ -36,7 +36,7 @@ def test_any_other_integer_is_a_seed_too(seed):
 
 @pytest.mark.parametrize("seed", [-1, 2**64 - 1])
 def test_several_rates_at_the_last_seed(seed):
-    """Each rate has a sampler of its own, of the next seed."""
+    """Each rate has its own sampler, with the next seed."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 64), nn.Dropout(0.3), nn.Linear(64, 8))
     report = approximate(model, min_gain=0)
@@ -95,7 +95,7 @@ def test_state_resumes_the_very_same_sequence_even_within_a_step():
     sampler = make(shuffle=True, interleave=True, seed=5)
 
     def sequence(steps):
-        out = [sampler.pattern(33)]  # of the step under way
+        out = [sampler.pattern(33)]  # of the current step
         for _ in range(steps):
             sampler.draw()
             out += [sampler.pattern(n) for n in (7, 33)]
@@ -138,7 +138,7 @@ def test_offsets_of_tiles_are_uniform_given_the_period():
 
 
 def test_tiles_fit_the_weight():
-    """Four tiles of each residue on both sides, or single weights: no row and no column of weights is starved."""
+    """Four tiles of each residue on both sides, or single weights: no row or column of weights is starved."""
     assert fitting_tile_size(2048, 2048, 10, 32) == 32
     assert fitting_tile_size(2600, 650, 10, 32) == 16
     assert fitting_tile_size(10, 2048, 2, 32) == 1
@@ -200,7 +200,7 @@ def test_a_step_does_not_depend_on_how_many_patterns_the_last_one_had():
 
 
 def test_blocks_fit_the_layer():
-    """Cells of at least four blocks, of what was asked for or a half, a quarter ... of it."""
+    """Cells have at least four blocks, whose size is the requested one or a half, a quarter ... of it."""
     assert fitting_block_size(2048, 2, 16) == 16
     assert fitting_block_size(650, 2, 16) == 16
     assert fitting_block_size(650, 3, 16) == 16
@@ -228,8 +228,8 @@ def test_large_batches_take_several_orders_of_the_units_in_turn():
     )  # cheaper: more of them
     found = {rows: wide.pattern(128, leading_shape=(rows, 1)).n_orders for rows in (63, 64, 96)}
     assert found == {63: 1, 64: 2, 96: 3}
-    assert sampler.pattern(64, leading_shape=(128,)).n_orders == 2  # samples take turns as words do
-    assert sampler.pattern(64).n_orders == 1  # of a batch that is not known
+    assert sampler.pattern(64, leading_shape=(128,)).n_orders == 2  # samples alternate between orders as words do
+    assert sampler.pattern(64).n_orders == 1  # the batch is unknown
     most = make(0.3, 10, "any", float("inf"), interleave=True, shuffle=True, block_size=16, orders=8)
     assert (
         most.pattern(1024, leading_shape=(4096,)).n_orders == 1 < most.pattern(1024, leading_shape=(64, 64)).n_orders

@@ -1,4 +1,4 @@
-"""Two processes on the CPU: one dies, a thousand steps, a resume with another number of processes."""
+"""Two processes on the CPU: one is killed, a thousand steps, resuming with another number of processes."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def test_a_thousand_steps_in_step(tmp_path):
     assert len(patterns(ranks, 0)) == 1000
     assert periods(ranks, 0) == periods(ranks, 1)
     different = sum(a != b for a, b in zip(patterns(ranks, 0).values(), patterns(ranks, 1).values(), strict=True))
-    assert different > 990  # each has its own
+    assert different > 990  # each process has its own
     assert ranks[0][-1]["weights"] == ranks[1][-1]["weights"]
 
 
@@ -139,7 +139,7 @@ def test_resume_with_another_number_of_processes(tmp_path, before, after):
     checkpoint = next((tmp_path / "before").glob("step=20.ckpt"))
     resumed = run(tmp_path / "after", 30, devices=after, ckpt_path=str(checkpoint))
     for rank in range(after):
-        # The very same patterns, each rank its own.
+        # The same patterns as without the interruption, different for each rank.
         expected = {step: drawn for step, drawn in patterns(straight, rank).items() if step > 20}
         assert patterns(resumed, rank) == expected
         assert len(expected) == 10

@@ -1,4 +1,4 @@
-"""Long runs: memory does not grow, the realised rate does not drift."""
+"""Long runs: memory does not grow, and the realised rate does not drift."""
 
 import gc
 import math
@@ -10,7 +10,7 @@ from torch import nn
 
 from approxdrop_lightning import PatternDistribution, PatternSampler, approximate, resample
 
-#: Of a standard normal deviate: it is passed by chance in 1 of 1.7 million checks.
+#: Threshold for a standard normal deviate: exceeded by chance in 1 of 1.7 million checks.
 LIMIT = 5.0
 FALSE_ALARM = math.erfc(LIMIT / math.sqrt(2))
 

@@ -1,4 +1,4 @@
-"""Signals, full disks, checkpoints damaged or of something else, losses that are no numbers: ``train.py``."""
+"""``train.py`` under signals, full disks, damaged or mismatched checkpoints, and NaN losses."""
 
 import functools
 import os
@@ -49,7 +49,7 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Metrics and weights of a run that nothing happens to."""
+    """Metrics and weights of an undisturbed run."""
     metrics, objects = run(tmp_path_factory.mktemp("whole") / "run")
     return metrics, weights(objects)
 
@@ -82,7 +82,7 @@ def test_ctrl_c_within_the_second_epoch_is_resumed_from_the_end_of_the_first(tmp
         with pytest.raises(SystemExit):
             run(tmp_path / "run", "+callbacks.signal={_target_:support.faults.record_steps.Signal,step:30,number:2}")
     finally:
-        signal.signal(signal.SIGINT, before)  # Lightning has it ignored from then on
+        signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
     checkpoints = tmp_path / "run" / "checkpoints"
     assert find_checkpoint("last", tmp_path) == str(checkpoints / "last.ckpt")
     assert (checkpoints / "interrupted.ckpt").is_file()
@@ -105,7 +105,7 @@ Trainer(callbacks=[Stop()], **options).fit(BoringModel())
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_exit_status_is_lightnings(tmp_path, number):
-    # What runs in the background inherits that Ctrl-C is ignored.
+    # Background processes inherit that Ctrl-C is ignored.
     heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     stock = subprocess.run(
         [sys.executable, "-c", STOCK.format(number=int(number))], cwd=tmp_path, check=False, **heeds
@@ -121,7 +121,7 @@ def test_exit_status_is_lightnings(tmp_path, number):
 
 
 def test_a_full_disk_is_named_and_the_last_checkpoint_serves(tmp_path, whole):
-    """Room for the two checkpoints of the first epoch, and not for a third."""
+    """Space for the two checkpoints of the first epoch, but not for a third."""
     with small_disk(tmp_path / "disk", "size=12m") as disk:
         with pytest.raises(OSError, match="checkpoint could not be written: No space left on device"):
             run(disk / "run")
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_serves(tmp_path, half, w
 def test_a_checkpoint_of_something_else_is_refused_before_training(tmp_path, half, model, overrides, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         run(tmp_path / "run", *overrides, f"ckpt_path={half}", model=model)
-    assert not list(tmp_path.rglob("*.ckpt"))  # what failed is never the newest
+    assert not list(tmp_path.rglob("*.ckpt"))  # a failed run never leaves the newest checkpoint
     assert find_checkpoint("last", half.parent) == str(half / "checkpoints" / "last.ckpt")
 
 

@@ -1,4 +1,4 @@
-"""Any arguments at all: what the definition says, or an error that says what is wrong; never another value."""
+"""Arbitrary arguments give the value of the definition or an error that says what is wrong, nothing else."""
 
 import math
 import warnings
@@ -178,7 +178,7 @@ def tensor(generator, shape, dtype=torch.float32, layout="plain", grad=False, un
 
 
 def outcome(call, leaves):
-    """Value and gradients of a call, or the error that it raised."""
+    """Value and gradients of a call, or the error it raised."""
     for leaf in leaves:
         leaf.grad = None
     try:
@@ -224,7 +224,7 @@ def row_pattern(draw, n):
 
 
 def patterns(draw, n_in, n_out):
-    """Of the inputs and the outputs of a layer, as a rule of one step."""
+    """Patterns of the inputs and outputs of a layer, usually of one step."""
     inside, outside = row_pattern(draw, n_in), row_pattern(draw, n_out)
     if inside and outside and draw(st.integers(0, 5)):
         dp, keep, offset = inside.dp, inside.keep, min(outside.offset, inside.dp - 1)
@@ -373,7 +373,7 @@ def test_pack_and_unpack(number):
 
 
 def plain_lstm(gates, h, c, weight_hh, pattern, scale):
-    """The recurrence as its docstring has it, step by step."""
+    """The recurrence as defined in its docstring, step by step."""
     mask = 1 if pattern is None else pattern.mask().to(h)
     outputs = []
     for step in gates:
@@ -418,7 +418,7 @@ def test_lstm_sequence(number):
             (batch, max(0, hidden + wrong[2])),
             (4 * hidden, max(0, hidden + wrong[3])),
         )
-        # Small: with large ones a recurrence is chaotic, and in any order of summation another.
+        # Small: with large weights a recurrence is chaotic and depends on the order of summation.
         tensors = [
             tensor(generator, shape, *kind, unit=1 / 16) for shape, kind in zip(shapes, given["kinds"], strict=True)
         ]

@@ -1,4 +1,4 @@
-"""Overrides on the command line, at random: a run that can be made, or an error that says what is wrong."""
+"""Random overrides on the command line give a valid run or an error that says what is wrong."""
 
 import warnings
 
@@ -45,7 +45,7 @@ REFUSALS = (HydraException, OmegaConfBaseException, ValueError, Misconfiguration
 
 
 class Data:
-    """In the place of the data, which takes long to read."""
+    """Replaces the data, which takes long to read."""
 
     vocab_size = 50
 

@@ -1,4 +1,4 @@
-"""``kill -9`` of ``train.py`` on real data: whatever the moment, a restart ends as if nothing had happened."""
+"""``kill -9`` of ``train.py`` on real data: a restart gives the same result as an uninterrupted run."""
 
 import json
 import os
@@ -16,7 +16,7 @@ METRICS = {
 
 
 def uninterrupted(tmp_path, model, *overrides):
-    """Steps of a run that nobody kills, and its folder."""
+    """Steps of an uninterrupted run, and its folder."""
     whole, trace = tmp_path / "whole", tmp_path / "whole.jsonl"
     runs.here(model, whole / "run", trace, *overrides)
     return {line["step"]: (line["patterns"], line["loss"]) for line in runs.lines(trace)}, whole
@@ -42,7 +42,7 @@ def survive(parts, model, kills, rng, *overrides):
         assert status == -9, output
         killed, died_writing = killed + 1, died_writing + writing
         for path in parts.rglob("*.ckpt"):
-            runs.checkpoint(path)  # what has its name is whole
+            runs.checkpoint(path)  # files under the final name are intact
             resume = ["ckpt_path=last"]
         print(f"kill {killed} after {len(runs.lines(trace))} steps{', within writing' if writing else ''}")
 

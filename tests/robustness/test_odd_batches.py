@@ -1,4 +1,4 @@
-"""Batches of no rows, of one, of other sizes than the last, sequences of one step: what the definition says."""
+"""Empty batches, single rows, changing sizes and sequences of one step give the result of the definition."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_an_lstm_on_batches_of_changing_sizes(options):
 
 @pytest.mark.parametrize("options", [{}, {"pattern": "tile"}, {"pattern": "dropconnect"}])
 def test_an_lstm_on_an_empty_batch(options):
-    """As the stock LSTM: on a batch of no rows PyTorch's has nothing to say or an error of its own."""
+    """Like the stock LSTM, which returns an empty result or raises an error for empty batches."""
     stock, model = (LSTMLanguageModel(vocab_size=30, hidden_size=64, rate=0.5) for _ in range(2))
     approximate(model, seed=0, min_gain=0, **options)
     resample(model)

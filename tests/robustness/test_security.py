@@ -1,4 +1,4 @@
-"""What comes from outside is data: nothing of it is run, nothing written elsewhere, nothing fetched unasked."""
+"""Untrusted input is only data: it is not executed, written elsewhere, or fetched without being requested."""
 
 import csv
 import hashlib
@@ -29,7 +29,7 @@ real_data = pytest.mark.skipif("APPROXDROP_DATA" not in os.environ, reason="APPR
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Whoever looks up a name or connects is refused and noted."""
+    """Reject and record name lookups and connections."""
     tried = []
 
     def refuse(*arguments, **_):
@@ -73,7 +73,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_by_train(tmp_path):
 
 
 def test_words_are_words(tmp_path):
-    """Whatever they look like to Python, YAML, a shell or a format string."""
+    """Regardless of what they mean to Python, YAML, a shell or a format string."""
     words = [
         *("__import__('os').mkdir('made')", "${oc.env:HOME}", "{0.__class__}", "%s", "$(touch", "../../x"),
         "!!python/object:os.system",
@@ -103,7 +103,7 @@ def test_the_summary_takes_text_as_text(tmp_path):
 
 
 def archive(content, name):
-    """A gzip file that says it holds ``name``; Python's own writer would leave its folders out."""
+    """A gzip file that claims to contain ``name``; Python's own writer would strip the folders."""
     deflate = zlib.compressobj(1, wbits=-15)
     body = deflate.compress(content) + deflate.flush()
     header = b"\x1f\x8b\x08\x08" + bytes(4) + b"\x00\xff" + name.encode() + b"\0"

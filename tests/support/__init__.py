@@ -1,4 +1,4 @@
-"""Helpers of the tests: models, cases, and where things are."""
+"""Test helpers: models, cases and paths."""
 
 import os
 from pathlib import Path

@@ -9,7 +9,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(folder, options):
-    """A file system of its own; needs the right to mount one."""
+    """A separate file system; requires permission to mount one."""
     folder.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False
@@ -23,7 +23,7 @@ def small_disk(folder, options):
 
 
 class Evil:
-    """Unpickled, it makes a folder."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, path):
         self.path = path

@@ -1,4 +1,4 @@
-"""A capture without a GPU: what was recorded runs at a replay, and only then, on the memory it was recorded with."""
+"""Fake graph capture without a GPU: recorded work runs only in a replay, on the recorded memory."""
 
 import copy
 from contextlib import contextmanager

@@ -1,11 +1,11 @@
-"""What a step executes, counted."""
+"""Counting the operations that a step executes."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 
 class Flops(TorchDispatchMode):
-    """FlopCounterMode's formulas without its module hooks, which look into every output and so make it dense."""
+    """FlopCounterMode's formulas without its module hooks, which read every output and thereby make it dense."""
 
     total = 0
 

@@ -1,4 +1,4 @@
-"""Tests with the compiled kernels and without."""
+"""Fixture for tests with and without the compiled kernels."""
 
 import shutil
 
@@ -8,7 +8,7 @@ from approxdrop_lightning.ops.lstm import compact as lstm_ops
 from approxdrop_lightning.ops.native import copies
 from approxdrop_lightning.ops.native import library as native
 
-# Where there is a compiler, sources that do not compile are a failure.
+# If there is a compiler, sources that do not compile are a failure.
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("cc", "gcc", "clang")), reason="no C compiler on this machine"
 )
@@ -16,7 +16,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(params=["compiled", "plain"])
 def kernels(request, monkeypatch):
-    """With the compiled kernels and without."""
+    """Run a test with and without the compiled kernels."""
     if request.param == "plain":
         monkeypatch.setattr(copies, "library", lambda: None)
         monkeypatch.setattr(lstm_ops, "library", lambda: None)

@@ -54,5 +54,5 @@ def weights(objects):
 
 
 def last_weights(run_dir):
-    """After the last epoch; the model of a run that was tested has those of the best one."""
+    """Weights after the last epoch; after testing, the model has those of the best epoch."""
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

@@ -1,4 +1,4 @@
-"""What the tests of the Triton backend have in common: patterns, and a comparison with the definition."""
+"""Shared by the tests of the Triton backend: patterns, and a comparison with the definition."""
 
 import torch
 
@@ -10,7 +10,7 @@ TOLERANCE = {
     torch.float16: {"rtol": 1e-2, "atol": 2e-2},
     torch.bfloat16: {"rtol": 2e-2, "atol": 1e-1},
 }
-#: bfloat16 is wrong in the interpreter.
+#: bfloat16 is incorrect in the interpreter.
 TYPES = (torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else []))
 
 
@@ -31,7 +31,7 @@ def run(x, weight, bias, in_pattern, out_pattern, backend, scale=1.0, activation
 def assert_is_the_reference(
     leading, n_in, n_out, in_pattern, out_pattern, dtype=torch.float32, bias=True, scale=1.5, activation="identity"
 ):
-    """Output and every gradient, the reference in double precision on the very same numbers."""
+    """Compare output and all gradients with the reference in double precision on the same numbers."""
     shapes = [(*leading, n_in), (n_out, n_in), *([(n_out,)] if bias else [])]
     values = [torch.randn(shape).to(dtype) / (8 if i == 1 else 1) for i, shape in enumerate(shapes)]
     direction = torch.randn(*leading, n_out).to(dtype)
@@ -50,7 +50,7 @@ def assert_is_the_reference(
 
 
 def compilations(launches):
-    """How many kernels a GPU would compile for these launches, untuned; not in the interpreter."""
+    """Number of kernels that a GPU would compile for these launches, untuned; not for the interpreter."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature

@@ -1,4 +1,4 @@
-"""ClickModel: stock layers, with and without batch norm, what dropout skips of them, and that it learns the rule."""
+"""ClickModel: stock layers with and without batch norm, what is skipped, and that it learns the rule."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_shapes_and_stock_layers(batch_norm):
 
 
 def test_every_field_has_values_of_its_own():
-    """One table of all values: the first field has rows 0 to 2 of it, the second one 3 to 6."""
+    """All values share a table: the first field has rows 0 to 2, the second one rows 3 to 6."""
     model = make_model()
     model(torch.zeros(1, 2), torch.tensor([[2, 0]])).backward()
     assert model.embedding.weight.grad.abs().sum(1).nonzero().flatten().tolist() == [2, 3]
@@ -65,7 +65,7 @@ def test_refuses_bad_values(arguments, message):
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_what_is_skipped(batch_norm):
-    """Batch norm reads all units of the layer before it, so only the columns of the one after are skipped."""
+    """Batch norm reads all units of the layer before it, so only columns of the next layer are skipped."""
     model = make_model(batch_norm=batch_norm, rate=0.5)
     report = approximate(model, seed=0, min_gain=0)
     numbers, fields, clicked = batch()
@@ -88,7 +88,7 @@ def test_it_learns_and_resumes_with_a_partial_last_batch(tmp_path, monkeypatch, 
     sizes = [len(clicked) for *_, clicked in objects["datamodule"].train_dataloader()]
     assert sizes[-2:] == [256, 160]
     assert metrics["test/auc"] > 0.7
-    # Within reach of the rule itself; to know the share of clicks alone gives about .61.
+    # Close to the rule itself; knowing only the share of clicks gives about .61.
     assert objects["datamodule"].best_loss < metrics["test/loss"] < objects["datamodule"].best_loss + 0.12
     assert objects["result"]["test"] == metrics["test/auc"]
     assert objects["callbacks"]["dropout"].report.saved > 0.1

@@ -16,7 +16,7 @@ V, T, B = 11, 5, 3
 
 
 class Text(LightningDataModule):
-    """Batches of random words; the loader says where it is, so that a run can resume within an epoch."""
+    """Batches of random words; the loader has a state, so that a run can resume within an epoch."""
 
     def __init__(self, batches=6, vocab_size=V, padded=False):
         super().__init__()
@@ -109,11 +109,11 @@ def test_schedule_reaches_the_optimizer(tmp_path):
     model = make_model(lr=2.0, full_lr_epochs=1, lr_decay=4.0)
     trainer = make_trainer(tmp_path, max_epochs=2)
     trainer.fit(model, Text())
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(2.0 / 16)  # that of the third epoch
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(2.0 / 16)  # of the third epoch
 
 
 def test_perplexity_is_over_all_tokens_from_the_carried_state(tmp_path):
-    """By hand: the whole text in one pass gives the same, padding left out, if the state is carried."""
+    """If the state is carried, one pass over the whole text, without padding, gives the same."""
     data, model = Text(padded=True), make_model()
     (metrics,) = make_trainer(tmp_path).test(model, data, verbose=False)
     inputs, targets = (torch.cat(part) for part in zip(*data.batches, strict=True))
@@ -185,7 +185,7 @@ def test_refuses_data_of_another_vocabulary(tmp_path):
 
 
 def test_a_score_is_loaded_to_where_it_is(monkeypatch):
-    """On a GPU the model may say that it is there while its score is not yet."""
+    """On a GPU the model may report its new device before its score has been moved."""
     model = make_model()
     monkeypatch.setattr(LSTMLanguageModel, "device", torch.device("meta"))
     model.on_load_checkpoint({"train_nll": (torch.tensor(6.0), torch.tensor(4.0))})

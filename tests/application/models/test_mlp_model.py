@@ -1,4 +1,4 @@
-"""MLPClassifier: an ordinary module of stock layers."""
+"""MLPClassifier: a plain module of stock layers."""
 
 import math
 from functools import partial
@@ -59,7 +59,7 @@ def test_optimizer_is_the_callers_choice():
 
 
 def test_accuracy_is_over_samples_not_over_batches():
-    """Ten samples in batches of 4, 4 and 2: a mean of batch means would weigh the last two double."""
+    """Ten samples in batches of 4, 4 and 2: a mean of batch means would give the last two double weight."""
     model = MLPClassifier(in_features=2, hidden=(), num_classes=2)
     with torch.no_grad():  # logits are the inputs, so the larger input is the prediction
         model.net[1].weight.copy_(torch.eye(2))

@@ -1,4 +1,4 @@
-"""SIGNClassifier: towers of stock layers, what dropout skips of them, and that it learns what the graph tells."""
+"""SIGNClassifier: towers of stock layers, what is skipped, and that it learns from the graph."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_what_is_skipped():
 
 
 def test_it_learns_and_resumes_with_a_partial_last_batch(tmp_path, monkeypatch):
-    """Random features tell a node's community in one case of three, its neighbourhood in four of five."""
+    """A node's own features identify its community in one case of three, its neighbourhood in four of five."""
     overrides = [*SMALL["sign"], *QUICK, *FULL, *SKIP, "trainer.max_epochs=8", "dropout.rate=0.3"]
     metrics, objects = train(config(tmp_path / "straight", *overrides))
     sizes = [len(labels) for _, labels in objects["datamodule"].train_dataloader()]

@@ -1,4 +1,4 @@
-"""TransformerLanguageModel: stock layers, causal, schedule, perplexity over all tokens; what dropout skips of it."""
+"""TransformerLanguageModel: stock layers, causality, schedule, perplexity over all tokens, what is skipped."""
 
 import math
 
@@ -20,7 +20,7 @@ V, T, B, H = 11, 6, 3, 16
 
 
 class Text(LightningDataModule):
-    """Batches of a text in which each word decides the next; the last one is shorter and padded."""
+    """Batches of a text in which each word determines the next; the last batch is shorter and padded."""
 
     def __init__(self, batches=6, vocab_size=V):
         super().__init__()
@@ -76,7 +76,7 @@ def test_no_word_sees_those_after_it():
 
 
 def test_initial_values():
-    """Normal of deviation .02, less where a residual sum is made; norms are one, biases zero."""
+    """Normal with deviation .02, less before residual sums; norms are one, biases zero."""
     model = make_model(hidden_size=64, num_layers=8, tie_weights=False)
     layer = model.layers[0]
     assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
@@ -111,7 +111,7 @@ def test_schedule_rises_and_falls_to_the_end_of_the_training(tmp_path):
 
 
 def test_perplexity_is_over_all_tokens(tmp_path):
-    """By hand, batch by batch, padding left out."""
+    """Compared with a computation by hand, batch by batch, without padding."""
     data, model = Text(), make_model()
     (metrics,) = make_trainer(tmp_path).test(model, data, verbose=False)
     nll = tokens = 0.0
@@ -173,7 +173,7 @@ def test_refuses_data_of_another_vocabulary(tmp_path):
 
 
 def test_what_is_skipped_of_a_stock_encoder_layer():
-    """Between the linear layers of a feed-forward block both sides; of the second its rows; the decoder's columns."""
+    """Both sides between a block's linear layers, the rows of the second one, and the decoder's columns."""
     model = make_model(hidden_size=64, num_layers=1, rate=0.5, tie_weights=False)
     report = approximate(model, seed=0, min_gain=0)
     words = torch.randint(V, (T, B))
@@ -193,7 +193,7 @@ def test_command_line_trains_resumes_and_skips(tmp_path, monkeypatch):
     overrides = [*SMALL["transformer"], *QUICK, "datamodule.source=synthetic"]
     unbounded = ["dropout.min_gain=0"]
     metrics, objects = train(config(tmp_path / "straight", *overrides, *unbounded, "trainer.max_epochs=2"))
-    assert objects["result"]["test"] == metrics["test/ppl"] < 300  # that of guessing
+    assert objects["result"]["test"] == metrics["test/ppl"] < 300  # the perplexity of guessing
     assert objects["result"]["unit"] == "tokens" and objects["result"]["per_second"] > 0
     report = objects["callbacks"]["dropout"].report
     assert report["layers.0.dropout"].producer == "layers.0.linear1"
@@ -206,7 +206,7 @@ def test_command_line_trains_resumes_and_skips(tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="enough"):
         patched.setattr(TransformerLanguageModel, "on_train_epoch_end", stop)
         train(config(tmp_path / "half", *stopping))
-    (tmp_path / "half" / "checkpoints" / "last.ckpt").unlink(missing_ok=True)  # what was saved by the stop is taken
+    (tmp_path / "half" / "checkpoints" / "last.ckpt").unlink(missing_ok=True)  # so that interrupted.ckpt is used
     _, resumed = train(config(tmp_path / "resumed", *stopping, f"ckpt_path={tmp_path / 'half'}"))
     assert resumed["trainer"].current_epoch == 2
     torch.testing.assert_close(

@@ -34,7 +34,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(hidden, share, kind, 
 
 @needs_compiler
 def test_an_lstm_step_at_the_ends_of_the_range(monkeypatch):
-    """Errors of exp are below 3e-7 of the result; saturated gates, zeros, infinities and NaN as PyTorch has them."""
+    """Relative errors of exp are below 3e-7; saturated gates, zeros, infinities and NaN behave as in PyTorch."""
     values = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, 1e-8, -1e-4, 1e30, -1e30])])
     special = torch.tensor([float("inf"), -float("inf"), float("nan")])
     gates = torch.cat([values, special]).repeat(4)[None, None]
@@ -58,7 +58,7 @@ def test_an_lstm_step_at_the_ends_of_the_range(monkeypatch):
     ("steps", "batch", "hidden", "depth"), [(1, 1, 1, 1), (3, 20, 50, 17), (2, 7, 33, 33), (2, 3, 520, 260)]
 )
 def test_the_recurrence_is_that_of_pytorch(steps, batch, hidden, depth, threads, monkeypatch):
-    """Over bands and panels that are not full, several depths (4 * 520 > 1024), and gathered inputs."""
+    """Partial bands and panels, several depths (4 * 520 > 1024), and gathered inputs."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     kept = None if depth == hidden else torch.randperm(hidden)[:depth]

@@ -1,4 +1,4 @@
-"""The LSTM recurrence with Triton kernels, in the interpreter; and weights in one piece for the vendor's kernel."""
+"""The LSTM recurrence with Triton kernels, in the interpreter; and contiguous weights for the vendor's kernel."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ NAMES = ("h", "h_T", "c_T", "gates", "h0", "c0", "weight_hh")
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Sequences of the types that kernels are for run them, as on CUDA."""
+    """Run the kernels for all supported types, as on CUDA."""
     monkeypatch.setattr("approxdrop_lightning.ops.lstm._has_kernels", lambda gates: gates.dtype != torch.float64)
 
 
@@ -50,7 +50,7 @@ def outputs_and_gradients(tensors, pattern, directions):
     [(1, 1, 1), (3, 2, 7), (2, 5, 33), (4, 1, 130), (2, 2, 300)],  # one unit, odd, more than a block
 )
 def test_sequence_is_the_plain_one(steps, batch, hidden, dp, dtype):
-    """The plain one in double precision on the same numbers; its own tests compare it with ``nn.LSTM``."""
+    """The reference in double precision on the same numbers; its own tests compare it with ``nn.LSTM``."""
     pattern = None if dp is None else RowPattern(hidden, dp, int(torch.randint(dp, ())), keep=max(1, dp // 3))
     tensors = operands(steps, batch, hidden, dtype)
     directions = [torch.randn(s).to(dtype) for s in ((steps, batch, hidden), (batch, hidden), (batch, hidden))]
@@ -64,7 +64,7 @@ def test_sequence_is_the_plain_one(steps, batch, hidden, dp, dtype):
 
 @pytest.mark.parametrize("used", [0, 1, 2])
 def test_gradients_of_outputs_that_are_not_used(used):
-    """No gradient comes in for the others, nor is one made of zeros."""
+    """The other outputs receive no gradient, not even zeros."""
     tensors, kept = operands(3, 2, 9), torch.tensor([0, 4, 5])
     weight = tensors[3][:, kept].detach().requires_grad_()
     inputs = (*tensors[:3], weight)
@@ -76,7 +76,7 @@ def test_gradients_of_outputs_that_are_not_used(used):
 
 
 def test_gates_by_batch_first():
-    """Steps of another stride, and gradients of a transposed output: neither is copied to be read."""
+    """Strided steps and gradients of a transposed output are read without a copy."""
     gates, h0, c0, weight = operands(3, 2, 9)
     swapped = gates.detach().transpose(0, 1).contiguous().requires_grad_()
     direction = torch.randn(2, 3, 9)
@@ -147,7 +147,7 @@ def test_flat_weights_in_the_vendor_kernel(kept, bias):
 
 
 def test_flat_weights_lie_as_cudnn_wants_them():
-    """One behind the other from the start of one storage, in its order: ``w_ih, w_hh, b_ih, b_hh``."""
+    """Contiguous from the start of one storage, in the vendor's order: ``w_ih, w_hh, b_ih, b_hh``."""
     weights = list(nn.LSTM(6, 5).parameters())
     flat = flat_weights(torch.tensor([0, 3, 4]), *weights)
     assert [tuple(part.shape) for part in flat] == [(20, 3), (20, 5), (20,), (20,)]

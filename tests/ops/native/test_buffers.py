@@ -1,4 +1,4 @@
-"""Pooled buffers: reused, never while somebody holds them, and freed when idle."""
+"""Pooled buffers: reused only when nothing refers to them, and freed when idle."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_a_buffer_of_a_size_that_does_not_vary_is_not_rounded_up():
 
 @pytest.mark.parametrize("options", [{}, {"interleave": False}, {"pattern": "tile"}])
 def test_what_others_free_is_not_kept(options):
-    """The logits of a large vocabulary, which the loss copies: held too, they would be there twice."""
+    """The loss copies the logits of a large vocabulary, so pooling them would hold them twice."""
     from torch import nn
 
     from approxdrop_lightning import approximate, resample
@@ -43,11 +43,11 @@ def test_a_buffer_is_not_handed_out_while_somebody_holds_a_view_of_it():
     assert again.data_ptr() == address
     assert buffers.buffer((800, 800), like).data_ptr() != address
     buffers.free_buffers()
-    again.fill_(1.0)  # its memory is its own still
+    again.fill_(1.0)  # its memory is still its own
 
 
 def test_buffers_of_many_sizes_do_not_pile_up():
-    """Kept shares differ from step to step, so sizes do."""
+    """Sizes vary from step to step, because kept shares do."""
     buffers.free_buffers()
     like = torch.empty(0)
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +58,7 @@ def test_buffers_of_many_sizes_do_not_pile_up():
     assert held < 40 * 4 * 700 * 4000  # of 3,600 sizes: eight for each doubling, and one at a time
     for _ in range(buffers._IDLE_REQUESTS + 1):
         buffers.buffer((700, 1000), like)
-    buffers.buffer((20000, 1000), like)  # a new one: now those that nobody asks for are given back
+    buffers.buffer((20000, 1000), like)  # a new one, which frees idle ones
     assert sum(len(entries) for entries in buffers._pool.storages.values()) == 2
     buffers.free_buffers()
 

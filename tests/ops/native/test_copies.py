@@ -1,4 +1,4 @@
-"""Copies of submatrices are indexing, to the last bit."""
+"""Copies of submatrices equal indexing, bit for bit."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_take_and_put_are_indexing(dtype, compiled, threads, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("n", [1037, 1040])  # rows that begin anywhere in a cache line, and at its beginning
+@pytest.mark.parametrize("n", [1037, 1040])  # rows unaligned, and aligned to cache lines
 def test_what_is_written_past_the_caches_is_all_of_it_and_nothing_else(n, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     rows, columns = (Units(*fields) for fields in (_ranges(700, generator), _ranges(n, generator)))
@@ -63,7 +63,7 @@ def test_what_is_written_past_the_caches_is_all_of_it_and_nothing_else(n, monkey
 
 
 def _ranges(n, generator):
-    """Starts, lengths and number of units: blocks of 16 in some order, an odd one among them."""
+    """Starts, lengths and number of units: shuffled blocks of 16, one of them shorter."""
     starts = torch.randperm(n // 16, generator=generator)[: n // 20] * 16
     lengths = torch.full_like(starts, 16)
     lengths[3] = 5

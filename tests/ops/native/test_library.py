@@ -1,4 +1,4 @@
-"""The compiled kernels: found or done without, harmless to others, laid out as Python believes."""
+"""The compiled kernels: optional, without side effects, with the struct layouts that Python expects."""
 
 import ctypes
 import os
@@ -47,7 +47,7 @@ def train(cache, **environment):
 def test_compiled_once_and_done_without_where_there_is_no_compiler(tmp_path):
     compiled, value = train(tmp_path)
     assert compiled
-    (library,) = (tmp_path / "approxdrop_lightning").iterdir()  # and nothing half-written beside it
+    (library,) = (tmp_path / "approxdrop_lightning").iterdir()  # and no partial file next to it
     made = library.stat().st_mtime_ns
     with ThreadPoolExecutor(2) as pool:  # each is a process
         again = pool.submit(train, tmp_path)
@@ -79,7 +79,7 @@ def test_panels_are_as_wide_as_those_of_the_sources():
 
 @needs_compiler
 def test_lack_of_memory_is_an_error_of_python():
-    """More rows than the machine has addresses: nothing is read before the memory is there."""
+    """More rows than the address space holds: nothing is read before memory is allocated."""
     compiled = native.library()
     huge = ProductStruct()
     huge.a.rows.count, huge.a.columns.count, huge.b.columns.count = 2**57, 1, 1
@@ -98,7 +98,7 @@ def test_lack_of_memory_is_an_error_of_python():
 
 @needs_compiler
 def test_lack_of_memory_for_a_threads_blocks_is_an_error_of_python(tmp_path, monkeypatch):
-    """The library is linked with an allocator that has none."""
+    """The library is linked with an allocator that always fails."""
     none = tmp_path / "none.c"
     none.write_text("#include <stddef.h>\nvoid *aligned_alloc(size_t alignment, size_t size) { return NULL; }\n")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -122,7 +122,7 @@ def test_lack_of_memory_for_a_threads_blocks_is_an_error_of_python(tmp_path, mon
 
 @needs_compiler
 def test_the_wider_tile_of_other_processors(tmp_path, monkeypatch):
-    """That of AVX-512, which the compiler makes of what this processor has."""
+    """The AVX-512 code path, which the compiler emulates with this processor's instructions."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-DLANES=16", "-DROWS=12"))
     wide = native.library.__wrapped__()
@@ -147,6 +147,6 @@ def test_the_wider_tile_of_other_processors(tmp_path, monkeypatch):
 
 @needs_compiler
 def test_tiny_numbers_keep_their_values():
-    """-ffast-math would have the processor flush them to zero, for the whole process."""
+    """-ffast-math would flush them to zero in the whole process."""
     native.library()
     assert (torch.tensor(1e-40) * 1.0).item() > 0

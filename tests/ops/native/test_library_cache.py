@@ -1,4 +1,4 @@
-"""The loader of the compiled kernels: whatever is wrong with the machine, no training ends by it."""
+"""The loader of the compiled kernels: no problem with the machine may stop training."""
 
 import hashlib
 import logging
@@ -19,7 +19,7 @@ from approxdrop_lightning.ops.native import library as native
 pytestmark = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("cc", "gcc", "clang")), reason="no C compiler on this machine"
 )
-#: Stands in for the compiler: copies what the real one has made, so that a test takes no time. It notes each call.
+#: Replaces the compiler: copies a library compiled before, so that tests are fast, and records each call.
 COMPILER = """#!/bin/sh
 echo call >> {calls}
 {before}
@@ -31,7 +31,7 @@ cp {library} "$2"
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """A library that the real compiler has made."""
+    """A library made by the real compiler."""
     path = tmp_path_factory.mktemp("real") / "kernels.so"
     native._run(next(filter(None, map(shutil.which, ("cc", "gcc", "clang")))), str(path))
     return path
@@ -61,7 +61,7 @@ class Machine:
 
     @property
     def compiled(self):
-        """How often."""
+        """Number of calls of the compiler."""
         return len(self.calls.read_text().splitlines()) if self.calls.exists() else 0
 
     def cached(self, root=None):
@@ -74,7 +74,7 @@ def machine(tmp_path, library, monkeypatch):
     for name, value in machine.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("APPROXDROP_NATIVE", raising=False)
-    monkeypatch.setattr(native.tempfile, "tempdir", None)  # it is looked for anew
+    monkeypatch.setattr(native.tempfile, "tempdir", None)  # so that it is determined again
     return machine
 
 
@@ -98,7 +98,7 @@ def test_other_users_of_a_shared_cache_may_read_it(machine, umask):
     finally:
         os.umask(before)
     (path,) = machine.cached()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644  # who may enter the folder is the folder's affair
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644  # access is controlled by the folder
 
 
 DAMAGED = """
@@ -118,7 +118,7 @@ print("survived")
 
 
 def test_a_cached_library_that_is_damaged_is_compiled_anew(machine):
-    """In a process of its own: one that is cut short would kill it."""
+    """In a separate process, which a truncated library would kill."""
     load()
     (path,) = machine.cached()
     done = subprocess.run(
@@ -131,7 +131,7 @@ def test_a_cached_library_that_is_damaged_is_compiled_anew(machine):
 
 
 def test_a_user_without_a_home(machine, monkeypatch):
-    """Neither HOME nor an entry in passwd, as in a container that runs under any number."""
+    """Neither HOME nor an entry in passwd, as in a container with an arbitrary user ID."""
     for name in ("XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
@@ -173,11 +173,11 @@ def test_nothing_is_run_from_a_temporary_folder_of_somebody_else(machine, monkey
     else:
         folder.mkdir()
         folder.chmod(0o777)
-    for calls in (1, 2):  # a folder of the process's own serves, so it is compiled each time
+    for calls in (1, 2):  # a private folder is used, so it is compiled each time
         assert load() is not None
         assert machine.compiled == calls
     assert not machine.cached(other) and not machine.cached(folder)
-    assert list(machine.tmp.iterdir()) == [folder]  # and is removed
+    assert list(machine.tmp.iterdir()) == [folder]  # which is removed
 
 
 def test_messages_of_the_compiler_in_another_encoding(machine):
@@ -227,7 +227,7 @@ def test_many_that_compile_at_once_all_get_it(machine):
         loaded = list(pool.map(lambda _: load(), range(8)))
     assert all(one is not None for one in loaded)
     assert machine.compiled > 1
-    (path,) = machine.cached()  # and nothing half-written beside it
+    (path,) = machine.cached()  # and no partial file next to it
     assert path.suffix == ".so"
 
 

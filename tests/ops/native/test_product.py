@@ -1,4 +1,4 @@
-"""`multiply` against plain indexing: every way in which a submatrix can lie in its matrix."""
+"""`multiply` against plain indexing, for every layout of a submatrix in its matrix."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from approxdrop_lightning.patterns.units import Units
 
 
 def units(kind: str, n: int, seed: int) -> Units:
-    """All of `n`, every third one, or shuffled blocks of four of which half are taken."""
+    """All of `n` units, every third one, or half of the blocks of four in shuffled order."""
     if kind == "all":
         return Units.every(n)
     if kind == "strided":

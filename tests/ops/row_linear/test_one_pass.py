@@ -1,4 +1,4 @@
-"""One pass over the weight for all groups: equal to masked dense products, however groups and panels lie."""
+"""One pass over the weight for all groups equals masked dense products, for any groups and panels."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def interleaved(n, dp, keep, orders, block_size=16, seed=0):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Names of the compiled functions that were called."""
+    """Records the names of the compiled functions that are called."""
     names, run = [], OnePassLinear.run
 
     def note(self, name, *args):
@@ -131,7 +131,7 @@ def test_other_types_and_a_machine_without_compiler_are_served_by_groups(ran, mo
 
 @needs_library
 def test_the_wider_vectors_of_other_processors(tmp_path, monkeypatch):
-    """Those of AVX-512, which the compiler makes of what this processor has."""
+    """The AVX-512 code path, which the compiler emulates with this processor's instructions."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-DLANES=16", "-DROWS=12"))
     wide = native.library.__wrapped__()

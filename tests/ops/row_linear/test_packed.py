@@ -1,4 +1,4 @@
-"""Products by packed operands, kernels in the interpreter, against the masked dense definition."""
+"""Products of packed operands, with kernels in the interpreter, against the masked dense definition."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_rows_may_take_several_orders(dp, keep, sides):
 
 @pytest.mark.parametrize("dp", range(1, 9))
 def test_every_period_and_number_of_kept_cells(dp):
-    for keep in sorted({1, max(dp // 2, 1), dp // 2 + 1, dp}):  # up to half of the cells, beyond, all
+    for keep in sorted({1, max(dp // 2, 1), dp // 2 + 1, dp}):  # up to half of the cells, more, all
         sides = [pattern("interleaved blocks of 8", n, dp, keep) for n in (66, 63)]
         assert_is_the_reference((2, 9), 66, 63, *sides, bias=keep != 2)
 
@@ -59,10 +59,10 @@ def test_every_period_and_number_of_kept_cells(dp):
 @pytest.mark.parametrize(
     ("leading", "n_in", "n_out"),
     [
-        ((1,), 64, 64),  # less rows than groups
+        ((1,), 64, 64),  # fewer rows than groups
         ((130,), 33, 31),  # several tiles of rows
         ((0,), 16, 16),
-        ((2, 1, 3), 1, 1),  # less units than cells: some groups keep nothing
+        ((2, 1, 3), 1, 1),  # fewer units than cells: some groups keep nothing
         ((5, 7), 144, 96),  # aligned, several tiles of units
     ],
 )

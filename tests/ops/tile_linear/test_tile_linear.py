@@ -10,12 +10,12 @@ from approxdrop_lightning import TilePattern, functional
 from approxdrop_lightning.ops.native import copies, product
 from approxdrop_lightning.ops.native import library as native
 
-SIZES = (1, 7, 31, 33, 130)  # one unit, less than a tile, one less and one more, several tiles and a rest
+SIZES = (1, 7, 31, 33, 130)  # one unit, less than a tile, one less and one more, several tiles and a remainder
 
 
 @pytest.fixture(params=["compiled", "plain"])
 def kernels(request, monkeypatch):
-    """With the compiled copies and products (of float32) and without."""
+    """With and without the compiled copies and products (float32)."""
     if request.param == "plain":
         for module in (copies, product):
             monkeypatch.setattr(module, "library", lambda: None)

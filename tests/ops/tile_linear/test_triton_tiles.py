@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poisoned")]
 
 
 def assert_is_the_reference(rows, n_out, n_in, dp, keep=1, tile_size=16, dtype=torch.float32, bias=True, scale=1.5):
-    """Output and every gradient, the reference in double precision on the very same numbers."""
+    """Compare output and all gradients with the reference in double precision on the same numbers."""
     pattern = TilePattern(n_out, n_in, dp, int(torch.randint(dp, ())), keep, tile_size)
     shapes = [(rows, n_in), (n_out, n_in), *([(n_out,)] if bias else [])]
     values = [torch.randn(shape).to(dtype) / (8 if i == 1 else 1) for i, shape in enumerate(shapes)]
@@ -42,7 +42,7 @@ def assert_is_the_reference(rows, n_out, n_in, dp, keep=1, tile_size=16, dtype=t
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("dp", "keep"), [(dp, keep) for dp in range(1, 9) for keep in sorted({1, dp // 2 + 1, dp})])
 def test_every_period(dp, keep, dtype):
-    """Nine rows and eight columns of tiles, the last of one unit and of two: classes differ in size."""
+    """Nine rows and eight columns of tiles, the last ones of one and two units: classes differ in size."""
     assert_is_the_reference(7, 129, 114, dp, keep, 16, dtype)
 
 
@@ -55,7 +55,7 @@ def test_ragged_shapes(n_out, n_in):
 
 @pytest.mark.parametrize("tile_size", [1, 8, 24, 64, 128])
 def test_tiles_of_any_size(tile_size):
-    """Smaller than a step of the sum and larger, and of no power of two."""
+    """Tiles smaller and larger than a step of the sum, and not a power of two."""
     for dp, keep in ((2, 1), (3, 2)):
         assert_is_the_reference(5, 140, 300, dp, keep, tile_size)
 
@@ -66,7 +66,7 @@ def test_no_rows():
 
 @pytest.mark.parametrize("number", range(4))
 def test_every_choice_of_blocks(number, monkeypatch):
-    """What is chosen by timing on a GPU computes the same; blocks larger than a class, and several of them."""
+    """All tilings compute the same: blocks larger than a class, and several blocks per class."""
     only = tilings(80, torch.float16)[number]
     monkeypatch.setattr(common, "tilings", lambda *_: (only,))
     pattern = TilePattern(300, 420, 2, 1, 1, 16)
@@ -138,7 +138,7 @@ def test_compiled_models_do_not_compile_anew_for_another_pattern():
 
 
 def test_a_pattern_is_changed_in_place():
-    """As whoever replays a captured graph does."""
+    """As in the replay of a captured graph."""
     x, weight, bias, _, dp, keep, tile_size, scale = operands()
     offset = torch.tensor(0, dtype=torch.int32)
     for number in range(dp):
@@ -159,7 +159,7 @@ def test_operations_of_kept_tiles_are_counted():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_takes_the_type_of_the_user(dtype, monkeypatch):
-    """The operator itself; what it is cast to is seen by the launch, since the interpreter cannot do bfloat16."""
+    """Checks the cast at the launch, since the interpreter does not support bfloat16."""
     x, weight, bias, offset, *pattern = operands()
     seen = []
     monkeypatch.setattr(Launch, "run", lambda launch: seen.append(launch.arguments["x"].dtype))

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, without a GPU; in other processes, where the interpreter is off."""
+"""Kernels compiled ahead of time, without a GPU, in subprocesses where the interpreter is off."""
 
 import json
 import subprocess
@@ -30,13 +30,13 @@ def run(*arguments, environment=None):
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiler():
-    """The wheel has the assembler; a build of Triton without it can do nothing here."""
+    """The wheel includes the assembler; builds of Triton without it cannot run these tests."""
     for tool in (triton.knobs.nvidia.ptxas, triton.knobs.nvidia.cuobjdump):
         if not Path(tool.path).exists():
             pytest.skip(f"{tool.path} is missing")
 
 
-#: Some kernels of each module, in the way of cutting that is taken untried; the others are for the command line.
+#: Some kernels of each module with their default tiling; the others are left to the command line.
 PRODUCTS = ("tile_forward_32_128x128", "tile_input_grad_16_128x128", "tile_weight_grad_128_128x128")
 COPIES = ("unpack_blocks_both_16x128", "unpack_single_both_16x128")
 KERNELS = (*PRODUCTS, *COPIES, "lstm_backward_kept")

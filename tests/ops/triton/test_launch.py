@@ -1,4 +1,4 @@
-"""How a launch chooses among the configurations of an autotuned kernel; timing is faked, the kernel interpreted."""
+"""How a launch chooses a configuration of an autotuned kernel; timing is faked, the kernel interpreted."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_timed_once_and_then_taken_also_within_a_capture(timed, monkeypatch):
     first.run()
     assert torch.equal(first.arguments["packed"], wanted)
     assert timed == triton_pack._CONFIGS
-    # Under the very key that Triton gave it.
+    # Under the key that Triton used.
     assert triton_pack.pack_kernel.cache == {first.tuning_key(): triton_pack._CONFIGS[2]}
     monkeypatch.setattr(Launch, "_may_time", lambda launch: False)
     taken = []

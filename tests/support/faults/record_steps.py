@@ -1,4 +1,4 @@
-"""A callback for ``train.py`` that writes down every training step, so that runs can be compared step by step."""
+"""A callback for ``train.py`` that records every training step, for comparing runs step by step."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from approxdrop_lightning import ApproxDropout
 
 
 class Trace(Callback):
-    """Appends a line of JSON per step: patterns and loss. Lines are written at once: a kill loses none."""
+    """Appends a JSON line with patterns and loss per step, unbuffered, so that a kill loses none."""
 
     def __init__(self, path):
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -37,7 +37,7 @@ class Signal(Callback):
 
 
 class Poison(Callback):
-    """Makes the first value of a batch something else, once."""
+    """Replaces the first value of a batch, once."""
 
     def __init__(self, step, value):
         self.step, self.value = step, float(value)

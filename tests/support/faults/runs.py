@@ -60,7 +60,7 @@ def start(model, folder, trace, *overrides, **options):
 
 
 def here(model, folder, trace, *overrides):
-    """A run within this process, on one thread as those of its own; returns what ``train`` does."""
+    """A run in this process, single-threaded like those in subprocesses; returns the result of ``train``."""
     from train import train
 
     given = [text for text in arguments(model, folder, trace, *overrides) if not text.startswith("hydra.")]
@@ -87,7 +87,7 @@ def finish(process, timeout=600):
 
 
 def lines(trace):
-    """Steps written down so far; one that was cut off by a kill is left out."""
+    """The steps recorded so far, without one that was truncated by a kill."""
     if not trace.exists():
         return []
     return [json.loads(line) for line in trace.read_text().splitlines() if line.endswith("}")]
