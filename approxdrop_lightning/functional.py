@@ -1,4 +1,4 @@
-"""The public maths: products and recurrences that skip what a pattern drops."""
+"""The public functions: products and recurrences that skip what a pattern drops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 
 
 def lines_up(first: RowPattern | None, second: RowPattern | None) -> bool:
-    """Whether one product can have both patterns: the rows must fall into the same groups."""
+    """Whether both patterns fit into one product, that is, divide the rows into the same groups."""
     if first is None or second is None:
         return True
     same = (first.n_groups, first.n_orders) == (second.n_groups, second.n_orders)
@@ -28,7 +28,7 @@ def lines_up(first: RowPattern | None, second: RowPattern | None) -> bool:
 
 
 def pack(x: Tensor, pattern: RowPattern, backend: str = "auto") -> Tensor:
-    """Keep what a pattern keeps.
+    """Pack the values that a pattern keeps.
 
     Args:
         x: Dense, ``[*leading, n]``.
@@ -36,8 +36,8 @@ def pack(x: Tensor, pattern: RowPattern, backend: str = "auto") -> Tensor:
         backend: ``"reference"``, ``"compact"``, ``"triton"`` or ``"auto"``.
 
     Returns:
-        ``[*leading, n_kept]`` for a shared pattern. For an interleaved one the flat values, group after
-        group, each row-major ``[rows of the group, kept units of the group]``.
+        ``[*leading, n_kept]`` for a shared pattern. For an interleaved one, flat values, group after group, each
+        row-major ``[rows of the group, kept units of the group]``.
 
     Raises:
         ValueError: ``x`` is not ``n`` wide, or the backend is unknown.
@@ -51,11 +51,11 @@ def pack(x: Tensor, pattern: RowPattern, backend: str = "auto") -> Tensor:
 def unpack(
     values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...] | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Put kept values back in their places, with zeros where the pattern drops: inverse of :func:`pack`.
+    """Restore packed values to their positions, with zeros where the pattern drops: inverse of :func:`pack`.
 
     Args:
-        values: What :func:`pack` returns.
-        pattern: The pattern they were packed with.
+        values: Values as returned by :func:`pack`.
+        pattern: The pattern with which they were packed.
         leading_shape: Shape of the batch; needed for an interleaved pattern.
         backend: ``"reference"``, ``"compact"``, ``"triton"`` or ``"auto"``.
 
@@ -63,7 +63,7 @@ def unpack(
         Dense, ``[*leading, n]``.
 
     Raises:
-        ValueError: The number of values is not that of the pattern and shape.
+        ValueError: The number of values does not match the pattern and the shape.
     """
     leading = _leading_shape("unpack", values, pattern, leading_shape)
     return row_backend(backend).unpack(values, pattern, leading)
@@ -82,31 +82,31 @@ def row_linear(
 ) -> Tensor:
     """Linear layer between two row patterns (Song et al., DATE 2019, section 3.1).
 
-    With shared patterns, ``y = act(scale * (x @ weight[kept_out][:, kept_in].T + bias[kept_out]))``: compact in,
-    compact out. With interleaved patterns the same per group of rows. ``1 / (dp_in * dp_out)`` of the dense
-    multiplies are executed (``keep = 1``); gradients are those of the masked dense product, the weight's is
-    dense.
+    With shared patterns, ``y = act(scale * (x @ weight[kept_out][:, kept_in].T + bias[kept_out]))``, with compact
+    inputs and outputs. With interleaved patterns, the same holds for each group of rows. Only ``1 / (dp_in *
+    dp_out)`` of the dense multiplies are executed (``keep = 1``). Gradients are those of the masked dense product;
+    the weight's is dense.
 
     Args:
-        x: Dense ``[*leading, n_in]`` without ``in_pattern``; else packed as :func:`pack` returns it.
+        x: Dense ``[*leading, n_in]`` without ``in_pattern``, otherwise packed as returned by :func:`pack`.
         weight: ``[n_out, n_in]``.
         bias: ``[n_out]``.
-        in_pattern: Pattern of the ``n_in`` inputs, or None to read all.
-        out_pattern: Pattern of the ``n_out`` outputs, or None to compute all.
-        scale: Factor of the product and the bias.
+        in_pattern: Pattern of the ``n_in`` inputs; None if all are read.
+        out_pattern: Pattern of the ``n_out`` outputs; None if all are computed.
+        scale: Factor of product and bias.
         backend: ``"reference"`` (masked dense), ``"compact"`` (gather and multiply), ``"triton"`` (kernels for CUDA)
             or ``"auto"``.
         leading_shape: Shape of the batch; needed if ``in_pattern`` is interleaved.
-        activation: ``"identity"``, ``"relu"`` or ``"gelu"``, of what has been scaled; part of the product with
+        activation: ``"identity"``, ``"relu"`` or ``"gelu"``, applied after scaling; part of the product with
             ``"triton"``.
 
     Returns:
-        Dense ``[*leading, n_out]`` without ``out_pattern``; else packed as :func:`pack` returns it.
+        Dense ``[*leading, n_out]`` without ``out_pattern``, otherwise packed as returned by :func:`pack`.
 
     Raises:
-        ImportError: Triton is asked for and not installed.
-        ValueError: Shapes, types or devices do not fit, the groups of two interleaved patterns differ, or the backend
-            or the activation is unknown or cannot be had here.
+        ImportError: Triton was requested but is not installed.
+        ValueError: Shapes, types or devices do not match, the groups of two interleaved patterns differ, or the
+            backend or the activation is unknown or not available here.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(
@@ -148,15 +148,15 @@ def tile_linear(
 ) -> Tensor:
     """Linear layer with a tile pattern of its weight (Song et al., DATE 2019, section 3.2).
 
-    ``y = scale * x @ (weight * mask).T + bias``, where ``mask`` is that of the pattern: weights are dropped, the bias
-    is not. ``keep / dp`` of the dense multiplies are executed, forward and for both gradients; that of the weight is
-    dense, with zeros where it is dropped.
+    ``y = scale * x @ (weight * mask).T + bias`` with the mask of the pattern: weights are dropped, the bias is not.
+    Only ``keep / dp`` of the dense multiplies are executed, in the forward pass and for both gradients; the weight's
+    is dense, with zeros where the weight is dropped.
 
     Args:
         x: ``[*leading, n_in]``.
         weight: ``[n_out, n_in]``.
         bias: ``[n_out]``, or None.
-        pattern: Pattern of the weight. One of independent weights has no tiles: its product is masked and dense.
+        pattern: Pattern of the weight. With independent weights (no tiles) the product is masked and dense.
         scale: Factor of the kept weights.
         backend: ``"reference"`` (masked dense), ``"compact"`` (products of parts), ``"triton"`` (kernels for CUDA) or
             ``"auto"``.
@@ -165,8 +165,8 @@ def tile_linear(
         ``[*leading, n_out]``.
 
     Raises:
-        ImportError: Triton is asked for and not installed.
-        ValueError: Shapes, types or devices do not fit, or the backend is unknown or cannot be had here.
+        ImportError: Triton was requested but is not installed.
+        ValueError: Shapes, types or devices do not match, or the backend is unknown or not available here.
     """
     n_out, n_in = pattern.n_out, pattern.n_in
     _check_weight("tile_linear", weight, pattern)
@@ -177,7 +177,7 @@ def tile_linear(
     leading = x.shape[:-1]
     x, weight, bias = _operands("tile_linear", x=x.reshape(-1, n_in), weight=weight, bias=bias)
     if isinstance(pattern, BernoulliPattern):
-        choose_backend(backend, tiles_of=x)  # checked, though there is nothing to choose
+        choose_backend(backend, tiles_of=x)  # validated, although there is no choice
         y = masked.tile_linear(x, weight, bias, pattern, scale)
     else:
         y = tile_backend(backend, x).tile_linear(x, weight, bias, pattern, scale)
@@ -185,7 +185,7 @@ def tile_linear(
 
 
 def masked_weight(weight: Tensor, pattern: TilePattern | BernoulliPattern, scale: float = 1.0) -> Tensor:
-    """``scale * weight * mask``: for products that skip nothing.
+    """``scale * weight * mask``, for products that skip nothing.
 
     Args:
         weight: ``[n_out, n_in]``.
@@ -196,7 +196,7 @@ def masked_weight(weight: Tensor, pattern: TilePattern | BernoulliPattern, scale
         ``[n_out, n_in]``, zero where the pattern drops.
 
     Raises:
-        ValueError: The pattern is not of this shape.
+        ValueError: The pattern has a different shape.
     """
     _check_weight("masked_weight", weight, pattern)
     return masked.masked_weight(weight, pattern, scale)
@@ -210,7 +210,7 @@ def _check_weight(caller: str, weight: Tensor, pattern: TilePattern | BernoulliP
 
 
 def select_columns(weight: Tensor, pattern: RowPattern) -> Tensor:
-    """Columns of a weight that a shared pattern of its inputs keeps.
+    """The columns of a weight that a shared pattern of its inputs keeps.
 
     Args:
         weight: ``[n_out, n_in]``.
@@ -234,7 +234,7 @@ def _columns(caller: str, weight: Tensor, pattern: RowPattern) -> RowPattern:
 
 
 def lstm_weights(pattern: RowPattern | None, weight_ih: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Weights with which the vendor's LSTM kernel reads kept inputs only.
+    """Weights with which the vendor's LSTM kernel reads only the kept inputs.
 
     Args:
         pattern: Shared pattern of the ``n_in`` inputs, or None.
@@ -242,8 +242,8 @@ def lstm_weights(pattern: RowPattern | None, weight_ih: Tensor, *others: Tensor)
         *others: ``weight_hh``, and the biases if there are any.
 
     Returns:
-        As many tensors, the first ``[4 * H, n_kept]`` with a dense gradient. On CUDA they are copies in one piece of
-        memory, as cuDNN wants them.
+        One tensor per weight, the first of shape ``[4 * H, n_kept]`` with a dense gradient. On CUDA they are copies
+        in contiguous memory, as cuDNN expects them.
 
     Raises:
         ValueError: The pattern is interleaved or not of ``n_in`` units.
@@ -264,14 +264,14 @@ def lstm_sequence(
     pattern: RowPattern | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LSTM recurrence over ready-made gate inputs.
+    """LSTM recurrence over precomputed gate inputs.
 
     For each step ``i, f, g, o = gates[t] + scale * h[:, kept] @ weight_hh[:, kept].T``, then
     ``c = sigmoid(f) * c + sigmoid(i) * tanh(g)`` and ``h = sigmoid(o) * tanh(c)``, as in ``torch.nn.LSTM``.
-    The backward pass collects the gates' gradients over time and forms that of ``weight_hh`` in one product.
+    The backward pass collects the gates' gradients over time and computes that of ``weight_hh`` in one product.
 
     Args:
-        gates: ``[T, B, 4 * H]``: input product and both biases, in the order i, f, g, o.
+        gates: ``[T, B, 4 * H]``: input product plus both biases, in the order i, f, g, o.
         h0: ``[B, H]``.
         c0: ``[B, H]``.
         weight_hh: ``[4 * H, H]``.
@@ -282,7 +282,7 @@ def lstm_sequence(
         ``(h, h_T, c_T)`` of shapes ``[T, B, H]``, ``[B, H]`` and ``[B, H]``.
 
     Raises:
-        ValueError: Shapes, types or devices do not fit, ``T`` is 0, or the pattern is interleaved.
+        ValueError: Shapes, types or devices do not match, ``T`` is 0, or the pattern is interleaved.
     """
     if gates.dim() != 3 or gates.shape[0] == 0 or gates.shape[2] % 4:
         raise ValueError(f"lstm_sequence: gates must be [T >= 1, B, 4 * H], got shape {tuple(gates.shape)}")
@@ -308,7 +308,7 @@ def lstm_sequence(
 def _leading_shape(
     caller: str, values: Tensor, pattern: RowPattern, leading_shape: tuple[int, ...] | None
 ) -> tuple[int, ...]:
-    """Shape of the batch that packed values are of; ``ValueError`` if there is none."""
+    """Shape of the batch that packed values belong to; raise ``ValueError`` if there is none."""
     if pattern.interleave:
         if leading_shape is None:
             raise ValueError(f"{caller}: leading_shape is needed with an interleaved pattern")
@@ -333,14 +333,14 @@ def _leading_shape(
 
 
 def _operands(caller: str, **tensors: Tensor | None) -> list[Any]:
-    """Cast as ``torch.autocast`` casts the inputs of ``F.linear``; ``ValueError`` if types or devices differ."""
+    """Cast like ``torch.autocast`` for ``F.linear``; raise ``ValueError`` if types or devices differ."""
     given = [t for t in tensors.values() if t is not None]
     device = given[0].device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         tensors = {name: t if t is None or t.dtype == torch.float64 else t.to(dtype) for name, t in tensors.items()}
         given = [t for t in tensors.values() if t is not None]
-    # Compiled code is given addresses: it would read the bytes of another type as if they were of the first one's.
+    # Compiled code receives only addresses, and would misinterpret the bytes of another type.
     if not given[0].is_floating_point() or any(
         t.dtype != given[0].dtype or t.device != given[0].device for t in given
     ):

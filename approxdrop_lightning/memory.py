@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
     training as well. Peak memory does not grow, but the process does not shrink either.
 
     Returns:
-        Whether the setting exists here, that is, on Linux with glibc.
+        Whether the setting is available, that is, on Linux with glibc.
     """
     if sys.platform != "linux":
         return False

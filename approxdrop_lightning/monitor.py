@@ -1,4 +1,4 @@
-"""How fast the training steps run: samples and tokens per second."""
+"""Throughput of the training steps, in samples and tokens per second."""
 
 import dataclasses
 import math
@@ -15,31 +15,30 @@ from torch._dynamo.utils import counters
 
 
 class ThroughputLogger(Callback):
-    """Measure training steps only: no data loading, no validation, no warm-up.
+    """Measure the throughput of training steps alone, without data loading, validation and warm-up.
 
     The clock runs from ``on_train_batch_start`` to ``on_train_batch_end``. Place this callback *before*
-    :class:`ApproxDropout`, so that drawing the patterns counts as work. Lightning's own
-    ``ThroughputMonitor`` lets the clock run between the steps too, which hides the gain behind the loader.
-    On an accelerator the device is waited for at the start and the end of each step: without that the clock
-    measures how fast kernels are queued.
+    :class:`ApproxDropout`, so that drawing the patterns is included. Lightning's own ``ThroughputMonitor`` includes
+    the time between steps, so that data loading hides the gain. On an accelerator, each step starts and ends with a
+    synchronization; otherwise the clock would measure how fast kernels are queued.
 
     Logged at the Trainer's logging interval, per device, averaged over the last ``window_size`` steps:
     ``throughput/samples_per_sec`` and, with ``unit="tokens"``, ``throughput/tokens_per_sec``. The means over
     all measured steps of the last fit are in :attr:`summary`.
 
-    A batch may be a tensor or an array, or tuples, lists, mappings and dataclasses of them, with whatever else among
-    them. What has no ``batch_dim`` (a scalar, a text) is passed over, and a list of texts has as many samples as
-    texts. Steps of a batch in which nothing can be counted are not measured; the first one is warned of.
+    A batch may be a tensor or an array, or tuples, lists, mappings and dataclasses of them, mixed with anything else.
+    Items without ``batch_dim`` (a scalar, a string) are ignored, and in a list of strings each one is a sample. Steps
+    of a batch in which nothing can be counted are not measured, with a warning for the first one.
 
-    Nor do steps in which ``torch.compile`` compiles a graph, as late as they may come: a model has several graphs,
-    and some are seldom needed.
+    Steps in which ``torch.compile`` compiles a graph are not measured either, even late ones: a model has several
+    graphs, and some are rarely needed.
 
     Args:
-        unit: what an item of a batch is. ``"samples"``: counted by the size of the first tensor's
-            ``batch_dim``. ``"tokens"``: the elements of the last tensor (the targets) are counted as well.
-        batch_dim: the dimension that counts samples; 1 for time-major text ``[T, B]``.
-        warmup_steps: how many first steps of a fit do not count (memory allocation, autotuning, compilation).
-        window_size: how many steps the logged rates average over; at least 2.
+        unit: the unit to count. ``"samples"``: the size of the first tensor's ``batch_dim``. ``"tokens"``: also the
+            elements of the last tensor (the targets).
+        batch_dim: the batch dimension; 1 for time-major text ``[T, B]``.
+        warmup_steps: number of steps at the start of a fit to ignore (memory allocation, autotuning, compilation).
+        window_size: number of steps over which the logged rates are averaged; at least 2.
 
     Raises:
         MisconfigurationException: for an unknown unit, a negative warm-up or a window below 2.
@@ -93,7 +92,7 @@ class ThroughputLogger(Callback):
         return rates | {"steps": self._steps, "seconds": self._seconds}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the fit before: each warms up anew."""
+        """Reset the measurements; each fit has its own warm-up."""
         self._reset()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -105,7 +104,7 @@ class ThroughputLogger(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the clock, count the batch, log."""
+        """Stop the clock, count the batch, and log."""
         _wait_for(trainer.strategy.root_device)
         elapsed = perf_counter() - self._started
         self._seen += 1
@@ -120,7 +119,7 @@ class ThroughputLogger(Callback):
         self._samples += counted[0]
         self._tokens += counted[1]
         self._window.append((self._seconds, self._samples, self._tokens))
-        # The Trainer's logger connector sets the attribute, unseen by type checkers.
+        # The Trainer's logger connector sets this attribute, which type checkers do not see.
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(pl_module)
 
@@ -131,7 +130,7 @@ class ThroughputLogger(Callback):
         seconds, samples, tokens = (
             last - first for first, last in zip(self._window[0], self._window[-1], strict=True)
         )
-        if seconds <= 0:  # a clock that is too coarse
+        if seconds <= 0:  # the clock is too coarse
             return
         pl_module.log("throughput/samples_per_sec", samples / seconds, batch_size=1)
         if self.unit == "tokens":
@@ -154,7 +153,7 @@ class ThroughputLogger(Callback):
 
 
 def _compiled_graphs() -> int:
-    """How many graphs ``torch.compile`` has compiled so far in this process."""
+    """Number of graphs that ``torch.compile`` has compiled so far in this process."""
     return counters["stats"]["unique_graphs"]
 
 
@@ -164,7 +163,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _count(batch: Any, batch_dim: int) -> tuple[int, int] | None:
-    """Samples of a batch, and elements of its last tensor; None if nothing in it can be counted."""
+    """Number of samples in a batch, and of elements in its last tensor; None if nothing can be counted."""
     shapes = [shape for shape in _shapes(batch) if -len(shape) <= batch_dim < len(shape)]
     if not shapes:
         return None
@@ -172,10 +171,10 @@ def _count(batch: Any, batch_dim: int) -> tuple[int, int] | None:
 
 
 def _shapes(x: Any) -> Iterator[tuple[int, ...]]:
-    """Shapes of the tensors and arrays in a batch, in order; a list of texts is as long as it is."""
+    """Shapes of the tensors and arrays in a batch, in order; a list of strings counts by its length."""
     shape = getattr(x, "shape", None)
     if isinstance(shape, tuple):
-        if all(isinstance(size, int) for size in shape):  # those of nested tensors may be symbols
+        if all(isinstance(size, int) for size in shape):  # sizes of nested tensors may be symbolic
             yield shape
     elif dataclasses.is_dataclass(x) and not isinstance(x, type):
         for field in dataclasses.fields(x):

@@ -1,4 +1,4 @@
-"""Counter of the multiplies of stock layers."""
+"""Counting the multiplies of stock layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def multiplies(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         module: A convolution, attention, recurrent or linear layer; other layers count as 0.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        output: What it returned.
+        output: Its return value.
 
     Returns:
         The number of multiplies.
@@ -45,11 +45,11 @@ def multiplies(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 class Count:
     """Counts the multiplies of stock layers during one training step, with forward hooks.
 
-    Remove them with :meth:`stop` after the step: hooks keep some PyTorch layers from their fast paths. They are also
-    removed when Dynamo starts to compile, since it would guard on them: the pass counts the layers of a graph.
+    Remove them with :meth:`stop` after the step, because hooks disable fast paths of some PyTorch layers. They are
+    also removed when Dynamo starts compiling, since it would guard on them; the graph pass counts layers by itself.
 
     Args:
-        modules: Layers to count; those of other kinds are ignored.
+        modules: Layers to count; other kinds of layers are ignored.
         note: Called with the multiplies of each training forward.
     """
 
@@ -68,7 +68,7 @@ class Count:
 
     def stop(self) -> None:
         """Remove the hooks."""
-        with contextlib.suppress(ValueError):  # torch.compiler.reset() has forgotten it
+        with contextlib.suppress(ValueError):  # torch.compiler.reset() has removed it
             callback_handler.remove_start_callback(self._remove)
         self._remove()
 

@@ -1,4 +1,4 @@
-"""What mkdocstrings reads of a docstring: as Python has it at run time, with code in the place of Sphinx's roles."""
+"""Extension of mkdocstrings: docstrings as they are at run time, with code in place of Sphinx roles."""
 
 import importlib
 import inspect
@@ -9,10 +9,10 @@ import griffe
 
 
 class Docstrings(griffe.Extension):
-    """Fill in what the package fills in when it is imported, and show ``:class:`.Report``` as ``Report``."""
+    """Insert the texts that the package adds on import, and show ``:class:`.Report``` as ``Report``."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Change the docstring of anything that has one."""
+        """Modify the docstring of an object."""
         if obj.docstring is None:
             return
         if "{options}" in obj.docstring.value:

@@ -1,4 +1,4 @@
-"""LightningCLI knows the callback by its name once the package is imported.
+"""LightningCLI finds the callback by name once the package is imported.
 
 ``python examples/cli.py fit --trainer.callbacks+=ApproxDropout --trainer.callbacks.rate=0.7 --trainer.max_epochs=1``
 """
@@ -16,9 +16,9 @@ class Autoencoder(LightningModule):
     """Wide layers with dropout between them.
 
     Args:
-        width: Of the hidden layers.
-        rate: Of their dropouts, unless the callback is given one.
-        size: Of the data.
+        width: Width of the hidden layers.
+        rate: Dropout rate, unless the callback sets one.
+        size: Number of samples.
     """
 
     def __init__(self, width: int = 1024, rate: float = 0.5, size: int = 12_800) -> None:

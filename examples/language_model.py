@@ -1,4 +1,4 @@
-"""An LSTM language model in a loop of one's own: ``python examples/language_model.py``."""
+"""An LSTM language model in a custom training loop: ``python examples/language_model.py``."""
 
 import argparse
 import bz2
@@ -27,7 +27,7 @@ class LanguageModel(nn.Module):
 
 
 def streams(vocabulary: int, batch: int) -> Tensor:
-    """The words of the text, rare ones as 0, in ``batch`` columns: ``[T, batch]``."""
+    """Word indices of the text, with 0 for rare words, in ``batch`` columns: ``[T, batch]``."""
     words = bz2.decompress(TEXT.read_bytes()).decode().split()
     index = {word: i + 1 for i, (word, _) in enumerate(Counter(words).most_common(vocabulary - 1))}
     text = torch.tensor([index.get(word, 0) for word in words])

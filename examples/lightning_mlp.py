@@ -1,4 +1,4 @@
-"""A LightningModule with ordinary dropout, and one callback: ``python examples/lightning_mlp.py``."""
+"""A LightningModule with ordinary dropout, plus one callback: ``python examples/lightning_mlp.py``."""
 
 import argparse
 
@@ -11,7 +11,7 @@ from approxdrop_lightning import ApproxDropout, ThroughputLogger
 
 
 class Classifier(LightningModule):
-    """784-1024-1024-10; it knows nothing of the callback."""
+    """784-1024-1024-10; independent of the callback."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Classifier(LightningModule):
 
 
 def data(size: int) -> DataLoader:
-    """Inputs of ten noisy classes, in the place of yours."""
+    """Inputs of ten noisy classes; replace with your own."""
     labels = torch.randint(10, (size,))
     inputs = torch.randn(10, 784)[labels] + 3 * torch.randn(size, 784)
     return DataLoader(TensorDataset(inputs, labels), batch_size=128, shuffle=True)
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     parser.add_argument("--conventional", action="store_true", help="without the callback")
     options = parser.parse_args()
 
-    dropout, speed = ApproxDropout(), ThroughputLogger(warmup_steps=2)  # the clock first: drawing counts as work
+    dropout, speed = ApproxDropout(), ThroughputLogger(warmup_steps=2)  # the clock comes first, to include drawing
     callbacks = [speed] if options.conventional else [speed, dropout]
     trainer = Trainer(max_epochs=2, callbacks=callbacks, logger=False, enable_checkpointing=False)
     trainer.fit(Classifier(options.rate), data(options.size))

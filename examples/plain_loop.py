@@ -11,7 +11,7 @@ from approxdrop_lightning import approximate, resample, restore
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Inputs and labels, in the place of yours."""
+    """Inputs and labels; replace with your own."""
     inputs = torch.randn(128, 784)
     return inputs, inputs[:, :10].argmax(1)
 

@@ -1,11 +1,11 @@
-"""Lets any Hydra application write ``callbacks=approx_dropout``. Every application imports it: no torch in here."""
+"""Makes ``callbacks=approx_dropout`` available to all Hydra applications, which all import this: keep torch out."""
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 
 class ApproxDropoutSearchPath(SearchPathPlugin):
-    """Appends the configs that the package ships, so that the application's own come first."""
+    """Appends the configs of the package, so that the application's own take precedence."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append ``approxdrop_lightning/conf``."""
