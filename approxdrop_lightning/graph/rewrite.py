@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from approxdrop_lightning.graph import packed
 from approxdrop_lightning.graph.book import Book, Entry, site_of
+from approxdrop_lightning.graph.concatenations import Concatenations
 from approxdrop_lightning.graph.functional import functional_dropout
 from approxdrop_lightning.graph.mutation import mutated
 from approxdrop_lightning.graph.names import function_name, layer_name, module_name
@@ -109,6 +111,7 @@ class Rewriter:
                 self.drops[node] = Drop(node, book, site, (node.args[3], node.args[4]))
         if not self.drops:
             return False
+        self._split()
         self._count()
         self._name_functions()
         for drop in self.drops.values():
@@ -126,6 +129,36 @@ class Rewriter:
         self.graph.lint()
         COUNTS.graphs += 1
         return True
+
+    def _split(self) -> None:
+        """Split concatenations before a dropout, and those that a layer reads, where that gains."""
+        concatenations = Concatenations(self.graph, self.mutated, self._is_linear)
+        for node, drop in list(self.drops.items()):
+            layers = concatenations.layers_before(node)
+            if drop.pair[0] != drop.pair[1] and layers and self._gains(drop, sum(map(self._multiplies, layers))):
+                del self.drops[node]
+                for part in concatenations.split_dropout(node):
+                    self.drops[part] = Drop(part, drop.book, drop.site, drop.pair)
+        for node in list(self.graph.nodes):
+            if not self._is_linear(node):
+                continue
+            read: list[Drop] = []
+            units = concatenations.parts_read(node, partial(self._reads, read))
+            if units and self._gains(read[0], self._multiplies(node) * units // shape(self.weight(node))[1]):
+                concatenations.split_layer(node)
+        self.drops = {node: self.drops[node] for node in self.graph.nodes if node in self.drops}
+
+    def _reads(self, found: list[Drop], node: Node) -> bool:
+        source = self.source(node)
+        if source is not None:
+            found.append(source)
+        return source is not None
+
+    def _gains(self, drop: Drop, multiplies: int) -> bool:
+        """Whether skipping is worthwhile in layers of so many multiplies, all together."""
+        x = value(drop.x)
+        ask: Thresholds = drop.site.policy.at(x.device, product_dtype(x.device, x.dtype))
+        return ask.compiled(int(multiplies * drop.site.rate)) is None
 
     def _count(self) -> None:
         """Note the multiplies of all layers; those that are rewritten are noted again."""

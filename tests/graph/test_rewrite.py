@@ -39,12 +39,15 @@ FOUND = {
     "convolutions before a head": (2, 2, 0),
     "transformer layers": (4, 2, 2),
     "transformer layers, norm first, batch first": (4, 2, 2),
+    "towers side by side": (11, 11, 0),  # of four parts, a layer between two dropouts is four
+    "towers side by side, of sequences": (11, 11, 0),
+    "sums of layers": (2, 2, 0),
     "torchvision MLP": (3, 2, 1),
     "torchvision MLPBlock": (2, 1, 1),
     "torchvision ViT": (4, 2, 2),
 }
 #: The stock model does not compile as a whole either, or trains with an error.
-BREAKS = {"backward hooks"} | {name for name in GALLERY if name.startswith("lstm")}
+BREAKS = {"backward hooks"} | {name for name in GALLERY if "lstm" in name}
 
 
 @pytest.fixture(autouse=True)
@@ -321,6 +324,36 @@ RULES = {
         {"a": linear(12, 16)},
         (2, 2, 0),
     ),
+    "concatenation before": (
+        lambda m, x: m.b(m.drop(F.prelu(torch.cat([m.a(x), torch.tanh(m.c(x)), x], -1), m.slope) * 2)),
+        {"a": linear(12, 16), "c": linear(12, 8), "b": linear(36, 4), "slope": nn.Parameter(torch.tensor([0.2]))},
+        (2, 3, 0),
+    ),
+    "concatenation after": (
+        lambda m, x: m.b(torch.relu(torch.cat((m.drop(m.a(x)), x, m.other(x)), dim=2))),
+        {"a": linear(12, 16), "b": linear(40, 4, bias=False)},
+        (1, 2, 0),
+    ),
+    "concatenation that is read elsewhere": (
+        lambda m, x: (lambda h: m.b(m.drop(h)) + h[..., :4])(torch.cat([m.a(x), m.c(x)], -1)),
+        {"a": linear(12, 16), "c": linear(12, 8), "b": linear(24, 4)},
+        (0, 1, 0),
+    ),
+    "concatenation of rows": (
+        lambda m, x: m.b(m.drop(torch.cat([m.a(x), m.c(x)], 1))),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+    "concatenation with a parameter for each unit": (
+        lambda m, x: m.b(m.drop(torch.cat([m.a(x), m.c(x)], -1) * m.scale)),
+        {"a": linear(12, 16), "c": linear(12, 8), "b": linear(24, 4), "scale": nn.Parameter(torch.rand(24))},
+        (0, 1, 0),
+    ),
+    "concatenation whose zeros do not stay": (
+        lambda m, x: m.b(torch.cat((m.drop(m.a(x)), x), -1).cos()),
+        {"a": linear(12, 16), "b": linear(28, 4)},
+        (1, 0, 1),
+    ),
     "keywords": (
         lambda m, x: F.linear(m.drop(m.a(x)), weight=m.b.weight, bias=m.b.bias),
         {"a": linear(12, 16), "b": linear(16, 4)},
@@ -343,6 +376,23 @@ def test_rules(name):
     assert largest < (1e-6 if "cast" in name else 1e-10)
     graphs = COUNTS.graphs - counters["stats"]["unique_graphs"] // 2  # masks count their graphs too
     assert (COUNTS.producers / graphs, COUNTS.consumers / graphs, COUNTS.unpacked / graphs) == found
+
+
+def test_parts_of_a_concatenation_have_patterns_of_their_own():
+    """Against the model's own formula with the masks of the parts side by side."""
+    torch.manual_seed(0)
+    model = Net(RULES["concatenation before"][0], **copy.deepcopy(RULES["concatenation before"][1])).double()
+    report, _ = converted(model, rate=0.7)
+    x = torch.randn(5, 3, 12, dtype=torch.float64)
+    resample(model)
+    found = results(torch.compile(model, backend=rewriting), x, model)
+    assert (COUNTS.producers, COUNTS.consumers) == (2, 3)
+    patterns = report["drop"].site.last_patterns
+    assert [pattern.n for pattern in patterns] == [16, 8, 12]
+    mask = torch.cat([pattern.mask(5, 3, dtype=torch.float64, value=1 / 0.3) for pattern in patterns], -1)
+    restore(model)
+    model.drop.forward = lambda x: x * mask
+    assert worst(found, results(model, x, model)) < 1e-12
 
 
 @pytest.mark.parametrize("reentrant", [False])
