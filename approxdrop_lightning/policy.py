@@ -49,7 +49,7 @@ class Thresholds:
     saved_replayed: int
     whole: int
     residual: bool = False
-    features: int = 64
+    features: int = 128
     hidden: int = 64
     sequence: int = 512
 

@@ -121,7 +121,7 @@ def test_compiled_contenders_beside_eager_ones(kind, compiled, monkeypatch):
         return seconds
 
     monkeypatch.setattr(measure, "interleaved", watched)
-    arguments = [kind, *sizes[kind], *SMALL[:-2], "0.5", "--min-multiplies", "0", "--min-features", "0"]
+    arguments = [kind, *sizes[kind], *SMALL[:-2], "0.5", "--min-gain", "0"]
     rows = main([*arguments, "--compile", "--pattern", "row", "tile", "--baseline", "none"])
     names = ["conventional", "none", "compiled", "row", "row, compiled", "tile"]
     assert [row["contender"] for row in rows] == names
