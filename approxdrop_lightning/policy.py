@@ -36,7 +36,8 @@ class Thresholds:
             their places, and their gradients are packed.
         residual: Whether to skip where only the layer before a dropout saves, as in a residual sum. It costs quality:
             the few masks of a batch reach all later layers (docs/results.md, Transformers).
-        features: Fewest units of a dropout; of a weight's shorter side if its tiles are dropped.
+        features: Fewest units of a dropout.
+        side: Fewest rows and columns of a weight whose tiles are dropped.
         hidden: Smallest hidden size of an LSTM that reads interleaved inputs by a recurrence of our own.
         sequence: Fewest units of a dropout of sequences below rate .5, where most units are kept. Narrower ones gain
             little time, and cost quality (docs/results.md, Transformers).
@@ -50,6 +51,7 @@ class Thresholds:
     whole: int
     residual: bool = False
     features: int = 128
+    side: int = 64
     hidden: int = 64
     sequence: int = 512
 
@@ -75,8 +77,8 @@ class Thresholds:
 
     def tiles(self, shape: tuple[int, ...], saved: int) -> str | None:
         """A weight of that shape whose tiles are dropped, which would save so many multiplies."""
-        if min(shape) < self.features:
-            return f"a side of {min(shape)} is too short to gain (below {self.features})"
+        if min(shape) < self.side:
+            return f"a side of {min(shape)} is too short to gain (below {self.side})"
         return _too_few(saved, self.saved_tiles)
 
     def units(self, n: int) -> str | None:
@@ -147,7 +149,7 @@ THRESHOLDS = {
 #: Nothing is too small.
 _NONE = Thresholds(
     saved=0, saved_lstm=0, saved_tiles=0, saved_compiled=0, saved_replayed=0, whole=0, residual=True,
-    features=0, hidden=0, sequence=0,
+    features=0, side=0, hidden=0, sequence=0,
 )  # fmt: skip
 
 
@@ -202,7 +204,9 @@ class Policy:
                 found, saved=self.saved, saved_lstm=lstm, saved_compiled=self.saved, saved_replayed=self.saved
             )
         if self.features is not None:
-            found = replace(found, features=self.features, sequence=found.sequence if self.features else 0)
+            found = replace(
+                found, features=self.features, side=self.features, sequence=found.sequence if self.features else 0
+            )
         return found if self.hidden is None else replace(found, hidden=self.hidden)
 
     def state(self) -> list[object]:

@@ -39,6 +39,7 @@ def test_each_question_has_a_threshold_of_its_own(monkeypatch):
         saved_tiles=30,
         saved_compiled=40,
         features=5,
+        side=5,
         hidden=6,
         sequence=8,
         whole=2,
@@ -70,12 +71,12 @@ def test_deprecated_options_replace_one_threshold_each():
     table = THRESHOLDS["cpu"]
     for option, changed in (
         ("min_multiplies", {"saved": 7, "saved_compiled": 7, "saved_replayed": 7}),
-        ("min_features", {"features": 7}),
+        ("min_features", {"features": 7, "side": 7}),
         ("min_hidden", {"hidden": 7}),
     ):
         assert vars(Options(**{option: 7}).policy.at(CPU, torch.float32)) == vars(table) | changed
     no_width = Options(min_features=0).policy.at(CPU, torch.float32)
-    assert vars(no_width) == vars(table) | {"features": 0, "sequence": 0}
+    assert vars(no_width) == vars(table) | {"features": 0, "side": 0, "sequence": 0}
     assert Options().policy.at(CPU, torch.float32) is table
 
 
