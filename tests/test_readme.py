@@ -168,7 +168,7 @@ def test_a_benchmark_command_measures(command, capsys):
     asked = benchmark._parser().parse_args(words)
     if asked.device == "cuda" and not torch.cuda.is_available():
         return  # its arguments are known
-    words = [word for word in words if word not in ("compiled", "--profile")]  # which take long
+    words = [word for word in words if word not in ("compiled", "--compile", "--profile")]  # which take long
     hidden = ["64", "64"] if asked.kind != "lstm" else ["64"]
     small = ["--batch", "8", "--steps", "3", "--vocabulary", "50", "--repeats", "1", "--consecutive", "1"]
     benchmark.main([*words, "--hidden", *hidden, *small, "--rate", str(asked.rate[0])])
