@@ -8,7 +8,7 @@ from approxdrop_lightning import ApproxDropout
 
 
 class LitLanguageModel(L.LightningModule):
-    def __init__(self, vocab_size=1500, width=96):
+    def __init__(self, vocab_size=1500, width=128):
         super().__init__()
         self.encoder = nn.Embedding(vocab_size, width)
         self.drop = nn.Dropout(0.5)
