@@ -6,7 +6,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Hashable, Iterable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -413,9 +413,12 @@ def approximate(model: nn.Module, *, seed: int | None = None, **options: Any) ->
         The report: one row per dropout found.
 
     Raises:
-        ValueError: An option is outside of its range, a rate is not feasible, or the model is converted already.
+        ValueError: An option is outside of its range, the seed is not an integer, a rate is not feasible, or the model
+            is converted already.
     """
     chosen = Options.from_keywords("approximate", options)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, SupportsIndex)):
+        raise ValueError(f"approximate: seed must be an integer or None, got {seed!r}")
     return convert(model, chosen, torch.initial_seed() if seed is None else seed).report
 
 

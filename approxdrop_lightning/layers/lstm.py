@@ -63,6 +63,8 @@ class ApproxLSTM(Converted, nn.LSTM):
     @run_eagerly
     def forward(self, input: Tensor | PackedSequence, hx: _State | None = None) -> tuple[Any, _State]:
         """As ``nn.LSTM``: ``[T, B, input]`` (``[B, T, input]`` if ``batch_first``, ``[T, input]`` unbatched)."""
+        if not isinstance(self, ApproxLSTM):  # this bound method outlived the conversion, in a wrapper
+            return nn.LSTM.forward(self, input, hx)
         if not self.drops or isinstance(input, PackedSequence):
             return self._stock(input, hx)
         x, given = input, hx  # the name by which nn.LSTM may be called

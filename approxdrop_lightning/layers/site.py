@@ -382,6 +382,8 @@ class ApproxDropoutSite(Converted, nn.Dropout):
     @never_alone
     def forward(self, input: Tensor) -> Tensor:
         """``[..., n]`` to ``[..., n]``."""
+        if not isinstance(self, ApproxDropoutSite):  # this bound method outlived the conversion, in a wrapper
+            return nn.Dropout.forward(self, input)
         # Both are constants to Dynamo; so are the pair and the key, by which each pair has a graph of its own.
         # A layer that evaluates is of the stock class: no need to read `training`, a property, which PyTorch 2.11
         # cannot trace.
