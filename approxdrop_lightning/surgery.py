@@ -413,8 +413,8 @@ def approximate(model: nn.Module, *, seed: int | None = None, **options: Any) ->
         The report: one row per dropout found.
 
     Raises:
-        ValueError: An option is outside of its range, the seed is not an integer, a rate is not feasible, or the model
-            is converted already.
+        ValueError: An option is outside of its range, the seed is not an integer, a rate is not feasible, or the
+            model is converted already.
     """
     chosen = Options.from_keywords("approximate", options)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, SupportsIndex)):
