@@ -170,20 +170,31 @@ def _count(batch: Any, batch_dim: int) -> tuple[int, int] | None:
     return shapes[0][batch_dim], math.prod(shapes[-1])
 
 
-def _shapes(x: Any) -> Iterator[tuple[int, ...]]:
-    """Shapes of the tensors and arrays in a batch, in order; a list of strings counts by its length."""
-    shape = getattr(x, "shape", None)
+def _shapes(x: Any, within: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    """Shapes of the tensors and arrays in a batch, in order; a list of strings counts by its length.
+
+    Args:
+        x: The batch, or a part of it.
+        within: Identities of the containers it is in; one that contains itself is entered once.
+    """
+    if id(x) in within:
+        return
+    try:
+        shape = getattr(x, "shape", None)
+    except RuntimeError:  # a nested tensor of the strided layout has none
+        return
+    within = (*within, id(x))
     if isinstance(shape, tuple):
         if all(isinstance(size, int) for size in shape):  # sizes of nested tensors may be symbolic
             yield shape
     elif dataclasses.is_dataclass(x) and not isinstance(x, type):
         for field in dataclasses.fields(x):
-            yield from _shapes(getattr(x, field.name, None))
+            yield from _shapes(getattr(x, field.name, None), within)
     elif isinstance(x, Mapping):
         for value in x.values():
-            yield from _shapes(value)
+            yield from _shapes(value, within)
     elif isinstance(x, list | tuple):
         if x and all(isinstance(value, str | bytes) for value in x):
             yield (len(x),)
         for value in x:
-            yield from _shapes(value)
+            yield from _shapes(value, within)

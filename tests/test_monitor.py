@@ -187,6 +187,30 @@ def test_steps_that_cannot_be_counted_are_left_out_with_one_warning(batch, tmp_p
     assert throughput.summary == {"samples_per_sec": 2.0, "steps": 2, "seconds": 4.0}
 
 
+def endless():
+    batch = [None]
+    batch.append({"itself": batch})
+    return batch
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_left_out_with_one_warning(layout, tmp_path, clock):
+    batch = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=layout)
+    throughput = ThroughputLogger(warmup_steps=0, window_size=2)
+    with pytest.warns(UserWarning, match="nothing in a batch of the type") as seen:
+        fit(tmp_path, clock, throughput, [batch, torch.zeros(4, 1), batch, torch.zeros(4, 1)])
+    assert sum("ThroughputLogger" in str(warning.message) for warning in seen) == 1
+    assert throughput.summary == {"samples_per_sec": 2.0, "steps": 2, "seconds": 4.0}
+
+
+def test_containers_that_contain_themselves_are_entered_once():
+    assert monitor._count(endless(), 0) is None
+    batch = endless()
+    batch.append(torch.zeros(3, 2))
+    assert monitor._count([batch, batch], 0) == (3, 6)
+
+
 def test_a_batch_of_too_few_dimensions_is_named_with_the_dimension(tmp_path, clock):
     throughput = ThroughputLogger(batch_dim=1, warmup_steps=0)
     with pytest.warns(UserWarning, match="type Tensor has a dimension batch_dim=1"):
