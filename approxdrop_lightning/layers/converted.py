@@ -6,6 +6,7 @@ import copyreg
 import weakref
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 #: Arguments of some instance of each stock class, which takes its state later: without memory and random numbers.
@@ -42,6 +43,8 @@ class Converted:
     def drops(self) -> bool:
         """Whether it is in training mode and a step of its conversion is under way: else it is the stock layer."""
         if not self.__dict__["training"] or self.owner is None or self.owner[0]() is not self:
+            return False
+        if torch._C._get_tracing_state() is not None:  # torch.jit.trace, which records plain tensors only
             return False
         conversion = self.owner[1]()
         return conversion is not None and conversion.stepping

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from approxdrop_lightning import functional
 from approxdrop_lightning.graph.frames import never_alone
@@ -81,7 +82,7 @@ class ApproxLinear(Converted, nn.Linear):
     @run_eagerly
     def _run(self, input: Tensor) -> Tensor:
         x = input  # the name by which nn.Linear may be called
-        if not (torch.is_grad_enabled() and self.drops) or is_transformed():
+        if not (torch.is_grad_enabled() and self.drops) or is_transformed() or isinstance(x, Proxy):
             return super().forward(as_dense(x))
         shape = shape_of(x)
         if shape[-1:] != (self.in_features,):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from approxdrop_lightning import functional
@@ -65,6 +66,11 @@ class ApproxLSTM(Converted, nn.LSTM):
         """As ``nn.LSTM``: ``[T, B, input]`` (``[B, T, input]`` if ``batch_first``, ``[T, input]`` unbatched)."""
         if not isinstance(self, ApproxLSTM):  # this bound method outlived the conversion, in a wrapper
             return nn.LSTM.forward(self, input, hx)
+        if isinstance(input, Proxy):
+            raise RuntimeError(
+                f"{self.name}: torch.fx does not trace a converted nn.LSTM in training mode; trace the model in "
+                "evaluation mode, or after restore(model)"
+            )
         if not self.drops or isinstance(input, PackedSequence):
             return self._stock(input, hx)
         x, given = input, hx  # the name by which nn.LSTM may be called

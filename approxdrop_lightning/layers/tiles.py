@@ -6,6 +6,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
@@ -38,6 +39,8 @@ class TileLinear(Converted, nn.Linear):
         if not isinstance(self, TileLinear):  # this bound method outlived the conversion, in a wrapper
             return nn.Linear.forward(self, input)
         x = input  # the name by which nn.Linear may be called
+        if isinstance(x, Proxy):
+            return super().forward(x)
         training = self.drops
         if training and _is_marked(x) and x.shape[-1] == self.in_features:
             return x.linear(self.weight, self.bias, self.name, self.work)
