@@ -114,19 +114,20 @@ class Settling:
         layers: Its converted layers.
         watching: Whether the step is watched.
         version: Number of times that layers have become other ones.
+        is_idle: Whether all layers are stock.
     """
 
     report: Report
     layers: dict[int, Layer] = field(default_factory=dict)
     watching: bool = True
     version: int = 0
+    is_idle: bool = False
     _known: list[Shapes] = field(
         default_factory=list
     )  # the largest batches watched, of which smaller ones say no more
     _shapes: Shapes = None
     _steps: int = 0
     _again: bool = False  # the next step is watched, whatever it reads
-    _idle: bool = False  # all layers are stock
 
     @property
     def _sites(self) -> list[Site]:
@@ -134,7 +135,7 @@ class Settling:
 
     def goes_on(self, batch: Any) -> bool:
         """Whether all layers stay stock in a step: nothing is to be done for it, and nothing is here."""
-        if not self._idle:
+        if not self.is_idle:
             return False
         shapes = shapes_of(batch)
         if shapes is None and (self._steps + 1) & self._steps:
@@ -216,7 +217,7 @@ class Settling:
                 if layer.stock and not site.resting:
                     site.forget_patterns()
                 site.resting = layer.stock
-        self._idle = all(layer.stock for layer in self.layers.values())
+        self.is_idle = all(layer.stock for layer in self.layers.values())
 
     @property
     def has_stock(self) -> bool:
@@ -259,10 +260,16 @@ class Settling:
 
 
 def shapes_of(batch: Any) -> Shapes:
-    """Shapes of the tensors of a batch, in whatever containers; None if there are none."""
+    """Shapes of the tensors of a batch, in whatever containers; None if there are none, or a tensor is nested."""
     flat = type(batch) in (tuple, list) and all(type(leaf) is Tensor for leaf in batch)
-    leaves = batch if flat else tree_leaves(batch)  # which takes longer than some steps would like
-    return tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)) or None
+    try:
+        leaves = batch if flat else tree_leaves(batch)  # which takes longer than some steps would like
+    except RecursionError:  # a container that contains itself
+        return None
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if any(tensor.is_nested for tensor in tensors):  # it has no shape, or one that compares with no other batch's
+        return None
+    return tuple(tuple(tensor.shape) for tensor in tensors) or None
 
 
 def _covers(large: Shapes, small: Shapes) -> bool:

@@ -263,6 +263,16 @@ def test_steps_that_drop_nothing_decide_nothing():
     assert_skips(report, "drop")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_batches_of_nested_tensors_and_endless_ones_show_no_shapes():
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=layout)
+        assert shapes_of((nested, torch.zeros(2))) is None
+    batch = [torch.zeros(2)]
+    batch.append(batch)
+    assert shapes_of(batch) is None
+
+
 def test_batches_are_compared_by_the_shapes_of_their_tensors():
     x, y = torch.zeros(3, 4), torch.zeros(3)
     assert shapes_of({"x": x, "more": [y, "text"]}) == ((3, 4), (3,)) and shapes_of(["text", 3]) is None

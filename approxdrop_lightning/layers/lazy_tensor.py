@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from approxdrop_lightning.graph.frames import never_alone
 
@@ -230,6 +232,8 @@ class _Storage:
 
 #: Lazy tensors whose values a change elsewhere might change, as long as somebody holds them.
 _waiting: list[weakref.ref[LazyTensor]] = []
+#: Hook on the steps of all optimizers, from the first tensor that waits on.
+_optimizers: RemovableHandle | None = None
 _passes = 0
 _last_pass = -1
 _MANY = 4096
@@ -253,6 +257,23 @@ def settle() -> None:
             tensor.dense()
 
 
+def _before_update(*_: Any) -> None:
+    """A hook by which an optimizer that updates ``p.data``, which nothing tracks, finds nothing waiting."""
+    if not torch.compiler.is_compiling():
+        settle()
+
+
+def leave_optimizers() -> None:
+    """Take the hook away: nothing waits in the steps to come, or somebody else will set it again.
+
+    Not after each step: compiled steps of optimizers are compiled anew if it changes.
+    """
+    global _optimizers
+    if _optimizers is not None:
+        _optimizers.remove()
+        _optimizers = None
+
+
 def backward_passes() -> int:
     """How many backward passes have gone by a site so far."""
     return _passes
@@ -264,9 +285,11 @@ def note_backward(grad: Tensor) -> None:
 
 
 def _wait(ref: weakref.ref[LazyTensor]) -> None:
-    global _waiting
+    global _waiting, _optimizers
     if len(_waiting) > _MANY:  # no backward pass, no step: somebody only evaluates
         _waiting = [ref for ref in _waiting if ref() is not None]
+    if _optimizers is None:
+        _optimizers = register_optimizer_step_pre_hook(_before_update)
     _waiting.append(ref)
 
 

@@ -9,7 +9,8 @@ from support.gallery import GALLERY, twin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from approxdrop_lightning import approximate, resample
+from approxdrop_lightning import approximate, resample, restore
+from approxdrop_lightning.layers import lazy_tensor
 from approxdrop_lightning.layers.lazy_tensor import LazyTensor
 
 ALL = {"min_gain": 0, "pattern_everywhere": True}
@@ -110,6 +111,36 @@ def test_what_is_held_over_an_update_keeps_its_value(name):
         parameter.data.add_(1.0)
     for (key, value), (_, mine, _) in zip(expected_values, pairs, strict=True):
         assert_same(f"value of {key}", mine, value)
+
+
+class OfData(torch.optim.Optimizer):
+    """Updates what no version counter watches."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.add_(parameter.grad)
+
+
+@pytest.mark.parametrize("optimizer", [OfData, lambda parameters: torch.optim.SGD(parameters, lr=0.1)])
+def test_what_is_held_over_the_step_of_an_optimizer_keeps_its_value(optimizer):
+    """The gradients are there before: no backward pass lies between the call and the update."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3)).double()
+    approximate(model, seed=0, **ALL)
+    updates, x = optimizer(model.parameters()), torch.randn(5, 6, dtype=torch.float64)
+    for _ in range(2):
+        resample(model)
+        model(x).sum().backward()
+        hidden = model[0](x)
+        assert isinstance(hidden, LazyTensor) and hidden.is_lazy
+        expected = nn.functional.linear(x, model[0].weight, model[0].bias).detach().clone()
+        updates.step()
+        assert_same("hidden", hidden, expected)
+    assert lazy_tensor._optimizers is not None
+    restore(model)
+    assert lazy_tensor._optimizers is None  # nothing is left on other people's optimizers
 
 
 def test_a_hook_may_change_the_gradient_of_dropped_units_too():
