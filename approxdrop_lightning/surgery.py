@@ -27,7 +27,7 @@ from approxdrop_lightning.layers import (
 )
 from approxdrop_lightning.layers.converted import Converted, class_for, give_back
 from approxdrop_lightning.layers.entrances import Entrances, compiled_parts
-from approxdrop_lightning.layers.lazy_tensor import settle
+from approxdrop_lightning.layers.lazy_tensor import leave_optimizers, settle
 from approxdrop_lightning.multiplies import Count
 from approxdrop_lightning.options import Options
 from approxdrop_lightning.patterns.sampler import PatternSampler
@@ -113,6 +113,8 @@ class Conversion:
         """Make a layer of which nothing is asked the stock one until the next step."""
         layer = self._layers.get(id(module))
         if layer is not None and layer.ref() is module:
+            for site in layer.sites:
+                site.check_resampled_before_rest()
             layer.rest()
             if self._callers is not None and isinstance(module, nn.LSTM):
                 self._callers.end()
@@ -199,6 +201,8 @@ class Conversion:
             self._count.stop()
             self._count = None
         self.settling.end()
+        if self.settling.is_idle:
+            leave_optimizers()
 
     def finish(self) -> None:
         """Say that a training step is over: what is called in training mode from now on is stock."""
@@ -244,6 +248,7 @@ class Conversion:
             except Exception as error:
                 failed.append(f"{layer.name} of the class {type(module).__name__} ({error})")
         self._layers.clear()
+        leave_optimizers()
         if failed:
             warnings.warn(
                 f"not restored: {'; '.join(failed)}. These layers compute as the stock ones all the same",

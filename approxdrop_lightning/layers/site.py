@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from approxdrop_lightning.graph import limit
 from approxdrop_lightning.graph.book import Book, Drawn
@@ -272,15 +273,33 @@ class Site:
         self._uses += 1
         return self._patterns[self._uses - self._forgotten - 1]
 
+    def watch_passes(self, y: Tensor) -> None:
+        """Notice the backward pass of a tensor that has no node of ours."""
+        if self.steps < 2 and y.requires_grad:  # has resample been forgotten? Later it has not.
+            y.register_hook(note_backward)
+
     def _check_resampled(self) -> None:
         """Warn once if steps go by and nobody says so."""
         passes = backward_passes() - self._passes_before
-        if passes >= _MANY_PASSES and self.sampler not in _WARNED:
+        if passes >= _MANY_PASSES:
+            self._warn_of_passes(passes, f"all with (dp, keep) = ({self.sampler.dp}, {self.sampler.keep})")
+
+    def check_resampled_before_rest(self) -> None:
+        """Warn once if the model evaluates after steps of which nobody has said that they begin.
+
+        Its layers are stock ones then, until somebody does. One backward pass may have been a trial.
+        """
+        passes = backward_passes() - self._passes_before
+        if self._uses and passes >= (_MANY_PASSES if self.steps else 2):
+            self._warn_of_passes(passes, "and the model evaluates: its layers are stock ones until it is called")
+
+    def _warn_of_passes(self, passes: int, what: str) -> None:
+        if self.sampler not in _WARNED:
             _WARNED.add(self.sampler)
+            since = "since resample(model) was last called" if self.steps else "without any call of resample(model)"
             warnings.warn(
-                f"{self.name}: {passes} backward passes since resample(model) was last called, all with "
-                f"(dp, keep) = ({self.sampler.dp}, {self.sampler.keep}); call it before each training step",
-                stacklevel=2,
+                f"{self.name}: {passes} backward passes {since}, {what}; call it before each training step",
+                stacklevel=3,
             )
 
     def read_kept(self, name: str) -> None:
@@ -319,8 +338,7 @@ class Site:
         if use.skips is False:  # a mask is asked for all the same
             x = as_dense(x)
             y = x * pattern.mask(*shape[:-1], dtype=x.dtype, value=self.scale, device=x.device)
-            if self.steps < 2 and y.requires_grad:  # has resample been forgotten? Later it has not.
-                y.register_hook(note_backward)
+            self.watch_passes(y)
             return y
         use.seen |= torch.is_grad_enabled()
         if pending is not None and not self._packs(use, pending):
@@ -395,7 +413,7 @@ class ApproxDropoutSite(Converted, nn.Dropout):
 
     @run_eagerly
     def _run(self, input: Tensor) -> Tensor:
-        if not (self.training and self.drops):
+        if not (self.training and self.drops) or isinstance(input, Proxy):
             return super().forward(input)
         dropped = self.site.drop(input, self.inplace)
         if isinstance(dropped, CompactTensor) and not torch.is_grad_enabled():

@@ -110,6 +110,8 @@ class TiledTensor(LazyTensor):
         checkpointing, neither where it computes such a layer again, handing the dense tensor on, without gradients,
         nor where what was marked without them has been given a history.
         """
+        if self._handed_on:
+            self._check_recomputation()
         if self._storage.changed or self._handed_on:
             return False
         return torch.is_grad_enabled() or not self.held.with_history
@@ -120,11 +122,27 @@ class TiledTensor(LazyTensor):
         with torch._C.DisableTorchFunctionSubclass():
             return self.requires_grad and not self.held.with_history
 
+    def _check_recomputation(self) -> None:
+        """Raise if what is computed again would drop units where weights were dropped.
+
+        A re-entrant checkpoint within another one runs its first forward without gradients around it, where nothing
+        marks its border; the second forward, within the backward pass, hands this tensor over the border.
+        """
+        within_backward = torch._C._current_graph_task_id() != -1
+        if within_backward and any(reader for reader, _, _ in self.held.patterns):
+            raise RuntimeError(
+                f"{self.held.site.name}: its output crosses the border of a re-entrant checkpoint that is within "
+                "another one, so weights were dropped in the forward pass and units would be in the recomputation; "
+                "use checkpoint(..., use_reentrant=False)"
+            )
+
     @property
     def _acts(self) -> bool:
         return self.is_marked
 
     def _computed(self, with_history: bool) -> Tensor:
+        if self._handed_on:
+            self._check_recomputation()
         if self._handed_on or not with_history:
             self._of_itself = True
             return self._as_function_of_itself()
@@ -161,9 +179,11 @@ class TiledTensor(LazyTensor):
         skipped = site.read_by(self.held.use, reader, weight, source.numel() // weight.shape[1])
         if work is not None and torch.is_grad_enabled():
             work.note(site if skipped else None, None, source.numel() * weight.shape[0])
-        return functional.tile_linear(
+        y = functional.tile_linear(
             source, weight, bias, pattern, site.scale, site.backend if skipped else "reference"
         )
+        site.watch_passes(y)
+        return y
 
     def _read(self) -> Tensor:
         """What is marked, for a layer that drops weights of its own."""
@@ -175,7 +195,9 @@ class TiledTensor(LazyTensor):
         """The weight of a product that is computed densely, for the reason given: dropped weights are zero in it."""
         source = self._read()
         self.held.site.read_by(self.held.use, reader, weight, source.numel() // weight.shape[1], why)
-        return self.masked(weight, reader)
+        masked = self.masked(weight, reader)
+        self.held.site.watch_passes(masked)
+        return masked
 
     def masked(self, weight: Tensor, reader: str) -> Tensor:
         """The weight of a reader, zero where it is dropped, and scaled."""

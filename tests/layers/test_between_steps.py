@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from support.gallery import GALLERY, mlp
 from torch import nn
+from torch.fx import symbolic_trace
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader
 
@@ -88,6 +89,46 @@ def test_torch_jit_script_compiles_the_stock_model(training):
     model.train()
     resample(model)
     assert isinstance(model[0](x), LazyTensor)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("pattern", ["row", "tile", "dropconnect"])
+@pytest.mark.parametrize(
+    "trace", [lambda m, x: torch.jit.trace(m, x, check_trace=False), lambda m, x: symbolic_trace(m)]
+)
+def test_a_trace_in_training_mode_is_one_of_the_stock_model(trace, pattern):
+    model, x = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 4)), torch.randn(5, 20)
+    stock = copy.deepcopy(model)
+    approximate(model, seed=0, pattern=pattern, **ALL)
+    resample(model)
+    traced = trace(model, x)
+    torch.manual_seed(1)
+    expected = stock(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(traced(x), expected, rtol=0, atol=0)
+    assert any(isinstance(m, Converted) for m in model.modules())
+    y = model(x)
+    y.sum().backward()
+    assert model[2].site.last_patterns  # which the next step goes on drawing
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("pattern", ["row", "tile"])
+def test_traces_of_an_lstm_are_the_stock_ones_or_refused(pattern):
+    model, x = nn.Sequential(nn.Linear(20, 32), nn.Dropout(0.5), nn.LSTM(32, 4)), torch.randn(5, 3, 20)
+    stock = copy.deepcopy(model)
+    approximate(model, seed=0, pattern=pattern, **ALL)
+    resample(model)
+    traced = torch.jit.trace(model, x, check_trace=False)
+    torch.manual_seed(1)
+    expected = stock(x)[0]
+    torch.manual_seed(1)
+    torch.testing.assert_close(traced(x)[0], expected)
+    with pytest.raises(RuntimeError, match=r"2: torch\.fx does not trace a converted nn\.LSTM in training mode"):
+        symbolic_trace(model)
+    symbolic_trace(model.eval())
 
 
 def test_torch_compile_of_the_evaluation_mode_has_one_graph():
@@ -181,7 +222,8 @@ def test_after_a_step_in_training_mode_the_layers_are_stock_to_a_callback_of_oth
 
 
 def test_forgetting_resample_is_said_once_and_patterns_do_not_pile_up():
-    for options in (ALL, ALL | {"min_gain": 1 << 60}):  # where dropouts skip, and where they are masks
+    others = {"min_gain": 1 << 60}, {"pattern": "tile"}, {"pattern": "dropconnect"}
+    for options in (*(ALL | other for other in others), ALL):  # where dropouts are masks, drop weights, and skip
         model = nn.Sequential(nn.Linear(20, 64), nn.Dropout(0.5), nn.Linear(64, 4))
         report = approximate(model, seed=0, **options)
         with warnings.catch_warnings(record=True) as caught:
@@ -189,7 +231,7 @@ def test_forgetting_resample_is_said_once_and_patterns_do_not_pile_up():
             for _ in range(130):
                 model(torch.randn(2, 20)).sum().backward()
         (warning,) = [w for w in caught if "resample" in str(w.message)]
-        assert str(warning.message).startswith("1: 100 backward passes since resample(model) was last called")
+        assert str(warning.message).startswith("1: 100 backward passes without any call of resample(model)")
     site = report["1"].site
     for _ in range(3000):
         model[1](torch.ones(1, 64))
@@ -198,6 +240,41 @@ def test_forgetting_resample_is_said_once_and_patterns_do_not_pile_up():
     resample(model)
     model[1](torch.ones(1, 64))
     assert len(site.last_patterns) == 1 and site.last_patterns[0] != first
+
+
+@pytest.mark.parametrize("pattern", ["row", "tile", "dropconnect"])
+def test_forgetting_resample_is_said_when_the_model_evaluates(pattern):
+    """From then on it would be the stock model: no layer of ours would be left to say anything."""
+    model = nn.Sequential(nn.Linear(20, 64), nn.Dropout(0.5), nn.Linear(64, 4))
+    approximate(model, seed=0, **ALL, pattern=pattern)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.eval(), model.train()
+    assert not caught  # as Lightning does before the first step
+    resample(model)
+    restore(model)
+    approximate(model, seed=0, **ALL, pattern=pattern)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for _ in range(3):
+                model(torch.randn(2, 20)).sum().backward()
+            model.eval(), model.train()
+    (warning,) = [w for w in caught if "resample" in str(w.message)]
+    assert str(warning.message).startswith("1: 3 backward passes without any call of resample(model)")
+
+
+def test_accumulated_gradients_are_no_forgotten_resample():
+    model = nn.Sequential(nn.Linear(20, 64), nn.Dropout(0.5), nn.Linear(64, 4))
+    report = approximate(model, seed=0, **ALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            resample(model)
+            for _ in range(8):
+                model(torch.randn(2, 20)).sum().backward()
+            model.eval(), model.train()
+    assert report.sites[0].consumers
 
 
 class Plain(nn.Linear):

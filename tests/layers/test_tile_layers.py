@@ -229,3 +229,55 @@ def test_under_torch_compile_values_are_right():
     for _ in range(12):
         resample(model), resample(eager)
         torch.testing.assert_close(compiled(x), eager(x))
+
+
+@pytest.mark.parametrize("kind", ["tile", "dropconnect"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_reentrant_segment_within_another_one_is_refused_with_a_remedy_that_works(kind, reentrant):
+    """Its border is seen in the recomputation only: weights were dropped, and units would be."""
+    torch.manual_seed(0)
+    segment, last = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Dropout(0.5)).double(), nn.Linear(6, 3).double()
+    model = nn.ModuleList([segment, last])
+    approximate(model, **TILE | {"pattern": kind})
+    x = torch.randn(5, 8, dtype=torch.float64)
+
+    def loss(*ways):
+        conversion_of(model).resample(fresh=False)
+        model.zero_grad()
+        inner = segment if ways[1] is None else lambda z: checkpoint(segment, z, use_reentrant=ways[1])
+        y = x.clone().requires_grad_()
+        y = last(inner(y)) if ways[0] is None else checkpoint(lambda z: last(inner(z)), y, use_reentrant=ways[0])
+        return y.square().sum()
+
+    resample(model)
+    if reentrant:
+        with pytest.raises(RuntimeError, match=r"0\.2: .* re-entrant checkpoint .*use_reentrant=False"):
+            loss(True, True).backward()
+        return
+    expected = loss(None, None)
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    for ways in ((True, False), (False, False)):
+        found = loss(*ways)
+        found.backward()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-9)
+
+
+def test_what_nested_reentrant_segments_hand_to_others_than_layers_has_its_units_dropped():
+    torch.manual_seed(0)
+    segment = nn.Sequential(nn.Linear(8, 6), nn.Dropout(0.5)).double()
+    report = approximate(segment, **TILE)
+    resample(segment)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    out = checkpoint(lambda z: checkpoint(segment, z, use_reentrant=True).square(), x, use_reentrant=True)
+    out.sum().backward()
+    (pattern,) = report["1"].site.last_patterns
+    found = segment[0].weight.grad.clone()
+    restore(segment)
+    segment.zero_grad()
+    expected = (segment[0](x) * (pattern.mask().double() * 2)).square()
+    expected.sum().backward()
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found, segment[0].weight.grad, rtol=0, atol=1e-9)
