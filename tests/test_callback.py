@@ -514,6 +514,9 @@ def test_the_papers_setting():
         ({"backend": "fpga"}, "backend must be one of 'auto', 'reference', 'compact', 'triton', got 'fpga'"),
         ({"search": "guess"}, "search method must be 'maxent' or 'sgd', got 'guess'"),
         ({"seed": 1.5}, "seed must be an integer or None, got 1.5"),
+        ({"seed": 1.0}, "seed must be an integer or None, got 1.0"),
+        ({"seed": "3"}, "seed must be an integer or None, got '3'"),
+        ({"seed": True}, "seed must be an integer or None, got True"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, message):

@@ -1,6 +1,7 @@
 """Conversion: correct, reversible, and never silently different."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -132,6 +133,17 @@ def test_misuse_is_named():
         with pytest.raises(ValueError, match=message):
             approximate(other, **options)
     assert all("Approx" not in type(m).__name__ for m in other.modules())  # nothing was touched
+
+
+@pytest.mark.parametrize("seed", ["3", 1.0, True, float("nan"), [1]])
+def test_a_seed_that_is_no_integer_is_named_and_changes_nothing(seed):
+    model = mlp()
+    with pytest.raises(
+        ValueError, match=f"approximate: seed must be an integer or None, got {re.escape(repr(seed))}"
+    ):
+        approximate(model, seed=seed)
+    assert not any(isinstance(m, ApproxLinear) for m in model.modules())
+    approximate(model, seed=torch.tensor(3).numpy()[()])  # whose type is NumPy's
 
 
 def test_an_infeasible_rate_of_the_model_leaves_it_untouched():

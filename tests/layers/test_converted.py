@@ -109,6 +109,47 @@ def patched(layer):
 
 
 @pytest.mark.parametrize("pattern", ["row", "tile"])
+def test_a_forward_that_was_wrapped_on_the_layer_works_before_and_after_restoring(pattern):
+    """The wrapper holds the bound method of a class that the layer has no longer."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.5), nn.Linear(64, 32), nn.LSTM(32, 8)),
+        torch.randn(8, 16),
+    )
+    stock = copy.deepcopy(model)
+    report = approximate(model, seed=0, pattern=pattern, min_gain=0)
+    resample(model)
+    calls = []
+    for layer in model:
+
+        def wrapped(*inputs, inner=layer.forward, layer=layer):
+            calls.append(layer)
+            return inner(*inputs)
+
+        layer.forward = wrapped
+
+    def passes(training):
+        torch.manual_seed(1)
+        expected = stock.train(training)(x.unsqueeze(0))[0]
+        torch.manual_seed(1)
+        calls.clear()
+        torch.testing.assert_close(model(x.unsqueeze(0))[0], expected, rtol=0, atol=0)
+        assert calls == list(model)
+
+    model(x.unsqueeze(0))[0].sum().backward()
+    assert report["1"].skipped != "nothing" and report.saved > 0
+    model.eval()
+    passes(training=False)
+    model.train()
+    passes(training=True)  # no step has begun
+    resample(model)
+    model(x.unsqueeze(0))[0].sum().backward()
+    assert type(model[0]) is not nn.Linear and report.saved > 0
+    restore(model)
+    passes(training=True)
+
+
+@pytest.mark.parametrize("pattern", ["row", "tile"])
 @pytest.mark.parametrize(
     "change",
     [
