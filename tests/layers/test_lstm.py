@@ -10,7 +10,7 @@ from approxdrop_lightning.benchmark import contenders, workloads
 
 
 def test_recurrent_dropout_has_rows_of_its_own():
-    model = nn.ModuleList([nn.LSTM(8, 64, 2, dropout=0.5), nn.LSTM(8, 64)])
+    model = nn.ModuleList([nn.LSTM(8, 128, 2, dropout=0.5), nn.LSTM(8, 128)])
     report = approximate(model, recurrent=True, seed=0)
     resample(model)
     for lstm in model:
@@ -18,7 +18,7 @@ def test_recurrent_dropout_has_rows_of_its_own():
     assert report["0 (recurrent, layer 1)"].skipped == "consumers' columns"
     assert report["0 (recurrent, layer 1)"].consumers == ("0",)
     assert report["1 (recurrent, layer 0)"].skipped == "nothing: the rate is 0"
-    inputs, hidden = 15 * 4 * 64 * 8, 15 * 4 * 64 * 64
+    inputs, hidden = 15 * 4 * 128 * 8, 15 * 4 * 128 * 128
     # of the first LSTM: both recurrent products, and the input of its second layer
     assert report.saved == pytest.approx(0.5 * 3 * hidden / (2 * inputs + 4 * hidden))
 
