@@ -2,7 +2,7 @@
 
 Skipping costs host time, gathers and scatters; it gains where enough multiplies are saved. The sizes from which it
 gains were measured, and stand here only: layers, the pass over compiled graphs, the conversion and the backends ask,
-and compare no sizes of their own.
+and compare no sizes of their own. *How* a product is computed, such as by which kernel, is for those who compute it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 _HALVES = (torch.float16, torch.bfloat16)
+#: More rows than any batch has.
+_NEVER = 1 << 62
 #: Whether the step under way is to be replayed as a CUDA graph, in which the host's part is no longer there.
 REPLAYED: ContextVar[bool] = ContextVar("replayed", default=False)
 
@@ -36,6 +38,10 @@ class Thresholds:
             their places, and their gradients are packed.
         residual: Whether to skip where only the layer before a dropout saves, as in a residual sum. It costs quality:
             the few masks of a batch reach all later layers (docs/results.md, Transformers).
+        group_rows: Fewest rows per group if rows alternate between several orders, in eager layers. On CUDA they
+            never do: each group takes several launches from Python.
+        group_rows_compiled: The same in compiled graphs. On CUDA each order packs part of the weight again, which
+            takes as long as multiplying by some hundred rows, and smaller products are slower.
         features: Fewest units of a dropout.
         side: Fewest rows and columns of a weight whose tiles are dropped.
         hidden: Smallest hidden size of an LSTM that reads interleaved inputs by a recurrence of our own.
@@ -50,6 +56,8 @@ class Thresholds:
     saved_replayed: int
     whole: int
     residual: bool = False
+    group_rows: int = 1
+    group_rows_compiled: int = 1
     features: int = 128
     side: int = 64
     hidden: int = 64
@@ -81,15 +89,13 @@ class Thresholds:
             return f"a side of {min(shape)} is too short to gain (below {self.side})"
         return _too_few(saved, self.saved_tiles)
 
-    def units(self, n: int) -> str | None:
-        """A dropout of ``n`` units."""
-        return f"{n} features are too few to gain (fewer than {self.features})" if n < self.features else None
-
-    def units_of_sequences(self, n: int) -> str | None:
-        """A dropout of sequences, of ``n`` units and a rate below .5."""
-        if n >= self.sequence:
-            return None
-        return f"{n} features of sequences are too few to gain below rate .5 (fewer than {self.sequence})"
+    def units(self, n: int, most_of_sequences: bool = False) -> str | None:
+        """A dropout of ``n`` units; ``most_of_sequences``: of sequences, by patterns that keep most of them."""
+        if n < self.features:
+            return f"{n} features are too few to gain (fewer than {self.features})"
+        if most_of_sequences and n < self.sequence:
+            return f"{n} features of sequences are too few to gain below rate .5 (fewer than {self.sequence})"
+        return None
 
     def recurrence(self, hidden: int) -> str | None:
         """An LSTM of that hidden size that would read interleaved inputs by a recurrence of our own."""
@@ -136,14 +142,17 @@ THRESHOLDS = {
     # saved: `mlp --device cuda --hidden 4096 4096 --min-gain 0 --batch N` on an H100.
     # saved_compiled, saved_replayed: `gpu` on an H200. Skipping cost the host .4 to .8 ms for each dropout, and .1 to
     # .2 ms in a step that is replayed; this is what the GPU multiplies in that time, forward and backward.
+    # group_rows: `gpu`, eager steps (18 to 35 ms with several orders); group_rows_compiled: its products and copies.
     # whole: not measured; by bytes.
     "cuda": Thresholds(
         saved=25_000_000_000, saved_lstm=25_000_000_000, saved_tiles=0,
         saved_compiled=5_000_000_000, saved_replayed=2_500_000_000, whole=100,
+        group_rows=_NEVER, group_rows_compiled=2048,
     ),
     "tensor cores": Thresholds(
         saved=250_000_000_000, saved_lstm=250_000_000_000, saved_tiles=0,
         saved_compiled=100_000_000_000, saved_replayed=30_000_000_000, whole=2000,
+        group_rows=_NEVER, group_rows_compiled=2048,
     ),
 }  # fmt: skip
 #: Nothing is too small.
@@ -196,8 +205,9 @@ class Policy:
         if self.min_gain is not None:
             least = self.min_gain
             found = replace(
-                _NONE, saved=least, saved_lstm=least, saved_tiles=least, saved_compiled=least, saved_replayed=least
-            )
+                _NONE, saved=least, saved_lstm=least, saved_tiles=least, saved_compiled=least, saved_replayed=least,
+                group_rows=found.group_rows, group_rows_compiled=found.group_rows_compiled,
+            )  # fmt: skip
         if self.saved is not None:
             lstm = self.saved if found.saved_lstm else 0
             found = replace(

@@ -378,3 +378,34 @@ def test_residual_sums_have_stock_dropout_but_for_studies(compiled, monkeypatch)
             forward(x).sum().backward()
         assert [site.name for site in report.sites if site.skips] == expected
         assert ("read whole by add, where few masks cost quality" in str(report)) == (not options)
+
+
+@pytest.mark.parametrize(("pattern", "skips"), [("row", False), ("tile", True)])
+def test_narrow_sequences_below_half_are_stock_but_for_tiles(pattern, skips, monkeypatch):
+    """Tiles are of weights: what few units of a row pattern cost does not concern them."""
+    set_thresholds(monkeypatch, saved=1, saved_tiles=1, sequence=512)
+    model = nn.Sequential(nn.Dropout(0.3), nn.Linear(256, 64))
+    report = approximate(model, pattern=pattern, seed=0)
+    x = torch.randn(8, 4, 256)
+    step(model, x)
+    step(model, x)
+    assert bool(report["0"].site.skips) == skips
+    assert ("256 features of sequences are too few" in str(report)) != skips
+
+
+def test_the_device_limits_the_number_of_orders(monkeypatch):
+    """Eager layers and compiled graphs each have their own fewest rows per group."""
+    for eager, compiled, expected in ((1, 1, (2, 2)), (9, 1, (1, 2)), (1, 9, (2, 1))):
+        set_thresholds(monkeypatch, group_rows=eager, group_rows_compiled=compiled)
+        found = []
+        for graph in (False, True):
+            model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64))
+            report = approximate(model, seed=0, orders=2, group_rows=4, concentration=float("inf"))
+            forward = torch.compile(model, backend=rewriting) if graph else model
+            x = torch.randn(32, 64)
+            resample(model, x)
+            forward(x).sum().backward()
+            (pattern,) = report["1"].site.last_patterns
+            found.append(pattern.use.orders if graph else pattern.n_orders)
+            assert report["1"].site.skips
+        assert tuple(found) == expected

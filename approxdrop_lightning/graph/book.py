@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from approxdrop_lightning.graph.layout import Layout, Rows, Use, layout_of, mask_of, rows_of, share_of_spare
+from approxdrop_lightning.graph.layout import Layout, Rows, TableUse, layout_of, mask_of, rows_of, share_of_spare
 from approxdrop_lightning.graph.pairs import Pair, Pairs
 from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.work import Ledger
@@ -26,9 +26,6 @@ from approxdrop_lightning.work import Ledger
 if TYPE_CHECKING:
     from approxdrop_lightning.layers.site import Site
 
-#: Rows that several orders leave a group at least. On CUDA each order packs a part of the weight anew, which takes as
-#: long as multiplying it by some hundred rows (docs/gpu_model.md), and smaller products are slower.
-LEAST_ROWS = {"cuda": 2048}
 #: Entries of a new table: room for some hundred layers of 1,024 units.
 _ROOM = 1 << 17
 
@@ -40,7 +37,7 @@ _SERIAL = itertools.count()
 class Entry:
     """A use of a dropout: where its table is, and from what it is drawn."""
 
-    use: Use
+    use: TableUse
     site: Site
     pair: Pair
     device: torch.device
@@ -115,7 +112,7 @@ class Drawn:
     """Pattern of one use in one step, as :class:`.RowPattern` is to the eager path: for reports and tests."""
 
     n: int
-    use: Use
+    use: TableUse
     rows: Rows
     table: Tensor
 
@@ -253,7 +250,7 @@ class Book:
         )
         if sampler.interleave and sampler.shuffle and layout.groups > 1:
             # Whatever the block size: layers of all widths have as many orders, so that their groups line up.
-            least = max(sampler.group_rows, LEAST_ROWS.get(device.type, 1))
+            least = max(sampler.group_rows, site.policy.at(device, torch.get_default_dtype()).group_rows_compiled)
             orders = sampler.n_orders(layout.groups, 2 * keep > dp, leading, least)
             layout = layout._replace(orders=orders)
         rows_taken = rows_of(layout.all_groups, leading)
@@ -271,7 +268,7 @@ class Book:
         lanes = _mixed(
             np.arange(layout.orders * layout.blocks + 1, dtype=np.uint64) + (np.uint64(first) << np.uint64(32))
         )
-        entry = Entry(Use(at, scale, *layout), site, pair, device, lanes, rows_taken)
+        entry = Entry(TableUse(at, scale, *layout), site, pair, device, lanes, rows_taken)
         self._entries[key] = entry
         self._plans.clear()
         _draw(entry, _mixed(_salted(lanes, sampler)), self._staging[device].array)

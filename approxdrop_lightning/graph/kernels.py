@@ -11,23 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.graph.layout import Use
+from approxdrop_lightning.graph.layout import TableUse
+from approxdrop_lightning.ops.pack.pack_ops import has_kernel
 
 #: Entries of a weight from which on its kernel is worth a launch that nothing is fused with.
 LEAST = 1 << 18
-_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def serves(weight: Tensor) -> bool:
     """Whether the kernels pack a weight, and had better do it."""
-    if not weight.is_cuda or weight.dtype not in _TYPES or weight.numel() < LEAST:
-        return False
-    from approxdrop_lightning.ops.backend import has_triton
-
-    return has_triton()
+    return weight.is_cuda and weight.numel() >= LEAST and has_kernel(weight)
 
 
-def pack(weight: Tensor, table: Tensor, outside: Use | None, inside: Use | None) -> Tensor:
+def pack(weight: Tensor, table: Tensor, outside: TableUse | None, inside: TableUse | None) -> Tensor:
     """What each group multiplies of a weight, ``[groups, outputs, inputs]``."""
     from approxdrop_lightning.ops.pack import triton_pack
 
@@ -42,7 +38,9 @@ def pack(weight: Tensor, table: Tensor, outside: Use | None, inside: Use | None)
     return packed
 
 
-def unpack(packed: Tensor, table: Tensor, outside: Use | None, inside: Use | None, shape: tuple[int, int]) -> Tensor:
+def unpack(
+    packed: Tensor, table: Tensor, outside: TableUse | None, inside: TableUse | None, shape: tuple[int, int]
+) -> Tensor:
     """Dense sum of what the groups hold of each entry: the gradient of :func:`pack`."""
     from approxdrop_lightning.ops.pack import triton_pack
 
@@ -54,14 +52,14 @@ def unpack(packed: Tensor, table: Tensor, outside: Use | None, inside: Use | Non
     return dense
 
 
-def _units(use: Use, table: Tensor) -> Tensor:
+def _units(use: TableUse, table: Tensor) -> Tensor:
     """``[groups, width]``: kept units, int32."""
     within = torch.arange(use.block, device=table.device)
     units = use.kept_blocks(table)[:, :, None] * use.block + within
     return units.view(use.layout.all_groups, use.layout.width).to(torch.int32)
 
 
-def _slots(use: Use, table: Tensor, disjoint: bool) -> Tensor:
+def _slots(use: TableUse, table: Tensor, disjoint: bool) -> Tensor:
     """Inverse of :func:`_units`, ``[layers, n]``, as :func:`.ops.pack.reference.slots` defines it."""
     s, place = use.layout, use.place(table)
     order = torch.arange(s.orders, device=table.device)[:, None]

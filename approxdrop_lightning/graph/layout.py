@@ -97,7 +97,7 @@ def share_of_spare(layout: Layout, dp: int, keep: int) -> float:
     return (layout.blocks * keep % dp) / dp
 
 
-class Use(NamedTuple):
+class TableUse(NamedTuple):
     """One use of a dropout: where in the table its pattern is, the factor of what is kept, and its layout.
 
     The fields of the layout are its own ones: graphs hold no tuples in tuples.
@@ -189,7 +189,7 @@ def group_of_row(leading: tuple[int, ...], rows: Rows) -> Tensor:
     return index.remainder(rows.groups).view(leading)
 
 
-def mask_of(use: Use, table: Tensor, rows: Rows, leading: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def mask_of(use: TableUse, table: Tensor, rows: Rows, leading: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The definition: ``[*leading, n]``, the use's scale where a row keeps a unit, zero elsewhere."""
     s = use.layout
     keeps = use.keeps(table).repeat_interleave(s.block, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.graph.layout import Use
+from approxdrop_lightning.graph.layout import TableUse
 from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.ops.row_linear.groups import GroupedLinear
 from approxdrop_lightning.ops.row_linear.one_pass import linear_between
@@ -34,7 +34,7 @@ _LIBRARY.define(
 _PATTERNS: dict[tuple[Any, ...], tuple[int, RowPattern]] = {}
 
 
-def serves(weight: Tensor, x: Tensor, inside: Use | None, outside: Use | None, pieces: int) -> bool:
+def serves(weight: Tensor, x: Tensor, inside: TableUse | None, outside: TableUse | None, pieces: int) -> bool:
     """Whether the C products compute a layer, and had better do it."""
     if not weight.is_cpu or weight.dtype != torch.float32 or x.dtype != torch.float32 or pieces > 1:
         return False
@@ -46,7 +46,7 @@ def serves(weight: Tensor, x: Tensor, inside: Use | None, outside: Use | None, p
     return executed >= LEAST
 
 
-def _is_row_pattern(use: Use) -> bool:
+def _is_row_pattern(use: TableUse) -> bool:
     """Whether a :class:`RowPattern` of as many cells as there are blocks is this layout."""
     s = use.layout
     if s.groups == 1:
@@ -73,14 +73,14 @@ def _pattern(table: Tensor, numbers: list[int]) -> RowPattern | None:
     return pattern
 
 
-def _numbers(use: Use | None) -> list[int]:
+def _numbers(use: TableUse | None) -> list[int]:
     """What an operator is told of a use: its scale is not of the product."""
     return [] if use is None else [use.at, *map(int, use.layout)]
 
 
-def _use(numbers: list[int]) -> Use:
+def _use(numbers: list[int]) -> TableUse:
     at, n, block, kept, groups, shift, orders, spare = numbers
-    return Use(at, 1.0, n, block, kept, groups, shift, orders, bool(spare))
+    return TableUse(at, 1.0, n, block, kept, groups, shift, orders, bool(spare))
 
 
 def _layer(weight: Tensor, table: Tensor, inside: list[int], outside: list[int], rows: int) -> GroupedLinear:
@@ -158,8 +158,8 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         table: Tensor,
-        inside: Use | None,
-        outside: Use | None,
+        inside: TableUse | None,
+        outside: TableUse | None,
         groups: int,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, table)
@@ -187,8 +187,8 @@ def linear(
     weight: Tensor,
     bias: Tensor | None,
     table: Tensor,
-    inside: Use | None,
-    outside: Use | None,
+    inside: TableUse | None,
+    outside: TableUse | None,
     groups: int,
 ) -> Tensor:
     """As :func:`.packed.linear`; what is dense is ``[rows, n]``, its rows padded to a multiple of ``groups``."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from approxdrop_lightning.graph import kernels, native
-from approxdrop_lightning.graph.layout import Rows, Use
+from approxdrop_lightning.graph.layout import Rows, TableUse
 
 
 def group_rows(x: Tensor, rows: Rows) -> Tensor:
@@ -50,7 +50,7 @@ def _unpadded(y: Tensor, leading: Sequence[int], rows: Rows) -> Tensor:
     return y[: math.prod(leading)].view(*leading, n)
 
 
-def pack(x: Tensor, table: Tensor, use: Use, rows: Rows, pieces: int = 1) -> Tensor:
+def pack(x: Tensor, table: Tensor, use: TableUse, rows: Rows, pieces: int = 1) -> Tensor:
     """Values of a dense ``[*leading, pieces * n]`` at the places that are kept."""
     s = use.layout
     if pieces > 1:
@@ -60,7 +60,7 @@ def pack(x: Tensor, table: Tensor, use: Use, rows: Rows, pieces: int = 1) -> Ten
     return x[group, :, use.kept_blocks(table)].transpose(1, 2).flatten(2)
 
 
-def pack_units(x: Tensor, table: Tensor, use: Use, pieces: int = 1) -> Tensor:
+def pack_units(x: Tensor, table: Tensor, use: TableUse, pieces: int = 1) -> Tensor:
     """What each group keeps of one value per unit, ``[pieces * n]`` to ``[groups, 1, pieces * width]``."""
     return _Weights.apply(x.reshape(-1, 1), table, use, None, pieces).transpose(1, 2)
 
@@ -70,12 +70,12 @@ def pack_rows(x: Tensor, rows: Rows) -> Tensor:
     return group_rows(x, rows)
 
 
-def scaled(values: Tensor, table: Tensor, use: Use) -> Tensor:
+def scaled(values: Tensor, table: Tensor, use: TableUse) -> Tensor:
     """The dropout itself, of values of which only the kept ones were computed."""
     return values * use.factors(table, values.dtype)
 
 
-def unpack(values: Tensor, table: Tensor, use: Use, rows: Rows, leading: Sequence[int]) -> Tensor:
+def unpack(values: Tensor, table: Tensor, use: TableUse, rows: Rows, leading: Sequence[int]) -> Tensor:
     """Dense ``[*leading, n]`` with zeros where a unit is dropped: a gather, which fuses with what reads it."""
     s = use.layout
     values = values.unflatten(-1, (s.kept, s.block))
@@ -87,7 +87,7 @@ def unpack(values: Tensor, table: Tensor, use: Use, rows: Rows, leading: Sequenc
     return ungroup_rows(dense, leading, rows)
 
 
-def mask(x: Tensor, table: Tensor, use: Use, rows: Rows) -> Tensor:
+def mask(x: Tensor, table: Tensor, use: TableUse, rows: Rows) -> Tensor:
     """Dropout of a dense tensor as an elementwise function, for who reads all of it."""
     s, leading = use.layout, x.shape[:-1]
     row = torch.arange(math.prod(leading), device=x.device)
@@ -106,7 +106,7 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, table: Tensor, outside: Use | None, inside: Use | None, pieces: int
+        ctx: Any, weight: Tensor, table: Tensor, outside: TableUse | None, inside: TableUse | None, pieces: int
     ) -> Tensor:
         ctx.save_for_backward(table)
         ctx.uses, ctx.shape, ctx.pieces = (outside, inside), weight.shape, pieces
@@ -138,7 +138,7 @@ class _Weights(torch.autograd.Function):
         return dense.reshape(ctx.shape), None, None, None, None
 
 
-def _expanded(grad: Tensor, table: Tensor, outside: Use | None, inside: Use | None, pieces: int) -> Tensor:
+def _expanded(grad: Tensor, table: Tensor, outside: TableUse | None, inside: TableUse | None, pieces: int) -> Tensor:
     """Dense gradient of :class:`_Weights`: a sum over orders, and over groups where these overlap."""
     some = outside or inside
     assert some is not None
@@ -158,7 +158,7 @@ def _expanded(grad: Tensor, table: Tensor, outside: Use | None, inside: Use | No
 
 
 def _expanded_one(
-    grad: Tensor, table: Tensor, outside: Use | None, inside: Use | None, order: int, group: int | None
+    grad: Tensor, table: Tensor, outside: TableUse | None, inside: TableUse | None, order: int, group: int | None
 ) -> Tensor:
     """What one order's groups add to the gradient; or only one of them."""
     found: list[tuple[Tensor, Tensor, Tensor] | None] = []
@@ -186,7 +186,7 @@ def _expanded_one(
     return torch.where(keep[:, :, None, None, None], part, 0)
 
 
-def expand_units(grad: Tensor, table: Tensor, outside: Use) -> Tensor:
+def expand_units(grad: Tensor, table: Tensor, outside: TableUse) -> Tensor:
     """``[groups, width]`` to the dense sum ``[n]``: a bias's gradient."""
     return _expanded(grad[..., None], table, outside, None, 1).reshape(outside.n)
 
@@ -196,8 +196,8 @@ def linear(
     weight: Tensor,
     bias: Tensor | None,
     table: Tensor,
-    inside: Use | None,
-    outside: Use | None,
+    inside: TableUse | None,
+    outside: TableUse | None,
     rows: Rows,
     pieces: int = 1,
     leading: Sequence[int] | None = None,

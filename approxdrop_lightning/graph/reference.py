@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from approxdrop_lightning.graph.layout import Rows, Use, mask_of
+from approxdrop_lightning.graph.layout import Rows, TableUse, mask_of
 from approxdrop_lightning.graph.rewrite import Drop, Rewriter
 
 
@@ -34,5 +34,5 @@ def mask(gm: GraphModule) -> None:
     gm.recompile()
 
 
-def _masked(x: Tensor, table: Tensor, use: Use, rows: Rows) -> Tensor:
+def _masked(x: Tensor, table: Tensor, use: TableUse, rows: Rows) -> Tensor:
     return x * mask_of(use, table, rows, tuple(x.shape[:-1]), x.dtype)

@@ -278,11 +278,8 @@ class Rewriter:
             site.too_small = f"its input is on {x.device}, not where the model's first parameter is"
             return
         ask: Thresholds = site.policy.at(x.device, product_dtype(x.device, x.dtype))
-        too_few = ask.units(drop.n)
-        if too_few is None and len(dims) > 2 and site.rate < 0.5 and site.sampler.interleave:
-            too_few = ask.units_of_sequences(drop.n)
-        if too_few is not None:
-            site.too_small = too_few
+        if (too_narrow := site.too_narrow(ask, dims)) is not None:
+            site.too_small = too_narrow
             return
         if not all(self._can_name(shape(node)) for node in (drop.node, *drop.readers)):
             site.too_small = "sizes of the batch vary in a way that cannot be told"

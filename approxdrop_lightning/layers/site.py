@@ -169,16 +169,10 @@ class Site:
     def _decide_by_sizes(self, use: Use) -> None:
         *leading, n = use.key[0]
         rows = math.prod(leading)
-        reason = self._against(use.ask, n, rows)
+        reason = self._against(use.ask, use.key[0])
         if reason is not None:
             use.decide(reason)
             return
-        sampler = self.sampler
-        if len(leading) > 1 and self.rate < 0.5 and sampler.interleave:
-            reason = use.ask.units_of_sequences(n)
-            if reason is not None:
-                use.decide(reason)
-                return
         for other in self.uses.values():
             alike = other.key[1:] == use.key[1:] and len(other.key[0]) == len(leading) + 1 and other.key[0][-1] == n
             if alike and other.skips is not None and other.by_readers:
@@ -187,12 +181,18 @@ class Site:
                     use.follow(other, rows / known)
                     return
 
-    def _against(self, ask: Thresholds, n: int, rows: int) -> str | None:
-        """Why nothing of a dropout of so many units and rows is skipped, whoever reads it; None if that depends."""
-        reason = ask.units(n)
+    def too_narrow(self, ask: Thresholds, shape: tuple[Any, ...]) -> str | None:
+        """Why an input of this shape has too few units for anything to be skipped; None if it has not."""
+        keeps_most = self.rate < 0.5 and self.sampler.interleave
+        return ask.units(shape[-1], most_of_sequences=keeps_most and len(shape) > 2)
+
+    def _against(self, ask: Thresholds, shape: tuple[int, ...]) -> str | None:
+        """Why nothing is skipped of an input of this shape, whoever reads it; None if that depends."""
+        reason = self.too_narrow(ask, shape)
         if reason is not None or self.largest is None:
             return reason
-        return ask.any_product(int(self.largest * rows * self.rate), self.beside_lstm, tiles=False)
+        saved = int(self.largest * math.prod(shape[:-1]) * self.rate)
+        return ask.any_product(saved, self.beside_lstm, tiles=False)
 
     def refuse(self, reason: str | None) -> bool:
         """Whether there is a reason against skipping; it is noted."""
@@ -232,7 +232,12 @@ class Site:
             self.dense_readers = {name for use in skipping for name in use.whole}
 
     def pattern(
-        self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = (), widths: tuple[int, ...] = ()
+        self,
+        n: int,
+        shared: bool = False,
+        leading_shape: tuple[int, ...] = (),
+        widths: tuple[int, ...] = (),
+        group_rows: int = 1,
     ) -> RowPattern:
         """The pattern of the next use.
 
@@ -241,15 +246,16 @@ class Site:
             shared: Whether it is one for all rows of the batch.
             leading_shape: Shape of the batch.
             widths: Units of each tensor of which ``n`` are the concatenation, if each is to have its own pattern.
+            group_rows: Fewest rows of a group that several orders may leave, whatever the sampler allows.
         """
 
         def draw() -> RowPattern:
             if widths and self.sampler.keep < self.sampler.dp:
-                drawn = [self.sampler.pattern(width, shared, leading_shape) for width in widths]
+                drawn = [self.sampler.pattern(width, shared, leading_shape, group_rows) for width in widths]
                 found = join(of_as_many_orders(drawn))
                 if found is not None:
                     return found
-            return self.sampler.pattern(n, shared, leading_shape)
+            return self.sampler.pattern(n, shared, leading_shape, group_rows)
 
         return self._next(draw, lambda pattern: pattern.n == n)
 
@@ -329,9 +335,7 @@ class Site:
         widths = pending.widths if isinstance(pending, Combination) else ()
         if widths and use.ask.units(min(widths)) is not None:
             widths = ()
-        # On CUDA each group is several launches from Python: one order is all that pays there (docs/gpu_model.md).
-        leading = () if kind[0].type == "cuda" else shape[:-1]
-        pattern = self.pattern(shape[-1], leading_shape=leading, widths=widths)
+        pattern = self.pattern(shape[-1], leading_shape=shape[:-1], widths=widths, group_rows=use.ask.group_rows)
         use.unseen |= pattern.keeps_all
         if pattern.keeps_all:
             return as_dense(x) * self.scale

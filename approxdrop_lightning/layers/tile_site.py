@@ -84,10 +84,10 @@ class TileSite(Site):
         readers = ", ".join(sorted(use.whole))
         return f"no linear layer or LSTM reads it, but {readers}" if readers else "nobody reads it"
 
-    def _against(self, ask: Thresholds, n: int, rows: int) -> str | None:
+    def _against(self, ask: Thresholds, shape: tuple[int, ...]) -> str | None:
         if self.largest is None:
             return None
-        return ask.any_product(int(self.largest * rows * self.rate), self.beside_lstm, tiles=True)
+        return ask.any_product(int(self.largest * math.prod(shape[:-1]) * self.rate), self.beside_lstm, tiles=True)
 
     def weights(self, patterns: Patterns, reader: str, weight: Tensor) -> TilePattern | BernoulliPattern:
         """The pattern of a reader's weight ``[n_out, n_in]``, drawn when it reads for the first time."""

@@ -117,12 +117,15 @@ class PatternSampler:
         self._patterns.manual_seed(self.seed_of_step)
         return self.dp, self.keep
 
-    def pattern(self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = ()) -> RowPattern:
+    def pattern(
+        self, n: int, shared: bool = False, leading_shape: tuple[int, ...] = (), group_rows: int = 1
+    ) -> RowPattern:
         """Draw a pattern of ``n`` units with the step's ``(dp, keep)``; if ``shared``, the same for all rows.
 
         An interleaved pattern has as many orders of the units as possible such that each group has at least
         :func:`least_rows` rows of the batch, between one and ``orders``. Batches of samples (a single leading
-        dimension) that keep most units use one order; docs/results.md shows the benefit of several.
+        dimension) that keep most units use one order; docs/results.md shows the benefit of several. ``group_rows`` is
+        what the device asks for: a group then has that many rows if there are several orders.
         """
         interleave = self.interleave and not shared
         if self.keep == self.dp:
@@ -130,11 +133,13 @@ class PatternSampler:
         offset = int(torch.randint(self.dp, (), generator=self._patterns, device="cpu"))
         if not self.shuffle:
             return RowPattern.unchecked(n, self.dp, offset, self.keep, interleave, None, 1)
-        block_size, orders = self.blocks_and_orders(n, leading_shape)
+        block_size = fitting_block_size(n, self.dp, self.block_size)
         n_blocks = -(-n // block_size)
         order = torch.randperm(n_blocks, generator=self._patterns, device="cpu")
         pattern = RowPattern.unchecked(n, self.dp, offset, self.keep, interleave, order, block_size)
-        if orders < 2 or not interleave:
+        least = max(group_rows, least_rows(block_size, self.group_rows))
+        orders = self.n_orders(pattern.n_groups, pattern.overlaps, leading_shape, least) if interleave else 1
+        if orders < 2:
             return pattern
         further = [torch.randperm(n_blocks, generator=self._patterns, device="cpu") for _ in range(orders - 1)]
         return pattern.reordered(torch.stack([order, *further]))
@@ -152,22 +157,6 @@ class PatternSampler:
             return 1  # samples that keep most units do not benefit from several (docs/results.md)
         rows = math.prod(leading_shape) if leading_shape else 0
         return max(1, min(self.orders, rows // (n_groups * least)))
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether the groups of an interleaved pattern of this step keep units in common: most are kept."""
-        return self.interleave and 2 * self.keep > self.dp
-
-    def blocks_and_orders(self, n: int, leading_shape: tuple[int, ...]) -> tuple[int, int]:
-        """Block size, and number of orders of the units, of a pattern of ``n`` units in this step."""
-        if not self.shuffle:
-            return 1, 1
-        block_size = fitting_block_size(n, self.dp, self.block_size)
-        if not self.interleave:
-            return block_size, 1
-        groups = 2 if self.overlaps else self.dp // self.keep
-        least = least_rows(block_size, self.group_rows)
-        return block_size, self.n_orders(groups, self.overlaps, leading_shape, least)
 
     def tiles(self, n_out: int, n_in: int) -> TilePattern:
         """Draw a pattern of a weight ``[n_out, n_in]`` with the step's ``(dp, keep)``."""

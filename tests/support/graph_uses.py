@@ -2,14 +2,14 @@
 
 import torch
 
-from approxdrop_lightning.graph.layout import Use, layout_of
+from approxdrop_lightning.graph.layout import TableUse, layout_of
 
 
 def two_uses(dp, keep, orders, n=160):
     """Two uses of one layout, and a table of random orders for both."""
     layout = layout_of(n, dp, keep, orders=orders)
     table = torch.zeros(2 * layout.size, dtype=torch.int64)
-    uses = Use(0, 1.0, *layout), Use(layout.size, 1.0, *layout)
+    uses = TableUse(0, 1.0, *layout), TableUse(layout.size, 1.0, *layout)
     for use in uses:
         block_at = torch.stack([torch.randperm(layout.blocks) for _ in range(layout.orders)])
         count = layout.orders * layout.blocks

@@ -18,7 +18,7 @@ from approxdrop_lightning.ops.pack import reference
 _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _has_kernel(*tensors: Tensor | None) -> bool:
+def has_kernel(*tensors: Tensor | None) -> bool:
     """Whether there is a kernel for these operands on their device."""
     from approxdrop_lightning.ops.backend import has_triton
 
@@ -57,7 +57,7 @@ def pack(
     Returns:
         ``[groups, M, K]``.
     """
-    if not _has_kernel(dense):
+    if not has_kernel(dense):
         return reference.pack(dense, rows, columns, dtype)
     from approxdrop_lightning.ops.pack import triton_pack
 
@@ -107,7 +107,7 @@ def unpack(
     Returns:
         ``[n_rows, n_columns]``, zero where no group holds an entry.
     """
-    if packed.numel() == 0 or not _has_kernel(packed):
+    if packed.numel() == 0 or not has_kernel(packed):
         return reference.unpack(packed, row_slots, column_slots, n_rows, n_columns, dtype)
     from approxdrop_lightning.ops.pack import triton_pack
 
