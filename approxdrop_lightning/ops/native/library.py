@@ -41,8 +41,7 @@ _SIGNATURES = {
     "column_sums": [_POINTER, _POINTER, _SIZE, _POINTER, _INT],
     "products": [_POINTER, _SIZE, _INT],
     "one_pass_product": [_POINTER, _INT],
-    "one_pass_input_grad": [_POINTER, _INT],
-    "one_pass_weight_grad": [_POINTER, _INT],
+    "one_pass_weight_grad": [_POINTER, _INT, _INT],
     "lstm_forward": [*[_POINTER] * 7, *[_SIZE] * 4, _INT],
     "lstm_backward": [*[_POINTER] * 9, *[_SIZE] * 4, _INT],
 }

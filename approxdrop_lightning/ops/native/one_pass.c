@@ -1,10 +1,10 @@
-// Linear layer that reads the kept inputs and computes all outputs in one pass over the weight, float32. Every group of
-// rows must keep whole panels of PANEL consecutive inputs.
+// Linear layer between groups of rows that keep different inputs and outputs, in one pass over the weight, float32. Every
+// group must keep whole panels of PANEL consecutive units.
 //
-// Several orders of the inputs result in many small groups that keep different panels; with product.c every group would
-// read its own submatrix of the weight. Here each panel of the weight is packed once for all groups, and each group sums
-// over the panels that it keeps; the gradient of a panel is summed over all groups that keep it and stored once. Further
-// orders therefore cost nothing but shorter loops.
+// Several orders of the units result in many small groups that keep different panels; with product.c every group would
+// read, and sum the gradient of, its own submatrix of the weight. Here each panel of the weight is packed once for all
+// groups that use it; the gradient of a panel is summed over all of these groups and stored once. Further orders
+// therefore cost little but shorter loops.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,27 +12,36 @@
 #include "kernels.h"
 #include "tile.h"
 
-#define PANEL 16            // inputs per panel, PANEL in one_pass.py; a tile of the result is HIGH x PANEL
+#define PANEL 16            // units per panel, PANEL in one_pass.py; a tile of the result is HIGH x PANEL
 #define VECS (PANEL / LANES)
 #define HIGH (12 / VECS)
-#define DEPTH 384           // depth of a packed slab, as in product.c,
-#define HEIGHT 144          // and its number of rows
-#define PANELS 4            // panels of outputs that are packed together
-#define NEAR 49152          // floats of a slab of the output gradient that stay in the L2 cache
+#define SHARE (8 / VECS)    // rows of a tile of the weight's gradient, a divisor of PANEL
+#define NEAR 131072         // floats of packed weight that stay in the L2 cache,
+#define MOST 16             // panels of it,
+#define DEPTH 4096          // and their depth
+#define NEAR_ROWS 1024      // rows of the batch whose packed values do
 #define GAP 8               // packing writes up to eight values past the end of what it packs
+
+// Inputs or outputs of the layer, or their gradient. `OperandStruct` in one_pass.py.
+typedef struct {
+    int64_t units;
+    // Panels that each group keeps, group after group, and the start of each group's; the values are packed in the same
+    // order, [rows of the group, its units]. NULL: [rows of the batch, units].
+    const int64_t *panel, *first_panel;
+    float *values;
+} Operand;
 
 // `LayerStruct` in one_pass.py.
 typedef struct {
-    int64_t rows, inputs, outputs, groups;
-    const int64_t *row, *first_row;      // rows of the batch, group after group, and the start of each group
-    const int64_t *panel, *first_panel;  // panels that each group keeps, in the same form
-    float *x;                            // or its gradient: group after group, [rows of the group, its inputs]
-    float *y;                            // or its gradient: [rows, outputs]
-    float *weight;                       // or its gradient: entry (output, input) at output * w_output + input * w_input
+    int64_t groups;
+    const int64_t *row, *first_row;  // rows of the batch, group after group, and the start of each group
+    Operand inputs, outputs;
+    float *weight;  // or its gradient: entry (output, input) at output * w_output + input * w_input
     int64_t w_output, w_input;
     const float *bias;  // [outputs], or NULL
 } Layer;
 
+EXPORT_SIZE(Operand);
 EXPORT_SIZE(Layer);
 const int64_t one_pass_panel = PANEL;
 
@@ -41,15 +50,15 @@ typedef struct {
     int64_t a, b, depth;
 } Terms;
 
-typedef struct {
-    int64_t width, x, rows, first_row, high, bands, packed;  // x, packed: offsets of the group's values
-} Group;
-
+// Where an operand's values lie.
 typedef struct {
     int64_t panels;
-    Group *group;
-    int64_t *column, *iota, *input_at, *output_at, *row_at;  // column: start of each kept panel in its group's x
+    int64_t *row_at;  // offset of each row, rows in the order of the groups
+    int64_t *place;   // [groups, panels]: offset of a panel within the rows of a group; DROPPED if there is none
+    int64_t *width;   // [groups]: number of units that a group keeps
 } Layout;
+
+#define DROPPED (-1)
 
 static inline __attribute__((always_inline)) void sum_terms(int rows, const float *a0, const float *b0, const Terms *terms,
                                                              int64_t n_terms, vec (*out)[VECS]) {
@@ -83,37 +92,27 @@ static __attribute__((noinline)) void tile_sums(int64_t rows, const float *a, co
     }
 }
 
-static inline void store_row(const vec *sums, float *to, int64_t width, const float *bias, int add) {
+enum { WRITE, ADD, PAST_CACHES };
+
+static inline void store_row(const vec *sums, float *to, int64_t width, const float *bias, int mode) {
+    if (mode == PAST_CACHES && width == PANEL && (uintptr_t)to % LINE == 0) {
+        for (int j = 0; j < PANEL; j += 8) store_past_caches(to + j, (const float *)sums + j);
+        return;
+    }
     if (width == PANEL) {
         for (int v = 0; v < VECS; v++) {
             vec sum = sums[v], *at = (vec *)(to + v * LANES);
             if (bias) sum += *(const vec *)(bias + v * LANES);
-            if (add) sum += *at;
+            if (mode == ADD) sum += *at;
             *at = sum;
         }
         return;
     }
     const float *sum = (const float *)sums;
-    for (int64_t j = 0; j < width; j++) to[j] = (add ? to[j] : 0) + sum[j] + (bias ? bias[j] : 0);
+    for (int64_t j = 0; j < width; j++) to[j] = (mode == ADD ? to[j] : 0) + sum[j] + (bias ? bias[j] : 0);
 }
 
-// to[k * PANEL + j] = base[inner[k] + outer[j]]
-static void pack_panel(const float *base, const int64_t *inner, int64_t depth, const int64_t *outer, int64_t width,
-                       int inner_along, float *to) {
-    if (inner_along || width < PANEL || outer[1] != outer[0] + 1) {
-        pack(base, inner, depth, outer, (int)width, PANEL, inner_along, to);
-        return;
-    }
-    for (int64_t k = 0; k < depth; k++, to += PANEL) memcpy(to, base + inner[k] + outer[0], sizeof(float) * PANEL);
-}
-
-// Spread a row over packed panels, `step` apart.
-static void spread(const float *row, int64_t width, float *to, int64_t step) {
-    for (; width >= PANEL; width -= PANEL, row += PANEL, to += step) memcpy(to, row, sizeof(float) * PANEL);
-    if (width) memcpy(to, row, sizeof(float) * width), memset(to + width, 0, sizeof(float) * (PANEL - width));
-}
-
-static int64_t in_panel(const Layer *g, int64_t panel) { return least(PANEL, g->inputs - panel * PANEL); }
+static int64_t in_panel(int64_t units, int64_t panel) { return least(PANEL, units - panel * PANEL); }
 
 // Bands of almost equal height, so that the last one is not a small remainder.
 static int64_t even_height(int64_t rows) {
@@ -121,37 +120,28 @@ static int64_t even_height(int64_t rows) {
     return bands ? (rows + bands - 1) / bands : 1;
 }
 
-static int lay_out(const Layer *g, Layout *l) {
-    const int64_t longest = g->inputs > g->outputs ? g->inputs : g->outputs, kept = g->first_panel[g->groups];
-    char *room = malloc(sizeof(Group) * (g->groups + 1) + sizeof(int64_t) * (kept + longest + g->inputs + g->outputs + g->rows));
-    if (!room) return 0;
-    l->panels = (g->inputs + PANEL - 1) / PANEL;
-    l->group = (Group *)room;
-    l->column = (int64_t *)(l->group + g->groups + 1);
-    l->iota = l->column + kept, l->input_at = l->iota + longest, l->output_at = l->input_at + g->inputs;
-    l->row_at = l->output_at + g->outputs;
-    for (int64_t i = 0; i < longest; i++) l->iota[i] = i;
-    for (int64_t i = 0; i < g->inputs; i++) l->input_at[i] = i * g->w_input;
-    for (int64_t i = 0; i < g->outputs; i++) l->output_at[i] = i * g->w_output;
-    for (int64_t i = 0; i < g->rows; i++) l->row_at[i] = g->row[i] * g->outputs;
-    Group next = {0};
+static int64_t rows_of(const Layer *g, int64_t group) { return g->first_row[group + 1] - g->first_row[group]; }
+
+static int lay_out(const Layer *g, const Operand *of, Layout *l) {
+    const int64_t rows = g->first_row[g->groups];
+    l->panels = (of->units + PANEL - 1) / PANEL;
+    l->row_at = malloc(sizeof(int64_t) * (rows + g->groups * (l->panels + 1)));
+    if (!l->row_at) return 0;
+    l->place = l->row_at + rows, l->width = l->place + g->groups * l->panels;
+    int64_t start = 0;
     for (int64_t i = 0; i < g->groups; i++) {
-        next.width = 0, next.first_row = g->first_row[i], next.rows = g->first_row[i + 1] - next.first_row;
-        for (int64_t s = g->first_panel[i]; s < g->first_panel[i + 1]; s++) {
-            l->column[s] = next.width;
-            next.width += in_panel(g, g->panel[s]);
+        int64_t *place = l->place + i * l->panels, width = 0;
+        for (int64_t p = 0; p < l->panels; p++) place[p] = of->panel ? DROPPED : p * PANEL;
+        for (int64_t s = of->panel ? of->first_panel[i] : 0; of->panel && s < of->first_panel[i + 1]; s++) {
+            place[of->panel[s]] = width;
+            width += in_panel(of->units, of->panel[s]);
         }
-        next.high = even_height(next.rows), next.bands = (next.rows + next.high - 1) / next.high;
-        l->group[i] = next;
-        next.x += next.rows * next.width;
-        next.packed += next.bands * (next.high * next.width + GAP);
+        l->width[i] = of->panel ? width : of->units;
+        for (int64_t r = g->first_row[i]; r < g->first_row[i + 1]; r++, start += width)
+            l->row_at[r] = of->panel ? start : g->row[r] * of->units;
     }
-    l->group[g->groups] = next;
     return 1;
 }
-
-// Number of slabs, of up to HEIGHT rows each, that a group is split into.
-static int64_t row_slabs(const Group *of) { return (of->bands * of->high + HEIGHT - 1) / HEIGHT; }
 
 // Workspace that a thread keeps: shared by all threads (0), or private (1).
 static float *work_space(int which, int64_t floats) {
@@ -165,186 +155,262 @@ static float *work_space(int which, int64_t floats) {
     return kept[which];
 }
 
-// y[rows of a group] = x @ weight[:, its inputs].T + bias, for each group.
+// Pack panels [first, last) of the weight's outputs between inputs k0 and k0 + depth, as far as a group needs them: each
+// is [depth, PANEL], to[(panel - first) * depth * PANEL + k * PANEL + j] = weight(panel * PANEL + j, k0 + k).
+static void pack_weight(const Layer *g, int64_t first, int64_t last, int64_t k0, int64_t depth, const char *needed,
+                        const int64_t *iota, float *to) {
+    const int64_t outputs = g->outputs.units, panels = (depth + PANEL - 1) / PANEL;
+    if (g->w_output == 1 && last * PANEL <= outputs) {  // all panels of a row at once, because rows lie on different pages
+        for (int64_t p = 0; p < panels; p++) {
+            int64_t list[MOST], n = 0;
+            for (int64_t i = 0; i < last - first; i++)
+                if (needed[i * panels + p]) list[n++] = i;
+            for (int64_t k = p * PANEL; k < least((p + 1) * PANEL, depth); k++) {
+                const float *from = g->weight + (k0 + k) * g->w_input + first * PANEL;
+                const int64_t ahead = least(AHEAD, depth - 1 - k) * g->w_input;
+                for (int64_t i = 0; i < n; i++) {
+                    __builtin_prefetch(from + ahead + list[i] * PANEL);
+                    memcpy(to + (list[i] * depth + k) * PANEL, from + list[i] * PANEL, sizeof(float) * PANEL);
+                }
+            }
+        }
+        return;
+    }
+    for (int64_t panel = first; panel < last; panel++, needed += panels, to += depth * PANEL) {
+        const int64_t width = in_panel(outputs, panel);
+        int64_t at[PANEL];
+        for (int64_t j = 0; j < width; j++) at[j] = (panel * PANEL + j) * g->w_output;
+        for (int64_t p = 0, end; p < panels; p = end) {
+            for (end = p + 1; end < panels && needed[end] == needed[p]; end++) {}
+            if (!needed[p]) continue;
+            const float *base = g->weight + (k0 + p * PANEL) * g->w_input;
+            float *out = to + p * PANEL * PANEL;
+            const int64_t deep = least(end * PANEL, depth) - p * PANEL;
+            if (g->w_input == 1) {
+                pack(base, iota, deep, at, (int)width, PANEL, 1, out);
+                continue;
+            }
+            for (int64_t k = 0; k < deep; k++)
+                for (int64_t j = 0; j < width; j++) out[k * PANEL + j] = base[k * g->w_input + at[j]];
+        }
+    }
+}
+
+// Which panels of inputs, [first_in, last_in), are read for outputs of panels [first, last).
+static void mark_needed(const Layer *g, const Layout *x, const Layout *y, int64_t first, int64_t last, int64_t first_in,
+                        int64_t last_in, char *needed) {
+    const int64_t panels = last_in - first_in;
+    memset(needed, 0, (last - first) * panels);
+    for (int64_t i = 0; i < g->groups; i++)
+        for (int64_t q = first; q < last; q++) {
+            if (y->place[i * y->panels + q] == DROPPED) continue;
+            const int64_t *place = x->place + i * x->panels + first_in;
+            char *to = needed + (q - first) * panels;
+            for (int64_t p = 0; p < panels; p++) to[p] |= place[p] != DROPPED;
+        }
+}
+
+// outputs = inputs @ weight.T + bias for the units that each group of rows keeps. The gradient of the inputs is the same
+// product with the roles of inputs and outputs exchanged.
 int one_pass_product(const Layer *g, int threads) {
-    Layout l;
-    if (!lay_out(g, &l)) return 1;
-    const int64_t tasks = (g->outputs + PANELS * PANEL - 1) / (PANELS * PANEL);
-    float *packed = work_space(0, l.group[g->groups].packed + GAP);
-    int failed = !packed;
-#pragma omp parallel num_threads(threads) if (packed && threads > 1)
+    Layout x = {0}, y = {0};
+    const int64_t inputs = g->inputs.units, outputs = g->outputs.units;
+    int failed = !lay_out(g, &g->inputs, &x) || !lay_out(g, &g->outputs, &y);
+    // Slabs of the depth, and panels of the weight that are packed together.
+    const int64_t slabs = (inputs + DEPTH - 1) / DEPTH, step = slabs ? ((x.panels + slabs - 1) / slabs) * PANEL : 0;
+    const int64_t fitting = least(MOST, step ? NEAR / (step * PANEL) : 1), each = (y.panels + 2 * threads - 1) / (2 * threads);
+    const int64_t per = fitting < 1 ? 1 : threads > 1 ? least(fitting, each) : fitting;
+    const int64_t tasks = (y.panels + per - 1) / per;
+    int64_t *iota = malloc(sizeof(int64_t) * (inputs + 1) + sizeof(int64_t) * 2 * (g->groups + 1));
+    Terms *terms = malloc(sizeof(Terms) * (g->groups * x.panels + 1));
+    int64_t *n_terms = calloc(g->groups * slabs + 1, sizeof(int64_t));
+    failed |= !iota || !terms || !n_terms;
+    int64_t *high = iota + inputs + 1, *packed_at = high + g->groups + 1, room = 0;
+    for (int64_t i = 0; !failed && i < inputs; i++) iota[i] = i;
+    for (int64_t i = 0; !failed && i < g->groups; i++) {
+        high[i] = even_height(rows_of(g, i)), packed_at[i] = room;
+        room += (rows_of(g, i) + high[i] - 1) / high[i] * (high[i] * x.width[i] + GAP);
+        // The kept panels of each slab, consecutive ones as one, at terms[i * x.panels + first panel of the slab].
+        for (int64_t s = 0; s < slabs; s++) {
+            const int64_t first = s * step / PANEL, last = least(first + step / PANEL, x.panels);
+            Terms *next = terms + i * x.panels + first, *start = next;
+            for (int64_t p = first; p < last; p++) {
+                const int64_t place = x.place[i * x.panels + p], width = in_panel(inputs, p);
+                if (place == DROPPED) continue;
+                const Terms one = {place * high[i], (p - first) * PANEL * PANEL, width};
+                if (next > start && next[-1].a + next[-1].depth * high[i] == one.a && next[-1].b + next[-1].depth * PANEL == one.b)
+                    next[-1].depth += width;
+                else
+                    *next++ = one;
+            }
+            n_terms[i * slabs + s] = next - start;
+        }
+    }
+    float *packed = failed ? NULL : work_space(0, room + GAP);
+    failed |= !packed;
+#pragma omp parallel num_threads(threads) if (!failed && threads > 1)
     {
-        float *own = work_space(1, PANELS * PANEL * g->inputs + GAP);
-        Terms *terms = malloc(sizeof(Terms) * (l.panels + 1));
-        if (!own || !terms) {
+        float *own = failed ? NULL : work_space(1, per * step * PANEL + GAP);
+        char *needed = malloc(per * (step / PANEL) + 1);
+        if (!own || !needed) {
 #pragma omp atomic write
             failed = 1;
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < g->groups; i++) {
-            const Group *of = l.group + i;
-            for (int64_t band = 0; packed && band < of->bands; band++) {
-                int64_t at[HIGH];
-                const int64_t first = band * of->high, filled = least(of->high, of->rows - first);
-                for (int64_t r = 0; r < filled; r++) at[r] = (first + r) * of->width;
-                pack(g->x + of->x, l.iota, of->width, at, (int)filled, (int)of->high, 1,
-                     packed + of->packed + band * (of->high * of->width + GAP));
-            }
+            if (!packed) continue;
+            float *to = packed + packed_at[i];
+            for (int64_t r = 0; r < rows_of(g, i); r += high[i], to += high[i] * x.width[i] + GAP)
+                pack(g->inputs.values, iota, x.width[i], x.row_at + g->first_row[i] + r,
+                     (int)least(high[i], rows_of(g, i) - r), (int)high[i], 1, to);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
-            if (failed) continue;
-            const int64_t first = task * PANELS * PANEL, last = least(first + PANELS * PANEL, g->outputs);
-            for (int64_t j = first; j < last; j += PANEL)
-                pack_panel(g->weight, l.input_at, g->inputs, l.output_at + j, least(PANEL, last - j), g->w_input == 1,
-                           own + (j - first) * g->inputs);
-            for (int64_t i = 0; i < g->groups; i++) {
-                const Group *of = l.group + i;
-                int64_t count = 0;
-                for (int64_t s = g->first_panel[i]; s < g->first_panel[i + 1]; s++)
-                    terms[count++] = (Terms){l.column[s] * of->high, g->panel[s] * PANEL * PANEL, in_panel(g, g->panel[s])};
-                for (int64_t j = first; j < last; j += PANEL)
-                    for (int64_t band = 0; band < of->bands; band++) {
-                        vec sums[HIGH][VECS];
-                        const int64_t r0 = band * of->high;
-                        const int64_t *row = l.row_at + of->first_row + r0;
-                        tile_sums(of->high, packed + of->packed + band * (of->high * of->width + GAP),
-                                  own + (j - first) * g->inputs, terms, count, sums);
-                        for (int64_t r = 0; r < least(of->high, of->rows - r0); r++)
-                            store_row(sums[r], g->y + row[r] + j, least(PANEL, last - j), g->bias ? g->bias + j : NULL, 0);
-                    }
-            }
-        }
-        free(terms);
-    }
-    free(l.group);
-    return failed;
-}
-
-// dx = dy[rows of the group] @ weight[:, its inputs], for each group.
-int one_pass_input_grad(const Layer *g, int threads) {
-    Layout l;
-    if (!lay_out(g, &l)) return 1;
-    const int64_t slabs = (g->outputs + DEPTH - 1) / DEPTH, step = slabs ? (g->outputs + slabs - 1) / slabs : 0;
-    int64_t tasks = 0;  // each is up to HEIGHT rows of a group
-    for (int64_t i = 0; i < g->groups; i++) tasks += row_slabs(l.group + i);
-    float *packed = work_space(0, l.panels * PANEL * step + GAP);
-    int failed = !packed;
-#pragma omp parallel num_threads(threads) if (packed && threads > 1)
-    {
-        float *own = work_space(1, (HEIGHT + HIGH) * step + GAP);
-        if (!own) {
-#pragma omp atomic write
-            failed = 1;
-        }
-        for (int64_t k0 = 0; k0 < g->outputs; k0 += step) {
-            const int64_t deep = least(step, g->outputs - k0);
-            // In the memory order of the weight's rows.
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < (g->w_input == 1 ? deep : l.panels); i++) {
-                if (failed) continue;
-                if (g->w_input == 1)
-                    spread(g->weight + l.output_at[k0 + i], g->inputs, packed + i * PANEL, deep * PANEL);
-                else
-                    pack(g->weight, l.output_at + k0, deep, l.input_at + i * PANEL, (int)in_panel(g, i), PANEL, 1,
-                         packed + i * PANEL * deep);
-            }
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < tasks; task++) {
-                int64_t i = 0, slab = task, count;
-                while (slab >= (count = row_slabs(l.group + i))) slab -= count, i++;
-                const Group *of = l.group + i;
-                const int64_t per = (of->bands + count - 1) / count, band0 = slab * per, band1 = least(band0 + per, of->bands);
-                if (failed) continue;
-                for (int64_t band = band0; band < band1; band++) {
-                    const int64_t r0 = band * of->high;
-                    pack(g->y, l.iota + k0, deep, l.row_at + of->first_row + r0, (int)least(of->high, of->rows - r0),
-                         (int)of->high, 1, own + (band - band0) * of->high * deep);
-                }
-                for (int64_t s = g->first_panel[i]; s < g->first_panel[i + 1]; s++) {
-                    const int64_t width = in_panel(g, g->panel[s]);
-                    const Terms terms = {0, 0, deep};
-                    for (int64_t band = band0; band < band1; band++) {
-                        vec sums[HIGH][VECS];
-                        const int64_t r0 = band * of->high;
-                        tile_sums(of->high, own + (band - band0) * of->high * deep, packed + g->panel[s] * PANEL * deep, &terms,
-                                  1, sums);
-                        float *to = g->x + of->x + r0 * of->width + l.column[s];
-                        for (int64_t r = 0; r < least(of->high, of->rows - r0); r++)
-                            store_row(sums[r], to + r * of->width, width, NULL, k0 > 0);
+            const int64_t first = task * per, last = least(first + per, y.panels);
+            for (int64_t s = 0; s < slabs && !failed; s++) {
+                const int64_t k0 = s * step, deep = least(step, inputs - k0);
+                mark_needed(g, &x, &y, first, last, k0 / PANEL, (k0 + deep + PANEL - 1) / PANEL, needed);
+                pack_weight(g, first, last, k0, deep, needed, iota, own);
+                for (int64_t i = 0; i < g->groups; i++) {
+                    const Terms *kept = terms + i * x.panels + k0 / PANEL;
+                    for (int64_t p = first; p < last; p++) {
+                        const int64_t place = y.place[i * y.panels + p], width = in_panel(outputs, p);
+                        if (place == DROPPED) continue;
+                        const float *bias = g->bias && !s ? g->bias + p * PANEL : NULL, *a = packed + packed_at[i];
+                        for (int64_t r = 0; r < rows_of(g, i); r += high[i], a += high[i] * x.width[i] + GAP) {
+                            vec sums[HIGH][VECS];
+                            const int64_t *row = y.row_at + g->first_row[i] + r;
+                            tile_sums(high[i], a, own + (p - first) * deep * PANEL, kept, n_terms[i * slabs + s], sums);
+                            for (int64_t j = 0; j < least(high[i], rows_of(g, i) - r); j++)
+                                store_row(sums[j], g->outputs.values + row[j] + place, width, bias, s ? ADD : WRITE);
+                        }
                     }
                 }
             }
         }
+        free(needed);
     }
-    free(l.group);
+    free(iota), free(terms), free(n_terms), free(x.row_at), free(y.row_at);
     return failed;
 }
 
-// dw[:, input] = sum of dy[rows of the group].T @ x[:, input] over the groups that keep the input; zero if none does.
-int one_pass_weight_grad(const Layer *g, int threads) {
-    Layout l;
-    if (!lay_out(g, &l)) return 1;
-    const int64_t kept = g->first_panel[g->groups], high = even_height(g->outputs);
-    const int64_t bands = (g->outputs + high - 1) / high;
-    int64_t per = NEAR / (g->rows * high + GAP + 1), room = 0;
-    per = per < 1 ? 1 : per;
-    // For each panel, the terms from all groups that keep it.
-    Terms *terms = malloc(sizeof(Terms) * (kept + 1) + sizeof(int64_t) * (l.panels + 1 + 2 * kept));
-    if (!terms) {
-        free(l.group);
-        return 1;
-    }
-    int64_t *first = (int64_t *)(terms + kept + 1), *group_of = first + l.panels + 1, *place = group_of + kept;
-    memset(first, 0, sizeof(int64_t) * (l.panels + 1));
-    for (int64_t s = 0; s < kept; s++) first[g->panel[s] + 1]++;
-    for (int64_t s = 0; s < l.panels; s++) first[s + 1] += first[s];
-    for (int64_t i = 0; i < g->groups; i++)
-        for (int64_t s = g->first_panel[i]; s < g->first_panel[i + 1]; s++) {
-            group_of[s] = i, place[s] = room;
-            terms[first[g->panel[s]]++] = (Terms){l.group[i].first_row * high, room, l.group[i].rows};
-            room += l.group[i].rows * PANEL;
+// Consecutive rows of a group.
+typedef struct {
+    int64_t group, first, rows;
+} Rows;
+
+// weight(output, input) = sum of outputs * inputs over the rows of the groups that keep both; zero if none does.
+int one_pass_weight_grad(const Layer *g, int threads, int past_caches) {
+    Layout x = {0}, y = {0};
+    const int64_t inputs = g->inputs.units, outputs = g->outputs.units, bands = PANEL / SHARE;
+    int failed = !lay_out(g, &g->inputs, &x) || !lay_out(g, &g->outputs, &y);
+    // Rows are summed slab by slab: as many parts of groups as stay in the cache.
+    int64_t n_parts = 0;
+    for (int64_t i = 0; i < g->groups; i++) n_parts += (rows_of(g, i) + NEAR_ROWS - 1) / NEAR_ROWS;
+    Rows *parts = malloc(sizeof(Rows) * (n_parts + 1));
+    int64_t *packed_at = malloc(sizeof(int64_t) * (n_parts * x.panels + 1));
+    failed |= !parts || !packed_at;
+    n_parts = 0;
+    for (int64_t i = 0; !failed && i < g->groups; i++)
+        for (int64_t r = 0; r < rows_of(g, i); r += NEAR_ROWS)
+            parts[n_parts++] = (Rows){i, g->first_row[i] + r, least(NEAR_ROWS, rows_of(g, i) - r)};
+    int64_t part0 = 0;
+    do {
+        int64_t part1 = part0, rows = 0, room = 0;
+        while (!failed && part1 < n_parts && (part1 == part0 || rows + parts[part1].rows <= NEAR_ROWS)) {
+            const Rows part = parts[part1];
+            for (int64_t p = 0; p < x.panels; p++)
+                if (x.place[part.group * x.panels + p] != DROPPED)
+                    packed_at[part1 * x.panels + p] = room, room += part.rows * PANEL;
+            rows += part.rows, part1++;
         }
-    for (int64_t s = l.panels; s > 0; s--) first[s] = first[s - 1];
-    first[0] = 0;
-    float *packed = work_space(0, room + GAP);
-    int failed = !packed;
-#pragma omp parallel num_threads(threads) if (packed && threads > 1)
-    {
-        float *own = work_space(1, per * (g->rows * high + GAP));
-        if (!own) {
+        const int64_t fitting = NEAR / 2 / (rows * PANEL + 1), each = (y.panels + 2 * threads - 1) / (2 * threads);
+        const int64_t per = fitting < 1 ? 1 : threads > 1 ? least(fitting, each) : fitting;
+        const int mode = part0 ? ADD : past_caches ? PAST_CACHES : WRITE;
+        float *packed = failed ? NULL : work_space(0, room + GAP);
+        failed |= !packed;
+#pragma omp parallel num_threads(threads) if (!failed && threads > 1)
+        {
+            float *own = failed ? NULL : work_space(1, per * rows * PANEL + GAP);
+            Terms *terms = malloc(sizeof(Terms) * (part1 - part0 + 1));
+            int64_t *kept = malloc(sizeof(int64_t) * per * 2 * (part1 - part0 + 1));  // of each panel: part, place in own
+            int64_t *n_kept = malloc(sizeof(int64_t) * (per + 1));
+            if (!own || !terms || !kept || !n_kept) {
 #pragma omp atomic write
-            failed = 1;
-        }
+                failed = 1;
+            }
 #pragma omp for schedule(static)
-        for (int64_t s = 0; s < kept; s++) {
-            const Group *of = l.group + group_of[s];
-            const float *from = g->x + of->x + l.column[s];
-            const int64_t width = in_panel(g, g->panel[s]);
-            float *to = packed + place[s];
-            for (int64_t r = 0; packed && r < of->rows; r++) spread(from + r * of->width, width, to + r * PANEL, 0);
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < (bands + per - 1) / per; task++) {
-            const int64_t band0 = task * per, band1 = least(band0 + per, bands), size = g->rows * high + GAP;
-            if (failed) continue;
-            for (int64_t band = band0; band < band1; band++)
-                pack(g->y, l.row_at, g->rows, l.iota + band * high, (int)least(high, g->outputs - band * high), (int)high,
-                     0, own + (band - band0) * size);
-            for (int64_t s = 0; s < l.panels; s++) {
-                const int64_t width = in_panel(g, s);
-                for (int64_t band = band0; band < band1; band++) {
-                    vec sums[HIGH][VECS];
-                    const int64_t filled = least(high, g->outputs - band * high);
-                    float *to = g->weight + s * PANEL + band * high * g->w_output;
-                    for (int64_t i = 0; i < filled; i++) __builtin_prefetch(to + i * g->w_output, 1);
-                    tile_sums(high, own + (band - band0) * size, packed, terms + first[s], first[s + 1] - first[s], sums);
-                    for (int64_t i = 0; i < filled; i++) store_row(sums[i], to + i * g->w_output, width, NULL, 0);
+            for (int64_t i = part0; i < part1; i++) {
+                const Rows part = parts[i];
+                for (int64_t r = 0; packed && r < part.rows; r++) {
+                    const float *from = g->inputs.values + x.row_at[part.first + r];
+                    for (int64_t p = 0; p < x.panels; p++) {
+                        const int64_t place = x.place[part.group * x.panels + p], width = in_panel(inputs, p);
+                        if (place == DROPPED) continue;
+                        float *to = packed + packed_at[i * x.panels + p] + r * PANEL;
+                        if (width == PANEL)
+                            memcpy(to, from + place, sizeof(float) * PANEL);
+                        else
+                            memcpy(to, from + place, sizeof(float) * width), memset(to + width, 0, sizeof(float) * (PANEL - width));
+                    }
                 }
             }
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t task = 0; task < (y.panels + per - 1) / per; task++) {
+                if (failed) continue;
+                const int64_t first = task * per, last = least(first + per, y.panels);
+                for (int64_t q = first; q < last; q++) {
+                    // Bands of SHARE outputs, each with the rows of all parts that keep the panel.
+                    int64_t *list = kept + (q - first) * 2 * (part1 - part0), n = 0, before = 0;
+                    for (int64_t i = part0; i < part1; i++)
+                        if (y.place[parts[i].group * y.panels + q] != DROPPED)
+                            list[2 * n] = i, list[2 * n++ + 1] = before, before += parts[i].rows;
+                    n_kept[q - first] = n;
+                    float *to = own + (q - first) * rows * PANEL;
+                    const int64_t width = in_panel(outputs, q);
+                    for (int64_t i = 0; i < n; i++) {
+                        const Rows part = parts[list[2 * i]];
+                        const int64_t place = y.place[part.group * y.panels + q];
+                        for (int64_t r = 0; r < part.rows; r++) {
+                            const float *from = g->outputs.values + y.row_at[part.first + r] + place;
+                            for (int64_t b = 0; b < bands; b++) {
+                                float *at = to + (b * rows + list[2 * i + 1] + r) * SHARE;
+                                const int64_t filled = least(SHARE, width - b * SHARE);
+                                if (filled == SHARE)
+                                    memcpy(at, from + b * SHARE, sizeof(float) * SHARE);
+                                else
+                                    for (int64_t j = 0; j < SHARE; j++) at[j] = j < filled ? from[b * SHARE + j] : 0;
+                            }
+                        }
+                    }
+                }
+                for (int64_t p = 0; p < x.panels; p++) {
+                    const int64_t width = in_panel(inputs, p);
+                    for (int64_t q = first; q < last; q++) {
+                        const int64_t *list = kept + (q - first) * 2 * (part1 - part0);
+                        int64_t n = 0;
+                        for (int64_t i = 0; i < n_kept[q - first]; i++) {
+                            const int64_t part = list[2 * i];
+                            if (x.place[parts[part].group * x.panels + p] != DROPPED)
+                                terms[n++] = (Terms){list[2 * i + 1] * SHARE, packed_at[part * x.panels + p], parts[part].rows};
+                        }
+                        if (!n && mode == ADD) continue;
+                        for (int64_t b = 0; b * SHARE < in_panel(outputs, q); b++) {
+                            vec sums[HIGH][VECS];
+                            const int64_t output = q * PANEL + b * SHARE, filled = least(SHARE, outputs - output);
+                            float *to = g->weight + output * g->w_output + p * PANEL;
+                            for (int64_t i = 0; i < filled && mode != PAST_CACHES; i++) __builtin_prefetch(to + i * g->w_output, 1);
+                            tile_sums(SHARE, own + ((q - first) * PANEL + b * SHARE) * rows, packed, terms, n, sums);
+                            for (int64_t i = 0; i < filled; i++) store_row(sums[i], to + i * g->w_output, width, NULL, mode);
+                        }
+                    }
+                }
+            }
+            fence();
+            free(terms), free(kept), free(n_kept);
         }
-    }
-    free(terms);
-    free(l.group);
+        part0 = part1;
+    } while (!failed && part0 < n_parts);
+    free(parts), free(packed_at), free(x.row_at), free(y.row_at);
     return failed;
 }
