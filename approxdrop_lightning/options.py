@@ -76,7 +76,7 @@ class Options:
     interleave: bool = True
     shuffle: bool = True
     orders: int = 8
-    group_rows: int = 16
+    group_rows: int = 8
     max_dp: int = MAX_DP
     keep: str = KEEP
     concentration: float = CONCENTRATION

@@ -78,6 +78,6 @@ def test_a_checkpoint_of_another_rule_of_orders_says_so():
     saved = {"orders": 8, "max_dp": 10}
     with pytest.warns(UserWarning, match="several orders of the units for sequences only"):
         check_same_sequence(saved, Options())
-    check_same_sequence(saved | {"group_rows": 16}, Options())
-    with pytest.raises(ValueError, match="group_rows was 8, now it is 16"):
-        check_same_sequence(saved | {"group_rows": 8}, Options())
+    check_same_sequence(saved | {"group_rows": 8}, Options())
+    with pytest.raises(ValueError, match="group_rows was 16, now it is 8"):
+        check_same_sequence(saved | {"group_rows": 16}, Options())

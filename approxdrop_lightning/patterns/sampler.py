@@ -34,9 +34,9 @@ def fitting_block_size(n: int, dp: int, block_size: int) -> int:
 def least_rows(block_size: int, group_rows: int) -> int:
     """Minimum number of rows per group if the rows alternate between several orders; fewer would slow products down.
 
-    This is ``group_rows``, doubled if the block size is not a multiple of :data:`WIDE_BLOCK`.
+    This is ``group_rows``, times four if the block size is not a multiple of :data:`WIDE_BLOCK`.
     """
-    return group_rows if block_size % WIDE_BLOCK == 0 else 2 * group_rows
+    return group_rows if block_size % WIDE_BLOCK == 0 else 4 * group_rows
 
 
 def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
@@ -82,7 +82,7 @@ class PatternSampler:
         rank: int = 0,
         tile_size: int = 32,
         orders: int = 1,
-        group_rows: int = 16,
+        group_rows: int = 8,
     ) -> None:
         self.distribution = distribution
         self.interleave = interleave
