@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from approxdrop_lightning.benchmark import contenders, measure, workloads
 from approxdrop_lightning.benchmark.__main__ import COLUMNS, main
 from approxdrop_lightning.graph import packed
-from approxdrop_lightning.graph.rewrite import COUNTS
+from approxdrop_lightning.graph.counts import COUNTS
 from approxdrop_lightning.ops.row_linear import groups
 from approxdrop_lightning.ops.tile_linear import compact as tiles
 

@@ -21,7 +21,7 @@ from support.skipping import assert_skips
 from torch._dynamo.utils import counters
 
 from approxdrop_lightning.application.models import MLPClassifier
-from approxdrop_lightning.graph.rewrite import COUNTS
+from approxdrop_lightning.graph.counts import COUNTS
 from train import compare, find_checkpoint, train
 
 FILES = pytest.param(

@@ -1,14 +1,13 @@
-"""Concatenations of units: a dropout behind one becomes one of each part, a layer that reads one a sum of layers.
+"""Concatenations along the units: split the dropouts after them and the layers that read them.
 
-``drop(f(cat(a, b)))`` is ``cat(drop(f(a)), drop(f(b)))`` for elementwise ``f``, each part with a pattern of its own;
-``linear(cat(a, b), [V W])`` is ``linear(a, V) + linear(b, W)``. Then the rest of the pass finds layers, dropouts and
-layers as ever.
+``drop(f(cat(a, b)))`` becomes ``cat(drop(f(a)), drop(f(b)))`` for elementwise ``f``, each part with a pattern of its
+own; ``linear(cat(a, b), [V W])`` becomes ``linear(a, V) + linear(b, W)``. The rest of the pass then needs no rule for
+concatenations.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -16,6 +15,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from approxdrop_lightning.graph.decide import gains
+from approxdrop_lightning.graph.find import Drop, Dropouts
+from approxdrop_lightning.graph.nodes import is_linear, multiplies, weight
 from approxdrop_lightning.graph.rules import rule_for
 from approxdrop_lightning.graph.rules.pointwise import Cast, Pointwise, Prelu
 from approxdrop_lightning.graph.rules.rule import argument, is_last, is_tensor, overloads, shape, tensors, value
@@ -23,26 +25,45 @@ from approxdrop_lightning.graph.rules.rule import argument, is_last, is_tensor, 
 _CAT = overloads("cat", "concat", "concatenate")
 
 
+def split_concatenations(dropouts: Dropouts) -> None:
+    """Split the dropouts and layers after concatenations wherever skipping gains by it."""
+    graph, drops = dropouts.graph, dropouts.drops
+    concatenations = Concatenations(graph, dropouts.mutated)
+    for node, drop in list(drops.items()):
+        layers = concatenations.layers_before(node)
+        if drop.pair[0] != drop.pair[1] and layers and gains(drop, sum(map(multiplies, layers))):
+            del drops[node]
+            for part in concatenations.split_dropout(node):
+                drops[part] = Drop(part, drop.book, drop.site, drop.pair)
+    for node in list(graph.nodes):
+        if is_linear(node) and (read := concatenations.parts_read(node)) is not None:
+            sources = [(dropouts.source(part), units.stop - units.start) for part, units in read]
+            dropped = [(drop, units) for drop, units in sources if drop is not None]
+            units = sum(units for _, units in dropped)
+            if units and gains(dropped[0][0], multiplies(node) * units // shape(weight(node))[1]):
+                concatenations.split_layer(node)
+    dropouts.drops = {node: drops[node] for node in graph.nodes if node in drops}
+
+
 class Concatenations:
-    """Splits them in one graph.
+    """Splits dropouts and layers of one graph.
 
     Args:
-        graph: Changed in place.
-        mutated: Tensors that somebody changes in place: they are left alone.
-        is_linear: Whether a node is a linear layer.
+        graph: The graph, changed in place.
+        mutated: Tensors that are changed in place: they are left alone.
     """
 
-    def __init__(self, graph: Graph, mutated: set[Node], is_linear: Callable[[Node], bool]) -> None:
-        self.graph, self.mutated, self.is_linear = graph, mutated, is_linear
+    def __init__(self, graph: Graph, mutated: set[Node]) -> None:
+        self.graph, self.mutated = graph, mutated
 
     def layers_before(self, drop: Node) -> list[Node]:
-        """The linear layers among the parts that are dropped from."""
+        """Linear layers that compute parts of the concatenation before a dropout; empty if there is none."""
         _, cat = self._chain(drop.args[0])
         roots = [] if cat is None else [self._root(part) for part in _parts(cat)]
-        return [root for root in roots if self.is_linear(root)]
+        return [root for root in roots if is_linear(root)]
 
     def split_dropout(self, drop: Node) -> list[Node]:
-        """Make a dropout for each part of what is dropped from; :meth:`layers_before` has said that there are some.
+        """Replace a dropout for which :meth:`layers_before` found layers by one for each part.
 
         Returns:
             The dropouts, in the order of the parts.
@@ -60,15 +81,13 @@ class Concatenations:
             self.graph.erase_node(node)
         return found
 
-    def parts_read(self, layer: Node, drops: Callable[[Node], bool]) -> int:
-        """Of how many inputs of a layer, parts of a concatenation, units are dropped; 0 if it reads no such one."""
+    def parts_read(self, layer: Node) -> list[tuple[Node, slice]] | None:
+        """Parts of the concatenation that a layer reads, with their units; None if it reads none."""
         chain, cat = self._chain(layer.args[0])
-        if cat is None or not all(_keeps_zero(node) for node in chain):
-            return 0
-        return sum(units.stop - units.start for part, units in _units(cat) if drops(part))
+        return _units(cat) if cat is not None and all(map(_keeps_zero, chain)) else None
 
     def split_layer(self, layer: Node) -> list[Node]:
-        """Make a layer for each part of what a layer reads; :meth:`parts_read` has said that units are dropped."""
+        """Replace a layer for which :meth:`parts_read` found parts by a sum of one layer for each part."""
         chain, cat = self._chain(layer.args[0])
         assert cat is not None
         weight, bias = argument(layer, 1, "weight"), argument(layer, 2, "bias")
@@ -92,7 +111,7 @@ class Concatenations:
         return found
 
     def _chain(self, x: Any) -> tuple[list[Node], Node | None]:
-        """Elementwise functions from ``x`` back to a concatenation of units, and that; None if there is none."""
+        """Elementwise functions from ``x`` back to a concatenation of units, and the concatenation or None."""
         chain: list[Node] = []
         while isinstance(x, Node) and x not in self.mutated and len(x.users) == 1:
             if x.op in ("call_function", "call_method") and x.target in _CAT:
@@ -109,7 +128,7 @@ class Concatenations:
         return x
 
     def _through(self, chain: list[Node], part: Node, units: slice) -> Node:
-        """What a chain of functions makes of one part."""
+        """Apply a chain of functions to one part."""
         x = part
         for node in reversed(chain):
             args = torch.fx.node.map_arg(node.args, partial(_replaced, {_operand(node): x}))
@@ -117,7 +136,7 @@ class Concatenations:
         return x
 
     def _like(self, node: Node, args: Any, units: slice, target: Any = None) -> Node:
-        """A node of some of another one's units."""
+        """A new node, like another one but for some of its units."""
         if target is None:
             new = self.graph.create_node(node.op, node.target, args, dict(node.kwargs))
         else:
@@ -137,7 +156,7 @@ def _parts(cat: Node) -> list[Node]:
 
 
 def _units(cat: Node) -> list[tuple[Node, slice]]:
-    """The parts of a concatenation, and which of its units they are."""
+    """The parts of a concatenation, with their ranges of units."""
     ends = list(accumulate(shape(part)[-1] for part in _parts(cat)))
     return [(part, slice(end - shape(part)[-1], end)) for part, end in zip(_parts(cat), ends, strict=True)]
 
@@ -152,7 +171,7 @@ def _joins_units(cat: Node) -> bool:
 
 
 def _operand(node: Node) -> Node | None:
-    """The tensor that an elementwise function is of, if it is of one, whatever its units are."""
+    """The input of an elementwise function of one tensor that treats all units alike; else None."""
     rule = rule_for(node)
     if not isinstance(rule, (Pointwise, Cast, Prelu)) or (operands := rule.operands(node, 1)) is None:
         return None

@@ -18,6 +18,11 @@ def layer_name(node: Node, names: Mapping[str, str]) -> str:
     return module_name(node, names) or function_name(node)
 
 
+def layer_key(node: Node, names: Mapping[str, str]) -> str:
+    """Identifies a layer of the model among all layers, in the graphs of all pairs and parts of the model."""
+    return f"{layer_name(node, names)} {node.name}"
+
+
 def module_name(node: Node, names: Mapping[str, str]) -> str:
     """Name of that module; empty if it is the model itself, or not known."""
     stack: dict[str, tuple[str, type]] = node.meta.get("nn_module_stack") or {}

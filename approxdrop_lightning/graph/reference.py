@@ -1,37 +1,37 @@
-"""What the pass must equal: the captured graph, each dropout a mask of the pattern that the pass would give it."""
+"""The definition of the pass: each dropout of the captured graph as a mask of the pattern that the pass gives it."""
 
 from __future__ import annotations
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
+from approxdrop_lightning.graph.counts import COUNTS
+from approxdrop_lightning.graph.emit import native
 from approxdrop_lightning.graph.layout import Rows, TableUse, mask_of
-from approxdrop_lightning.graph.rewrite import Drop, Rewriter
-
-
-class Masking(Rewriter):
-    """Masks in the place of packed products; what the pass leaves to native dropout is native here as well."""
-
-    def _emit(self, drop: Drop) -> None:
-        with self.graph.inserting_before(drop.node):
-            if drop.entry is None:
-                new = self._native(drop)
-            else:
-                new = self.graph.call_function(_masked, (drop.x, drop.table, drop.entry.use, drop.entry.rows))
-        drop.node.replace_all_uses_with(new)
-
-    def _sweep(self, but: Node | None = None) -> None:
-        for node in self.drops:
-            self.graph.erase_node(node)
+from approxdrop_lightning.graph.rewrite import analysed
 
 
 def mask(gm: GraphModule) -> None:
-    """Make masks of the dropouts of a graph, and of the graphs within it, in place."""
+    """Replace the dropouts of a graph and of its subgraphs by masks, in place.
+
+    A dropout that the pass leaves to PyTorch is PyTorch's here as well.
+    """
     for child in gm.children():
         if isinstance(child, GraphModule):
             mask(child)
-    Masking(gm.graph).run()
+    dropouts = analysed(gm.graph)
+    if dropouts is None:
+        return
+    for drop in dropouts.drops.values():
+        with gm.graph.inserting_before(drop.node):
+            if drop.entry is None:
+                new = native(dropouts, drop)
+            else:
+                new = gm.graph.call_function(_masked, (drop.x, drop.table, drop.entry.use, drop.entry.rows))
+        drop.node.replace_all_uses_with(new)
+        gm.graph.erase_node(drop.node)
     gm.recompile()
+    COUNTS.graphs += 1
 
 
 def _masked(x: Tensor, table: Tensor, use: TableUse, rows: Rows) -> Tensor:

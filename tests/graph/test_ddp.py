@@ -20,7 +20,8 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 from support.lightning_nets import data
 from approxdrop_lightning import ApproxDropout
-from approxdrop_lightning.graph.rewrite import COUNTS, rewrite
+from approxdrop_lightning.graph.counts import COUNTS
+from approxdrop_lightning.graph.rewrite import rewrite
 
 given = json.loads(sys.argv[1])
 # Otherwise a megabyte, which no small model fills.

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from approxdrop_lightning import ApproxDropout, approximate, resample, restore
 from approxdrop_lightning.graph import doors, limit, native
-from approxdrop_lightning.graph.rewrite import COUNTS
+from approxdrop_lightning.graph.counts import COUNTS
 from approxdrop_lightning.surgery import conversion_of
 
 ALL = {"min_gain": 0, "concentration": float("inf")}

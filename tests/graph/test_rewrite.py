@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from approxdrop_lightning import approximate, resample, restore
-from approxdrop_lightning.graph.rewrite import COUNTS
+from approxdrop_lightning.graph.counts import COUNTS
 from approxdrop_lightning.surgery import conversion_of
 
 SETTINGS = {
