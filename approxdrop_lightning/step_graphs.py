@@ -1,11 +1,11 @@
-"""Whole training steps as CUDA graphs: forward, backward and optimizer are one launch for the host.
+"""Whole training steps as CUDA graphs: forward, backward and optimizer in a single launch.
 
-Below some milliseconds of work a step is bound by the host, which launches hundreds of kernels. A captured step
-replays them all at once. It reads the same memory each time, so batches are copied into the tensors that it was
-captured with, and nothing in it may depend on Python: each combination of shapes and of whatever else changes the
-code, such as ``(dp, keep)`` of the patterns, is a *key* with a graph of its own.
+Steps of a few milliseconds are bound by the host, which launches hundreds of kernels. A captured step replays them
+all at once. It always reads the same memory, so batches are copied into the tensors that it was captured with.
+Nothing in it may depend on Python: each combination of shapes and of anything else that changes the code, such as
+``(dp, keep)`` of the patterns, is a *key* with its own graph.
 
-Nothing here waits for the device, but for the capture itself.
+Only the capture itself waits for the device.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ Step = Callable[[Sequence[Tensor]], Any]
 
 
 class Capture(Protocol):
-    """What captures a step; :class:`CudaCapture` but in tests."""
+    """Captures steps: :class:`CudaCapture`, except in tests."""
 
     @property
     def recording(self) -> bool:
-        """Whether what runs now is being captured."""
+        """Whether a capture is under way."""
 
     def warm_up(self, run: Callable[[], Any]) -> Any:
-        """Run, and return the result."""
+        """Run eagerly and return the result."""
 
     def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """Record without running; return the result's tensors and what replays into them."""
+        """Record without running; return the result, and a function that replays into its tensors."""
 
 
 class CudaCapture:
-    """Captures with ``torch.cuda.CUDAGraph``; all graphs share one pool of memory, as steps never overlap."""
+    """Captures with ``torch.cuda.CUDAGraph``. Steps never overlap, so all graphs share a memory pool."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -51,7 +51,7 @@ class CudaCapture:
         return torch.cuda.is_current_stream_capturing()
 
     def warm_up(self, run: Callable[[], Any]) -> Any:
-        """Run on the stream on which steps are captured, as autograd remembers streams."""
+        """Run on the stream of the captures, because autograd remembers streams."""
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         current = torch.cuda.current_stream()
@@ -79,13 +79,13 @@ class _Captured:
 
 @dataclass
 class StepCounts:
-    """Steps so far.
+    """Numbers of steps.
 
     Attributes:
-        replayed: Steps that were one launch.
-        warmed_up: Steps that ran eagerly so that what is captured has been compiled, tuned and allocated.
-        eager: Further steps that ran eagerly.
-        reasons: Why they did.
+        replayed: Steps that were replayed.
+        warmed_up: Eager steps before a capture, in which code is compiled and tuned, and memory allocated.
+        eager: All other eager steps.
+        reasons: Number of them by reason.
     """
 
     replayed: int = 0
@@ -99,12 +99,12 @@ class StepCounts:
 
 
 class StepGraphs:
-    """Runs steps as captured graphs where it can, and eagerly where it cannot.
+    """Runs steps as captured graphs where possible, and eagerly otherwise.
 
     Args:
-        capture: What captures.
-        warmup: Eager steps before a key is captured, >= 1: the optimizer's state must exist.
-        max_graphs: Most graphs; steps of further keys run eagerly.
+        capture: Captures the steps.
+        warmup: Eager steps before a key is captured, >= 1, because the state of the optimizer must exist.
+        max_graphs: Maximum number of graphs; steps with further keys run eagerly.
     """
 
     def __init__(self, capture: Capture, warmup: int = 3, max_graphs: int = 16) -> None:
@@ -122,13 +122,13 @@ class StepGraphs:
         return len(self._graphs)
 
     def run(self, key: Hashable, inputs: Sequence[Tensor], step: Step) -> Any:
-        """One step.
+        """Run one step.
 
         Args:
-            key: What the code of the step depends on, beside the shapes of its inputs.
-            inputs: Tensors that change from step to step, on the device.
-            step: Computes the step from such tensors. It is called for eager steps and for captures; what it returns,
-                tensors in any nesting, is overwritten by the next replay.
+            key: What the code of the step depends on, besides the shapes of its inputs.
+            inputs: Tensors on the device that change from step to step.
+            step: Computes the step from such tensors, for eager steps and for captures. The tensors that it returns,
+                in any nesting, are overwritten by the next replay.
 
         Returns:
             What the step returns.
@@ -136,14 +136,14 @@ class StepGraphs:
         key = (key, tuple((t.shape, t.dtype, t.device) for t in inputs))
         if key in self._graphs:
             return self._replay(self._graphs[key], inputs)
-        token = REPLAYED.set(True)  # what is compiled now saves the device's time, not the host's
+        token = REPLAYED.set(True)  # for the policy: the host time of what is compiled now will not count
         try:
             return self._first(key, inputs, step)
         finally:
             REPLAYED.reset(token)
 
     def _first(self, key: Hashable, inputs: Sequence[Tensor], step: Step) -> Any:
-        """A step of which there is no graph yet."""
+        """Run a step that has no graph yet."""
         if key in self._refused:
             return self._eager(inputs, step, self._refused[key])
         self._seen[key] += 1
@@ -156,7 +156,7 @@ class StepGraphs:
         try:
             result, replay = self._capture.capture(lambda: step(static))
         except Exception as error:
-            # Whatever the step does that no graph can hold, such as reading a value on the host.
+            # Anything that cannot be captured, such as reading a value on the host.
             self._refused[key] = f"the capture failed: {type(error).__name__}: {str(error).splitlines()[0]}"
             return self._eager(inputs, step, self._refused[key])
         self._graphs[key] = _Captured(static, result, replay)
@@ -174,16 +174,16 @@ class StepGraphs:
         return step(inputs)
 
     def count_eager(self, reason: str) -> None:
-        """Count a step that ran eagerly, here or elsewhere."""
+        """Count a step that ran eagerly."""
         self.counts.eager += 1
         self.counts.reasons[reason] += 1
 
 
 def split_tensors(batch: Any) -> tuple[list[Tensor], Hashable, Callable[[Sequence[Tensor]], Any]]:
-    """Tensors of a batch, what else it is (for a key), and what puts tensors in their places.
+    """Split a batch into its tensors, the rest (for a key), and a function that reassembles it from tensors.
 
     Raises:
-        TypeError: The batch holds something beside tensors that cannot be compared.
+        TypeError: The batch contains an object other than a tensor that is not hashable.
     """
     leaves, spec = tree_flatten(batch)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

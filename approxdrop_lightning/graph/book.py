@@ -1,8 +1,9 @@
-"""Patterns as data: one tensor for all dropouts of a model, written before each batch, read by compiled graphs.
+"""Patterns as data: one tensor for all dropouts of a model, written before each batch and read by compiled graphs.
 
-A graph is compiled before widths are known, so the tensor has room to spare; the pass enters each use of a dropout
-when it meets it (:meth:`Book.use`). What a use's table holds depends on the step's seed and on the use alone: not on
-which other uses were entered, or when, so a resumed run has the patterns of one that was not interrupted.
+The tensor is an input of the graph and allocated before the widths are known, so it has spare room; the pass enters
+each use of a dropout as it finds it (:meth:`Book.use`). The pattern of a use depends only on the seed of the step and
+on the use itself, not on which other uses were entered, or when. So a resumed run has the same patterns as one that
+was not interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from approxdrop_lightning.work import Ledger
 if TYPE_CHECKING:
     from approxdrop_lightning.layers.site import Site
 
-#: Entries of a new table: room for some hundred layers of 1,024 units.
+#: Size of a new table: room for some hundred layers of 1,024 units.
 _ROOM = 1 << 17
 
 _BOOKS: weakref.WeakValueDictionary[int, Book] = weakref.WeakValueDictionary()
@@ -35,13 +36,15 @@ _SERIAL = itertools.count()
 
 @dataclass(eq=False)
 class Entry:
-    """A use of a dropout: where its table is, and from what it is drawn."""
+    """A use of a dropout: its part of the table, and what it is drawn from."""
 
     use: TableUse
     site: Site
     pair: Pair
     device: torch.device
-    lanes: np.ndarray[Any, Any]  # one random number for each place, and one for the spare place
+    lanes: np.ndarray[
+        Any, Any
+    ]  # constants from which each step draws a random number per place and one for the spare
     rows: Rows
 
     @property
@@ -50,11 +53,11 @@ class Entry:
 
 
 class _Staging:
-    """Host copies of a device's table. They take turns, so that none waits for a copy that is still under way.
+    """Host copies of a device's table, used in turn so that no step waits for a copy that is still in flight.
 
     Args:
-        room: Entries of the table.
-        device: Where the table is.
+        room: Size of the table.
+        device: Device of the table.
     """
 
     def __init__(self, room: int, device: torch.device) -> None:
@@ -68,7 +71,7 @@ class _Staging:
 
     @property
     def values(self) -> Tensor:
-        """The table of this step."""
+        """The table of this step, as a tensor."""
         return self._buffers[self._turn]
 
     @property
@@ -77,14 +80,14 @@ class _Staging:
         return self._arrays[self._turn]
 
     def next(self) -> None:
-        """Begin a step."""
+        """Switch to the buffer of the next step."""
         self._turn = (self._turn + 1) % len(self._buffers)
         if (event := self._copied[self._turn]) is not None:
-            event.synchronize()  # of some steps ago: it has long happened unless the device is far behind
+            event.synchronize()  # of a few steps ago, so it rarely blocks
 
     def copy(self, table: Tensor, first: int, end: int) -> None:
-        """Bring a part of it to the device."""
-        # By copy_ and not in place of a shared buffer: autograd sees that the tensor has changed.
+        """Copy a part of it to the device."""
+        # copy_ rather than shared memory: autograd must notice that the tensor has changed.
         table[first:end].copy_(self.values[first:end], non_blocking=True)
         if (event := self._copied[self._turn]) is not None:
             event.record(torch.cuda.current_stream(table.device))
@@ -92,13 +95,13 @@ class _Staging:
 
 @dataclass(eq=False)
 class _Plan:
-    """What is drawn on one device in a step of certain pairs.
+    """What is drawn for one device in a step with certain pairs.
 
     Attributes:
-        entries: The uses of these pairs.
-        lanes: Their random numbers, one after the other, by sampler: all are mixed at once.
-        first: Where in the table the first of them is.
-        end: Where the last one ends.
+        entries: Uses with these pairs.
+        lanes: Their lanes, concatenated by sampler, so that all are hashed at once.
+        first: Start of their range in the table.
+        end: End of it.
     """
 
     entries: list[Entry]
@@ -109,7 +112,7 @@ class _Plan:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Pattern of one use in one step, as :class:`.RowPattern` is to the eager path: for reports and tests."""
+    """Pattern of one use in one step, for reports and tests: the counterpart of :class:`.RowPattern`."""
 
     n: int
     use: TableUse
@@ -118,11 +121,11 @@ class Drawn:
 
     @property
     def share(self) -> float:
-        """Share of the units kept."""
+        """Share of the units that are kept."""
         return int(self.use.active(self.table)) / self.use.layout.blocks
 
     def mask(self, *leading: int, dtype: torch.dtype = torch.bool, value: float = 1) -> Tensor:
-        """Which entries of a batch are kept: ``[*leading, n]``, ``value`` where they are, zero elsewhere."""
+        """``[*leading, n]`` of a batch: ``value`` where it is kept, zero elsewhere."""
         unscaled = self.use._replace(scale=1.0)
         mask = mask_of(unscaled, self.table, self.rows, leading, torch.float64)
         return mask.bool() if dtype == torch.bool else (mask * value).to(dtype)
@@ -132,16 +135,15 @@ class Book:
     """The patterns of one converted model, for its compiled graphs.
 
     Args:
-        layers: Layers that were converted: where they are is asked before each batch, and their names are for the
-            report.
-        left: Told of each dropout of a graph that stays as it is: its name, its rate, and why.
+        layers: The converted layers. Their device is looked up before each batch, and the report shows their names.
+        left: Called with the name, rate and reason for each dropout of a graph that stays as it is.
     """
 
     def __init__(self, layers: list[nn.Module], left: Callable[[str, float, str], None]) -> None:
         self.serial = next(_SERIAL)
         _BOOKS[self.serial] = self
         self._layers = [weakref.ref(layer) for layer in layers]
-        #: By ``id``: Dynamo's stack of modules has them so.
+        #: By ``id``, as in Dynamo's ``nn_module_stack``.
         self.names = {str(id(layer)): str(layer.name) for layer in layers if hasattr(layer, "name")}
         self.left = left
         self._products: dict[str, tuple[Any, Any, int]] = {}
@@ -155,25 +157,25 @@ class Book:
         self._entries: dict[tuple[Any, ...], Entry] = {}
         self._pairs: dict[int, Pairs] = {}  # by sampler
         self._too_small: set[torch.device] = set()
-        #: Whether the user knows that no more graphs are compiled.
+        #: Whether the user was warned that no more graphs are compiled.
         self.warned_of_limit = False
 
     @property
     def graphs(self) -> int:
-        """Most graphs of one shape: as all rates draw from one quantile, their pairs do not multiply."""
+        """Most graphs for one shape. All rates draw from one quantile, so their pairs add up and do not multiply."""
         return sum(len(pairs.support) for pairs in self._pairs.values())
 
     def add(self, site: Site, module: nn.Module) -> None:
-        """A dropout module becomes a reader of the book."""
+        """Register a dropout module."""
         self.sites.append((site, weakref.ref(module)))
         weakref.finalize(self, _forget, weakref.ref(module))
-        site.book = weakref.ref(self)  # lest a layer that outlives its model keep the book
+        site.book = weakref.ref(self)  # weak: a layer that outlives its model must not keep the book alive
         if id(site.sampler) not in self._pairs:
             self._pairs[id(site.sampler)] = Pairs(site.sampler.distribution)
         object.__setattr__(module, "graph_key", f"{self.serial}.{len(self.sites) - 1}")
 
     def begin(self) -> None:
-        """Draw for a step: each site's pair, which is a guard of the compiled code, and the tables."""
+        """Begin a step: set the pair of each site, which compiled code guards on, and fill the tables."""
         if not self.sites:
             return
         device = self._device()
@@ -181,10 +183,10 @@ class Book:
         u = self.sites[0][0].sampler.quantile
         for site, ref in self.sites:
             module = ref()
-            if module is None or "graph_key" not in vars(module):  # gone, or a stock layer while it evaluates
+            if module is None or "graph_key" not in vars(module):  # gone, or a stock layer in evaluation
                 continue
             dp, keep = self._pairs[id(site.sampler)].at(u)
-            state = vars(module)  # past nn.Module.__setattr__: nothing of ours may be registered or saved
+            state = vars(module)  # bypasses nn.Module.__setattr__: nothing of ours may be registered or saved
             state["graph_dp"], state["graph_keep"], state["graph_table"] = dp, keep, table
         self.fill()
 
@@ -193,15 +195,15 @@ class Book:
             layer = ref()
             if layer is None:
                 continue
-            for parameter in layer._parameters.values():  # `parameters()` is ten times slower, and asked at each step
+            for parameter in layer._parameters.values():  # ten times as fast as `parameters()`, in each step
                 if parameter is not None:
                     return parameter.device
-            for parameter in layer.parameters():  # those of parametrizations
+            for parameter in layer.parameters():  # parametrized
                 return parameter.device
         return torch.device("cpu")
 
     def table(self, device: torch.device) -> Tensor:
-        """The tensor that compiled graphs on a device read."""
+        """The tensor that compiled graphs on a device read, enlarged if a use did not fit."""
         if device in self._too_small:
             self._too_small.remove(device)
             room = 2 * len(self.tables[device])
@@ -212,7 +214,7 @@ class Book:
             room = _ROOM
         if device not in self.tables:
             self._staging[device] = _Staging(room, device)
-            # A graph that is not entered yet still reads valid places.
+            # Zeros are valid places: a graph may read uses that are not entered yet.
             self.tables[device] = torch.zeros(room, dtype=torch.int64, device=device)
             self._used[device] = 0
             torch._dynamo.mark_static_address(self.tables[device])
@@ -220,36 +222,36 @@ class Book:
 
     @property
     def replay_key(self) -> tuple[Any, ...]:
-        """What compiled code of this step depends on: each site's pair, and where the tables are."""
+        """What the compiled code of this step depends on: the pair of each site, and the addresses of the tables."""
         pairs = tuple(self.pair(site) for site, _ in self.sites)
         return pairs, tuple(table.data_ptr() for table in self.tables.values())
 
     def pair(self, site: Site) -> Pair:
-        """The pair of this step."""
+        """``(dp, keep)`` of a site in this step."""
         return self._pairs[id(site.sampler)].at(self.sites[0][0].sampler.quantile)
 
     def use(
         self, site: Site, number: int, n: int, leading: tuple[int, ...], pair: Pair, device: torch.device
     ) -> Entry | None:
-        """Enter a use of a site, while a graph is compiled or run for the first time.
+        """Enter a use of a site, when a graph is compiled or first run.
 
         Args:
             site: The site.
-            number: Which of the site's uses in the graph.
-            n: Units.
-            leading: Shape of the batch (sizes that vary: as they are now).
+            number: Index among the uses of the site in the graph.
+            n: Number of units.
+            leading: Leading shape of the batch (current values of symbolic sizes).
             pair: ``(dp, keep)`` of the graph.
-            device: Where the graph runs.
+            device: Device of the graph.
 
         Returns:
-            The entry, with a table of this step; None if there is no room left, which there will be in the next step.
+            The entry, drawn for this step; None if the table is full, until the next step enlarges it.
         """
         sampler, (dp, keep) = site.sampler, pair
         layout = layout_of(
             n, dp, keep, interleave=sampler.interleave, block_size=sampler.block_size, shuffle=sampler.shuffle
         )
         if sampler.interleave and sampler.shuffle and layout.groups > 1:
-            # Whatever the block size: layers of all widths have as many orders, so that their groups line up.
+            # The number of orders must not depend on the width, so that the groups of all layers line up.
             least = max(sampler.group_rows, site.policy.at(device, torch.get_default_dtype()).group_rows_compiled)
             orders = sampler.n_orders(layout.groups, 2 * keep > dp, leading, least)
             layout = layout._replace(orders=orders)
@@ -273,17 +275,17 @@ class Book:
         self._plans.clear()
         _draw(entry, _mixed(_salted(lanes, sampler)), self._staging[device].array)
         here = slice(at, at + layout.size)
-        # Nobody has read this part yet: a graph that waits for its backward pass need not think it has changed.
+        # No graph has read this part yet, so a pending backward pass must not see a changed version: hence `.data`.
         table.data[here].copy_(self._staging[device].values[here])
         return entry
 
     def close(self) -> None:
-        """The conversion has ended: what is compiled from now on is stock dropout."""
+        """End the conversion: modules compile to stock dropout from now on."""
         for _, module in self.sites:
             _forget(module)
 
     def fill(self) -> None:
-        """Write the tables of this step: one copy for each device."""
+        """Draw the tables of this step and copy them, once per device."""
         pairs = tuple(self.pair(site) for site, _ in self.sites)
         if pairs not in self._plans:
             self._plans[pairs] = self._planned()
@@ -316,8 +318,8 @@ class Book:
         return plans
 
     def note(self, layer: str, before: Any, after: Any, multiplies: int) -> None:
-        """Note a product of a graph for the report: between two sites, either of which may be None."""
-        # Graphs of other pairs have the same layer: it counts once.
+        """Note a product of a graph for the report, between two sites, either of which may be None."""
+        # Keyed by layer: the graphs of several pairs contain the same one.
         self._products[layer] = (before, after, multiplies)
         self.work.clear()
         self.work.calls.clear()
@@ -326,7 +328,7 @@ class Book:
             self.work.calls[first, second] = self.work.calls.get((first, second), 0) + 1
 
     def drawn(self, site: Site) -> tuple[Drawn, ...]:
-        """Patterns of the uses of a site in this step, in the order in which they were entered."""
+        """Patterns of a site in this step, in the order in which its uses were entered."""
         pair = self.pair(site)
         return tuple(
             Drawn(e.layout.n, e.use, e.rows, self._staging[e.device].values)
@@ -336,27 +338,27 @@ class Book:
 
 
 def _forget(ref: weakref.ref[nn.Module]) -> None:
-    """Take from a module what graphs read of it."""
+    """Remove the attributes that graphs read from a module."""
     if (module := ref()) is not None:
         for name in ("graph_key", "graph_table", "graph_dp", "graph_keep"):
             vars(module).pop(name, None)
 
 
 def site_of(key: str) -> tuple[Book, Site]:
-    """The book and the site of an operator's key."""
+    """Book and site for the key of :func:`.operator.drop`."""
     serial, index = key.split(".")
     book = _BOOKS[int(serial)]
     return book, book.sites[int(index)][0]
 
 
 def _draw(entry: Entry, random: np.ndarray[Any, Any], table: np.ndarray[Any, Any]) -> None:
-    """Write an entry's part of a table from a random number for each of its lanes."""
+    """Write the part of an entry in a table, from a random number for each of its lanes."""
     s, (dp, keep) = entry.layout, entry.pair
     here = table[entry.use.at : entry.use.at + s.size]
     n = s.orders * s.blocks
     if entry.site.sampler.shuffle:
         block_at = random[:-1].reshape(s.orders, s.blocks).argsort(1)
-    else:  # cell after cell in the natural order, from a random unit on
+    else:  # in natural order, cell by cell, from a random unit on
         block_at = ((_by_cell(s.blocks, dp) + int(random[0] % np.uint64(s.blocks))) % s.blocks)[None]
     here[block_at + np.arange(0, n, s.blocks)[:, None]] = np.arange(s.blocks)
     here[n : 2 * n] = block_at.ravel()
@@ -366,7 +368,7 @@ def _draw(entry: Entry, random: np.ndarray[Any, Any], table: np.ndarray[Any, Any
 
 
 def _salted(lanes: np.ndarray[Any, Any], sampler: PatternSampler) -> np.ndarray[Any, Any]:
-    """The lanes of a step."""
+    """Lanes of this step."""
     return lanes ^ np.uint64(sampler.seed_of_step * 0x9E3779B97F4A7C15 % 2**64)
 
 
@@ -375,7 +377,7 @@ def _by_cell(blocks: int, dp: int) -> np.ndarray[Any, Any]:
 
 
 def _mixed(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The finalizer of SplitMix64 (Steele et al., 2014): a random number for each number."""
+    """The finalizer of SplitMix64 (Steele et al., 2014), elementwise."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

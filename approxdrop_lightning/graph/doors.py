@@ -18,7 +18,7 @@ from approxdrop_lightning.graph.rewrite import rewrite
 
 
 class Pass(CustomGraphPass):
-    """The pass as inductor wants it, after the one that was there before."""
+    """The pass as a hook of inductor, which runs after the hook that was set before."""
 
     def __init__(self, before: Any = None) -> None:
         self.before = before
@@ -33,7 +33,7 @@ class Pass(CustomGraphPass):
             rewrite(gm)
 
     def uuid(self) -> Any:
-        """What a cache of compiled graphs must know of the pass."""
+        """Key of the pass for inductor's cache of compiled graphs."""
         files = sorted(Path(__file__).parent.rglob("*.py"))
         own = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
         other = getattr(self.before, "uuid", None)
@@ -41,32 +41,32 @@ class Pass(CustomGraphPass):
 
 
 class _Charge:
-    """Settings of PyTorch's that are ours as long as a converted model exists."""
+    """Settings of PyTorch that are changed while a converted model exists."""
 
     def __init__(self) -> None:
-        self._graphs: dict[int, int] = {}  # by serial of a book: graphs that its model may need
+        self._graphs: dict[int, int] = {}  # most graphs per shape, by serial number of the book
         self._pass: Pass | None = None
-        self._limits: tuple[int, int] | None = None  # the one found, the one set
+        self._limits: tuple[int, int] | None = None  # found, set
         self._timing: Any = None
 
     def take(self, book: Book) -> None:
-        """A model is converted; it is given back when its book is gone at the latest."""
+        """A model is converted: change the settings, until its book is gone at the latest."""
         self._graphs[book.serial] = book.graphs
         weakref.finalize(book, self.give, book.serial)
-        if not isinstance(inductor.pre_grad_custom_pass, Pass):  # somebody's own pass runs before ours
+        if not isinstance(inductor.pre_grad_custom_pass, Pass):  # a pass of the user's runs before ours
             self._pass = Pass(inductor.pre_grad_custom_pass)
             inductor.pre_grad_custom_pass = self._pass
         if hasattr(inductor, "pre_grad_pass_timing") and inductor.pre_grad_pass_timing != "early":
-            # Before the cache of compiled graphs is asked, not after: a graph found there has patterns to enter, too.
+            # Before the lookup in the cache of compiled graphs: graphs found there need their patterns entered too.
             self._timing, inductor.pre_grad_pass_timing = inductor.pre_grad_pass_timing, "early"
         found = self._limits[0] if self._limits else dynamo.recompile_limit
-        # Two sizes of batches; and twice that, for what was compiled of models before this one counts as well.
+        # Two batch sizes; and twice that, because graphs of earlier models of the same class count as well.
         wanted = max(found + 4 * sum(self._graphs.values()), dynamo.recompile_limit)
         self._limits = (found, wanted)
         dynamo.recompile_limit = wanted
 
     def give(self, serial: int) -> None:
-        """It is restored: what somebody else has set since stays."""
+        """A model is restored: put settings back, except for those that were changed by others since."""
         if self._graphs.pop(serial, None) is None or self._graphs:
             return
         if self._pass is not None and inductor.pre_grad_custom_pass is self._pass:
@@ -82,7 +82,7 @@ CHARGE = _Charge()
 
 
 def approxdrop(gm: GraphModule, inputs: list[Tensor], *, mode: str | None = None, options: Any = None) -> Any:
-    """Backend ``torch.compile(model, backend="approxdrop")``: inductor, with the pass whatever its hook holds."""
+    """The backend ``approxdrop`` of ``torch.compile``: the pass, then inductor."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

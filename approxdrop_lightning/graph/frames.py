@@ -1,7 +1,7 @@
-"""Functions that Dynamo makes no graph of, because layers of ours would not work together there.
+"""Frames that Dynamo must not capture on their own, because converted layers would not work together.
 
-Dynamo does not capture what reads an ``nn.LSTM``: it captures up to there, or nothing, and goes on with the functions
-that are called, of which it lets those of PyTorch's own layers run.
+Dynamo does not capture calls of ``nn.LSTM``. It breaks the graph there, or skips the function that contains the call,
+and then captures the functions that are called from it, except for those of PyTorch's own layers.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _CAPTURE = _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.DEFAULT)
 
 
 def never_alone(function: _Function) -> _Function:
-    """Let a function of a layer be captured within another one only: a graph of a single layer saves nothing."""
+    """Capture a function only as part of its caller: a graph of a single layer saves nothing."""
     set_code_exec_strategy(function.__code__, _SKIP)
     return function
 
 
 class Callers:
-    """Functions of a model that call some of its layers, which Dynamo does not capture: its LSTMs.
+    """Functions of a model that call its LSTMs, which Dynamo does not capture.
 
-    A dropout that is captured before the call has nobody to read its kept units alone. While training such a function
-    runs eagerly, all of it; what other functions it calls is captured.
+    If a graph ended at the LSTM, the dropouts in it would have no consumer. So such a function runs eagerly in
+    training; the functions that it calls are captured.
 
     Args:
         model: The model.
-        layers: The layers.
+        layers: Its LSTMs.
     """
 
-    #: Who lets a function run eagerly.
+    #: Which models make a function run eagerly.
     _HOLDERS: dict[CodeType, weakref.WeakSet[Callers]] = {}
 
     def __init__(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
@@ -47,13 +47,13 @@ class Callers:
         weakref.finalize(self, _release, self._codes)
 
     def begin(self) -> None:
-        """A training step begins."""
+        """Begin a training step: run the functions eagerly."""
         for code in self._codes:
             self._HOLDERS[code].add(self)
             set_code_exec_strategy(code, _SKIP)
 
     def end(self) -> None:
-        """The model evaluates, or is the stock one."""
+        """Capture the functions again: the model is evaluated or restored."""
         for code in self._codes:
             self._HOLDERS[code].discard(self)
         _release(self._codes)
@@ -66,7 +66,7 @@ def _release(codes: set[CodeType]) -> None:
 
 
 def _callers(model: nn.Module, layer: nn.Module) -> Iterator[CodeType]:
-    """Methods in which the name of a layer occurs, or that of the container which it is in."""
+    """Methods that refer to a layer, or to the container it is in, by name."""
     for owner in model.modules():
         for name, child in owner.named_children():
             if child is not layer:
@@ -78,7 +78,7 @@ def _callers(model: nn.Module, layer: nn.Module) -> Iterator[CodeType]:
 
 
 def _methods(cls: type, name: str) -> set[CodeType]:
-    """Methods of a class that use a name, and those that use their names."""
+    """Methods of a class that refer to an attribute by name, and the methods that refer to them."""
     codes = [
         function.__code__
         for base in cls.__mro__

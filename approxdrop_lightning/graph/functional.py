@@ -1,4 +1,4 @@
-"""Functions of a graph that drop without being layers of the model: the report names them."""
+"""Dropouts of a graph that are function calls rather than layers of the model, for the report."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 def functional_dropout(node: Node) -> tuple[float, str, str] | None:
-    """The rate of a function that drops, ``"file:line"`` of its call, and why it is left as it is; else None.
+    """Rate, ``"file:line"`` and reason why it stays as it is, for a functional dropout; None for other nodes.
 
-    Functions that stock modules of PyTorch call are the report's rows of these modules.
+    Calls from PyTorch's own modules are left out: the report has rows for these modules.
     """
     if node.op != "call_function" or not (node.target in _DROPOUT or node.target is _ATTENTION):
         return None

@@ -1,6 +1,6 @@
-"""The pack and unpack kernels in compiled graphs on CUDA: a compiler sees two launches, and no opaque call.
+"""The pack and unpack kernels in compiled graphs on CUDA, visible to the compiler as two launches.
 
-A compiler's own gathers do the same, but copy single elements: a quarter of the memory's bandwidth.
+The gathers that inductor generates instead copy single elements, at a quarter of the memory bandwidth.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 from approxdrop_lightning.graph.layout import TableUse
 from approxdrop_lightning.ops.pack.pack_ops import has_kernel
 
-#: Entries of a weight from which on its kernel is worth a launch that nothing is fused with.
+#: Smallest weight for which the kernel is worth a launch that is not fused.
 LEAST = 1 << 18
 
 
 def serves(weight: Tensor) -> bool:
-    """Whether the kernels pack a weight, and had better do it."""
+    """Whether the kernels support a weight and are faster."""
     return weight.is_cuda and weight.numel() >= LEAST and has_kernel(weight)
 
 
 def pack(weight: Tensor, table: Tensor, outside: TableUse | None, inside: TableUse | None) -> Tensor:
-    """What each group multiplies of a weight, ``[groups, outputs, inputs]``."""
+    """The submatrix of a weight for each group, ``[groups, outputs, inputs]``."""
     from approxdrop_lightning.ops.pack import triton_pack
 
     rows, columns = (None if use is None else _units(use, table) for use in (outside, inside))
@@ -41,7 +41,7 @@ def pack(weight: Tensor, table: Tensor, outside: TableUse | None, inside: TableU
 def unpack(
     packed: Tensor, table: Tensor, outside: TableUse | None, inside: TableUse | None, shape: tuple[int, int]
 ) -> Tensor:
-    """Dense sum of what the groups hold of each entry: the gradient of :func:`pack`."""
+    """Gradient of :func:`pack`: the dense sum over groups."""
     from approxdrop_lightning.ops.pack import triton_pack
 
     disjoint = all(use is None or use.layout.disjoint for use in (outside, inside))
@@ -63,7 +63,7 @@ def _slots(use: TableUse, table: Tensor, disjoint: bool) -> Tensor:
     """Inverse of :func:`_units`, ``[layers, n]``, as :func:`.ops.pack.reference.slots` defines it."""
     s, place = use.layout, use.place(table)
     order = torch.arange(s.orders, device=table.device)[:, None]
-    if disjoint:  # groups of one order are a layer
+    if disjoint:  # the groups of one order form a layer
         kept, slot = place < s.groups * s.kept, order * (s.groups * s.kept) + place
     else:
         group = torch.arange(s.groups, device=table.device)[:, None]
@@ -85,7 +85,7 @@ def _run(launch: Any) -> None:
 
 @cache
 def _untuned(kernel: Any) -> Any:
-    """A kernel with its first configuration: a compiler that tunes would time each graph's launches anew."""
+    """A kernel with its first configuration only, so that the compiler does not tune it again for each graph."""
     import triton
 
     return triton.autotune(kernel.configs[:1], key=[])(kernel.fn)

@@ -1,7 +1,7 @@
-"""What is static of a pattern in a compiled graph, and the masks that it stands for.
+"""The static part of a pattern in a compiled graph, and the mask that a pattern stands for.
 
-A compiled graph has fixed shapes, so what a pattern keeps is fixed in number. *Which* units it keeps is data: a table
-of permutations in device memory, written before each batch.
+A compiled graph has fixed shapes, so the number of kept units is static. *Which* units are kept is data: permutations
+in device memory, written before each batch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from approxdrop_lightning.patterns.sampler import fitting_block_size
 
 
 class Layout(NamedTuple):
-    """Sizes of a pattern of ``n`` units, cut into ``blocks`` of ``block`` units each.
+    """Sizes of a pattern of ``n`` units, divided into ``blocks`` of ``block`` units each.
 
-    Each of ``orders`` random orders of the blocks serves ``groups`` groups of rows. Group ``g`` of an order keeps the
-    blocks at the places ``[g * shift, g * shift + kept)`` of it. Where the dropout rate asks for a fraction of a
-    block, the last of these places is *spare*: it is kept in so many batches as the rate asks for, and zero in the
-    others. So every unit is kept with exactly the probability ``keep / dp``.
+    Each of the ``orders`` permutations of the blocks serves ``groups`` groups of rows. Group ``g`` of an order keeps
+    the blocks at its places ``[g * shift, g * shift + kept)``. If ``keep / dp`` of the blocks is not a whole number,
+    the last of these places is *spare*: it is computed in every batch, but is zero in as many of them as it takes for
+    every unit to be kept with a probability of exactly ``keep / dp``.
     """
 
     n: int
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Units that are computed of each row."""
+        """Units computed for each row."""
         return self.kept * self.block
 
     @property
@@ -52,7 +52,7 @@ class Layout(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Entries of its table: place of each block, block at each place, and how many places are kept."""
+        """Size of its table: place of each block, block at each place, and the number of kept places."""
         return 2 * self.orders * self.blocks + 1
 
 
@@ -66,19 +66,19 @@ def layout_of(
     shuffle: bool = True,
     orders: int = 1,
 ) -> Layout:
-    """The layout of ``n`` units with a share of ``keep / dp`` kept.
+    """The layout that keeps ``keep / dp`` of ``n`` units.
 
     Args:
         n: Number of units, >= 1.
         dp: Period, >= 1.
         keep: Number of kept cells, in [1, dp].
-        interleave: Whether rows of a batch take turns.
-        block_size: Most units of a block; halved until blocks are of one size and a cell has four of them.
-        shuffle: Whether blocks are permuted; else they are single units.
-        orders: Orders of the units that rows take in turn; 1 unless ``interleave`` and ``shuffle``.
+        interleave: Whether the rows of a batch keep different units.
+        block_size: Most units of a block; halved until the blocks have one size and a cell has four of them.
+        shuffle: Whether blocks are permuted; if not, they are single units.
+        orders: Number of orders that rows alternate between; 1 unless ``interleave`` and ``shuffle``.
 
     Returns:
-        The layout. The number of its groups depends on the pair alone, so layers of all widths line up.
+        The layout. The number of groups depends on the pair only, so that the groups of all layers line up.
     """
     block = fitting_block_size(n, dp, block_size) if shuffle else 1
     while n % block:
@@ -93,14 +93,14 @@ def layout_of(
 
 
 def share_of_spare(layout: Layout, dp: int, keep: int) -> float:
-    """In which share of the batches the spare place is kept."""
+    """Share of the batches in which the spare place is kept."""
     return (layout.blocks * keep % dp) / dp
 
 
 class TableUse(NamedTuple):
-    """One use of a dropout: where in the table its pattern is, the factor of what is kept, and its layout.
+    """One use of a dropout: offset of its pattern in the table, factor of kept values, and layout.
 
-    The fields of the layout are its own ones: graphs hold no tuples in tuples.
+    The layout is flattened into fields because arguments in graphs cannot be nested tuples.
     """
 
     at: int
@@ -128,12 +128,12 @@ class TableUse(NamedTuple):
         return table[self.at + n : self.at + 2 * n].view(self.layout.orders, self.layout.blocks)
 
     def active(self, table: Tensor) -> Tensor:
-        """``[1]``: how many of the places of a group are kept: all of them, or all but the spare one."""
+        """``[1]``: number of places that each group keeps: all of them, or all but the spare one."""
         end = self.at + self.layout.size
         return table[end - 1 : end]
 
     def kept_blocks(self, table: Tensor) -> Tensor:
-        """``[all groups, kept]``: the blocks that each group computes."""
+        """``[all groups, kept]``: blocks that each group computes."""
         s, block_at = self.layout, self.block_at(table)
         if s.shift == 0 or s.groups == 1:
             windows = block_at[:, None, : s.kept].expand(-1, s.groups, -1)
@@ -144,7 +144,7 @@ class TableUse(NamedTuple):
         return windows.reshape(s.all_groups, s.kept)
 
     def factors(self, table: Tensor, dtype: torch.dtype) -> Tensor | float:
-        """Factor of the values that are computed: a number, or ``[width]`` if there is a spare place."""
+        """Factor of the computed values: a number, or ``[width]`` if there is a spare place."""
         s = self.layout
         if not s.spare:
             return self.scale
@@ -161,10 +161,10 @@ class TableUse(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """How the rows of a batch take turns: row ``r`` of the flattened, padded batch is in group ``r % groups``.
+    """Assignment of rows to groups: row ``r`` of the flattened, padded batch is in group ``r % groups``.
 
-    ``pad`` rows are added to each run of the last leading dimension, so that the samples of ``[T, B, n]`` do not meet
-    the same group at every step.
+    The last leading dimension is padded by ``pad`` rows, so that a sample of ``[T, B, n]`` is not in the same group
+    at every time step.
     """
 
     groups: int
@@ -172,7 +172,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(groups: int, leading: tuple[int, ...]) -> Rows:
-    """How the rows of a batch of this leading shape take turns."""
+    """Assign the rows of a batch of this leading shape to groups."""
     if groups == 1 or len(leading) < 2:
         return Rows(groups)
     run = leading[-1]
@@ -190,7 +190,7 @@ def group_of_row(leading: tuple[int, ...], rows: Rows) -> Tensor:
 
 
 def mask_of(use: TableUse, table: Tensor, rows: Rows, leading: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The definition: ``[*leading, n]``, the use's scale where a row keeps a unit, zero elsewhere."""
+    """The definition of a pattern: ``[*leading, n]``, the scale where a row keeps a unit, zero elsewhere."""
     s = use.layout
     keeps = use.keeps(table).repeat_interleave(s.block, 1)
     return keeps[group_of_row(leading, rows).to(table.device).view(-1)].view(*leading, s.n).to(dtype) * use.scale

@@ -1,4 +1,4 @@
-"""Tells when Dynamo compiles no more: beyond its limit of graphs it runs a function eagerly, without a word later."""
+"""A warning when Dynamo stops compiling: beyond its limit of graphs it silently runs a function eagerly."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class RecompileLimitWarning(UserWarning):
-    """A converted model runs eagerly in part, because ``torch.compile`` may make no more graphs of it."""
+    """Part of a converted model runs eagerly because ``torch.compile`` has reached its limit of graphs."""
 
 
 @never_alone
 def is_reached() -> bool:
-    """Whether the caller runs eagerly in a function of which no more graphs are made, and nobody asked for it."""
+    """Whether the caller runs eagerly because of the limit, and not because the user asked for it."""
     return get_eval_frame_callback() is False and eval_frame._stance.stance == "default"
 
 
 def warn(site: Site) -> None:
-    """Note that a dropout of a compiled model runs eagerly; warn of the first one of a model."""
+    """Note that a dropout of a compiled model runs eagerly; warn once per model."""
     site.beyond_limit = True
     book = None if site.book is None else site.book()
     if book is None or book.warned_of_limit:
@@ -35,9 +35,8 @@ def warn(site: Site) -> None:
     warnings.warn(
         "torch.compile has reached its limit of graphs (torch._dynamo.config.recompile_limit="
         f"{dynamo.recompile_limit}): {site.name} and the layers beside it run eagerly in steps for which there is no "
-        f"graph yet. A model with dropout needs {book.graphs} graphs for each size of a batch. Batches of one size "
-        "(drop_last=True) need fewest; a larger limit, set before training, allows more; TORCH_LOGS=recompiles tells "
-        "why there are so many",
+        f"graph yet. This model needs {book.graphs} graphs for each batch size. Use batches of one size "
+        "(drop_last=True), or raise the limit before training; TORCH_LOGS=recompiles shows what causes recompiles",
         RecompileLimitWarning,
         stacklevel=4,
     )

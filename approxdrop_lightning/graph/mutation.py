@@ -1,4 +1,4 @@
-"""Which tensors of a graph are changed in place: what is computed of them depends on when it is read."""
+"""Tensors of a graph that are changed in place: their values depend on when they are read."""
 
 from __future__ import annotations
 
@@ -46,10 +46,9 @@ def changed_by(node: Node) -> list[Node]:
 
 
 def mutated(graph: Graph) -> set[Node]:
-    """Tensors that somebody changes while others may still read them, and all that may share memory with them.
+    """Tensors that are changed in place while others may read them, and all that may share their memory.
 
-    What is read by nobody but the function that changes it, as ``relu(linear(x), inplace=True)``, is as good as not
-    changed.
+    A tensor whose only reader changes it, as in ``relu(linear(x), inplace=True)``, does not count.
     """
     found: set[Node] = set()
     for node in graph.nodes:

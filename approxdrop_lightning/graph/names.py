@@ -9,11 +9,11 @@ from torch.fx import Node
 
 
 def layer_name(node: Node, names: Mapping[str, str]) -> str:
-    """Name in the model of the module that a node comes from, else that of its function.
+    """Name of the module that a node comes from; without one, name of its function.
 
     Args:
         node: The node.
-        names: Names of the model's modules by their ``id``, by which Dynamo's stack of modules has them.
+        names: Names of the modules by ``id``, as in Dynamo's ``nn_module_stack``.
     """
     return module_name(node, names) or function_name(node)
 
@@ -24,7 +24,7 @@ def layer_key(node: Node, names: Mapping[str, str]) -> str:
 
 
 def module_name(node: Node, names: Mapping[str, str]) -> str:
-    """Name of that module; empty if it is the model itself, or not known."""
+    """Name of the module that a node comes from; empty if it is the model itself or unknown."""
     stack: dict[str, tuple[str, type]] = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
@@ -34,7 +34,7 @@ def module_name(node: Node, names: Mapping[str, str]) -> str:
 
 
 def function_name(node: Node) -> str:
-    """What a node calls."""
+    """Name of the function that a node calls."""
     if node.op == "output":
         return "the end of the graph"
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))

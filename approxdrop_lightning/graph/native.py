@@ -1,7 +1,7 @@
-"""The compiled C products as operators of a graph, where they are faster than a batched product of gathered weights.
+"""The compiled C products as operators of a graph, where they beat a batched product of gathered weights.
 
-They read and write kept units where they lie: no part of a weight is copied, and its gradient is written once. A
-compiler sees one opaque call instead, which costs 0.1 to 0.2 ms of host time: so only large products take it.
+They read and write kept units in place: no part of a weight is copied, and its gradient is written once. To the
+compiler each is an opaque call, with 0.1 to 0.2 ms of host time, so only large products use them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from approxdrop_lightning.ops.row_linear.groups import GroupedLinear
 from approxdrop_lightning.ops.row_linear.one_pass import linear_between
 from approxdrop_lightning.patterns.row import RowPattern
 
-#: Multiplies of a product, those that are executed, from which on it is worth an opaque call.
+#: Fewest executed multiplies of a product for which an opaque call is worth its host time.
 LEAST = 10_000_000
 
 _LIBRARY = torch.library.Library("approxdrop", "FRAGMENT")
@@ -30,13 +30,13 @@ _LIBRARY.define(
 _LIBRARY.define(
     "weight_grad(Tensor dy, Tensor x, Tensor weight, Tensor table, int[] inside, int[] outside, int groups) -> Tensor"
 )
-#: By use and table: the table's version, and the pattern of that step. Forward and backward share its lists.
+#: By table and use: version of the table and pattern of that step. Forward and backward share its index lists.
 _PATTERNS: dict[tuple[Any, ...], tuple[int, RowPattern]] = {}
 
 
-def serves(weight: Tensor, x: Tensor, inside: TableUse | None, outside: TableUse | None, pieces: int) -> bool:
-    """Whether the C products compute a layer, and had better do it."""
-    if not weight.is_cpu or weight.dtype != torch.float32 or x.dtype != torch.float32 or pieces > 1:
+def serves(weight: Tensor, x: Tensor, inside: TableUse | None, outside: TableUse | None, chunks: int) -> bool:
+    """Whether the C products support a layer and are faster."""
+    if not weight.is_cpu or weight.dtype != torch.float32 or x.dtype != torch.float32 or chunks > 1:
         return False
     if torch.is_autocast_enabled("cpu") or isinstance(x.shape[-2], torch.SymInt) or library() is None:
         return False
@@ -47,7 +47,7 @@ def serves(weight: Tensor, x: Tensor, inside: TableUse | None, outside: TableUse
 
 
 def _is_row_pattern(use: TableUse) -> bool:
-    """Whether a :class:`RowPattern` of as many cells as there are blocks is this layout."""
+    """Whether the layout is that of a :class:`RowPattern` with as many cells as there are blocks."""
     s = use.layout
     if s.groups == 1:
         return s.orders == 1
@@ -74,7 +74,7 @@ def _pattern(table: Tensor, numbers: list[int]) -> RowPattern | None:
 
 
 def _numbers(use: TableUse | None) -> list[int]:
-    """What an operator is told of a use: its scale is not of the product."""
+    """A use as an argument of an operator. Its scale is left out: products are not scaled."""
     return [] if use is None else [use.at, *map(int, use.layout)]
 
 
@@ -191,5 +191,5 @@ def linear(
     outside: TableUse | None,
     groups: int,
 ) -> Tensor:
-    """As :func:`.packed.linear`; what is dense is ``[rows, n]``, its rows padded to a multiple of ``groups``."""
+    """As :func:`.packed.linear`; dense tensors are ``[rows, n]``, padded to a multiple of ``groups``."""
     return _Linear.apply(x, weight, bias, table, inside, outside, groups)

@@ -1,4 +1,4 @@
-"""The operator ``approxdrop::drop``: dropout as compiled graphs see it. It masks; the pass replaces it."""
+"""The operator ``approxdrop::drop``: a dropout in a captured graph. It masks; the pass replaces it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from approxdrop_lightning.graph.book import site_of
 def drop(x: Tensor, table: Tensor, key: str, dp: int, keep: int) -> Tensor:
     """Dropout of ``x`` (``[*leading, n]``) by the pattern of a site.
 
-    This is what runs under a backend that does not know the operator: right, and nothing is skipped. All uses of one
-    site with one shape have one pattern then.
+    This implementation runs under backends without the pass: correct, but nothing is skipped. All uses of a site with
+    the same shape then share a pattern.
 
     Args:
-        x: What is dropped from.
-        table: Of all patterns of the model.
-        key: The site's.
+        x: The input.
+        table: All patterns of the model.
+        key: Identifies the site (:func:`.book.site_of`).
         dp: Period of this step.
         keep: Number of kept cells of this step.
 
     Returns:
-        As ``x``.
+        Like ``x``.
     """
     book, site = site_of(key)
     site.graph_masked = True

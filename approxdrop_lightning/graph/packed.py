@@ -1,11 +1,11 @@
-"""The maths of a rewritten graph: packed values, in plain PyTorch calls that a compiler fuses.
+"""Functions of rewritten graphs, on packed values, in plain PyTorch calls that a compiler fuses.
 
-Packed values are ``[groups, rows of a group, kept units]``; with them a layer is one batched product. All copies are
-gathers, those of the backward pass too: a gather fuses with what computes its input and with what reads it, a scatter
-needs memory that was zeroed before.
+Packed values are ``[groups, rows of a group, kept units]``, so that a layer is one batched product. All copies are
+gathers, in the backward pass too: gathers fuse with the code before and after them, whereas scatters need zeroed
+memory.
 
-The functions are called while AOTAutograd traces the rewritten graph. ``use``, ``rows`` and ``leading`` are static
-(a leading dimension may be symbolic); ``table`` is the tensor that holds the pattern.
+AOTAutograd traces these functions. ``use``, ``rows`` and ``leading`` are static (a leading size may be symbolic);
+``table`` is the tensor that holds the patterns.
 """
 
 from __future__ import annotations
@@ -50,33 +50,33 @@ def _unpadded(y: Tensor, leading: Sequence[int], rows: Rows) -> Tensor:
     return y[: math.prod(leading)].view(*leading, n)
 
 
-def pack(x: Tensor, table: Tensor, use: TableUse, rows: Rows, pieces: int = 1) -> Tensor:
-    """Values of a dense ``[*leading, pieces * n]`` at the places that are kept."""
+def pack(x: Tensor, table: Tensor, use: TableUse, rows: Rows, chunks: int = 1) -> Tensor:
+    """The kept values of a dense ``[*leading, chunks * n]``."""
     s = use.layout
-    if pieces > 1:
-        return torch.cat([pack(part, table, use, rows) for part in x.chunk(pieces, -1)], -1)
+    if chunks > 1:
+        return torch.cat([pack(part, table, use, rows) for part in x.chunk(chunks, -1)], -1)
     x = group_rows(x, rows).unflatten(-1, (s.blocks, s.block))
     group = torch.arange(s.all_groups, device=x.device)[:, None]
     return x[group, :, use.kept_blocks(table)].transpose(1, 2).flatten(2)
 
 
-def pack_units(x: Tensor, table: Tensor, use: TableUse, pieces: int = 1) -> Tensor:
-    """What each group keeps of one value per unit, ``[pieces * n]`` to ``[groups, 1, pieces * width]``."""
-    return _Weights.apply(x.reshape(-1, 1), table, use, None, pieces).transpose(1, 2)
+def pack_units(x: Tensor, table: Tensor, use: TableUse, chunks: int = 1) -> Tensor:
+    """The kept ones of values per unit: ``[chunks * n]`` to ``[groups, 1, chunks * width]``."""
+    return _Weights.apply(x.reshape(-1, 1), table, use, None, chunks).transpose(1, 2)
 
 
 def pack_rows(x: Tensor, rows: Rows) -> Tensor:
-    """One value per row, ``[*leading, 1]`` to ``[groups, rows, 1]``."""
+    """Group values per row: ``[*leading, 1]`` to ``[groups, rows, 1]``."""
     return group_rows(x, rows)
 
 
 def scaled(values: Tensor, table: Tensor, use: TableUse) -> Tensor:
-    """The dropout itself, of values of which only the kept ones were computed."""
+    """Scale kept values; the value at a spare place that is not kept becomes zero."""
     return values * use.factors(table, values.dtype)
 
 
 def unpack(values: Tensor, table: Tensor, use: TableUse, rows: Rows, leading: Sequence[int]) -> Tensor:
-    """Dense ``[*leading, n]`` with zeros where a unit is dropped: a gather, which fuses with what reads it."""
+    """Dense ``[*leading, n]`` with zeros where a unit is dropped, by a gather that fuses with its readers."""
     s = use.layout
     values = values.unflatten(-1, (s.kept, s.block))
     first = s.shift * torch.arange(s.groups, device=values.device)
@@ -88,7 +88,7 @@ def unpack(values: Tensor, table: Tensor, use: TableUse, rows: Rows, leading: Se
 
 
 def mask(x: Tensor, table: Tensor, use: TableUse, rows: Rows) -> Tensor:
-    """Dropout of a dense tensor as an elementwise function, for who reads all of it."""
+    """Dropout of a dense tensor as an elementwise function."""
     s, leading = use.layout, x.shape[:-1]
     row = torch.arange(math.prod(leading), device=x.device)
     if rows.pad:
@@ -99,34 +99,34 @@ def mask(x: Tensor, table: Tensor, use: TableUse, rows: Rows) -> Tensor:
 
 
 class _Weights(torch.autograd.Function):
-    """The part of a weight that each group multiplies, ``[groups, outputs, inputs]``; its gradient is a gather too.
+    """The submatrix of a weight for each group, ``[groups, outputs, inputs]``; its gradient is a gather too.
 
-    ``pieces``: the outputs are so many runs of ``n``, as gates are; of each the same units are kept.
+    The outputs may consist of several ``chunks`` of ``n`` units (gates), in each of which the same units are kept.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, table: Tensor, outside: TableUse | None, inside: TableUse | None, pieces: int
+        ctx: Any, weight: Tensor, table: Tensor, outside: TableUse | None, inside: TableUse | None, chunks: int
     ) -> Tensor:
         ctx.save_for_backward(table)
-        ctx.uses, ctx.shape, ctx.pieces = (outside, inside), weight.shape, pieces
+        ctx.uses, ctx.shape, ctx.chunks = (outside, inside), weight.shape, chunks
         n_out, n_in = weight.shape
-        ctx.by_kernel = pieces == 1 and kernels.serves(weight)
+        ctx.by_kernel = chunks == 1 and kernels.serves(weight)
         if ctx.by_kernel:
             return kernels.pack(weight, table, outside, inside)
         if inside is None:
             assert outside is not None
             o = outside.layout
-            part = weight.view(pieces, o.blocks, o.block, n_in)[:, outside.kept_blocks(table)]
-            return part.transpose(0, 1).reshape(o.all_groups, pieces * o.width, n_in)
+            part = weight.view(chunks, o.blocks, o.block, n_in)[:, outside.kept_blocks(table)]
+            return part.transpose(0, 1).reshape(o.all_groups, chunks * o.width, n_in)
         i, columns = inside.layout, inside.kept_blocks(table)
         if outside is None:
             part = weight.view(n_out, i.blocks, i.block)[:, columns]  # [out, groups, kept, block]
             return part.transpose(0, 1).reshape(i.all_groups, n_out, i.width)
         o, rows = outside.layout, outside.kept_blocks(table)
-        part = weight.view(pieces, o.blocks, o.block, i.blocks, i.block).permute(1, 3, 0, 2, 4)
-        part = part[rows[:, :, None], columns[:, None, :]]  # [groups, kept out, kept in, pieces, block, block]
-        return part.permute(0, 3, 1, 4, 2, 5).reshape(o.all_groups, pieces * o.width, i.width)
+        part = weight.view(chunks, o.blocks, o.block, i.blocks, i.block).permute(1, 3, 0, 2, 4)
+        part = part[rows[:, :, None], columns[:, None, :]]  # [groups, kept out, kept in, chunks, block, block]
+        return part.permute(0, 3, 1, 4, 2, 5).reshape(o.all_groups, chunks * o.width, i.width)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -134,19 +134,19 @@ class _Weights(torch.autograd.Function):
         outside, inside = ctx.uses
         if ctx.by_kernel:
             return kernels.unpack(grad, table, outside, inside, ctx.shape), None, None, None, None
-        dense = _expanded(grad, table, outside, inside, ctx.pieces)
+        dense = _expanded(grad, table, outside, inside, ctx.chunks)
         return dense.reshape(ctx.shape), None, None, None, None
 
 
-def _expanded(grad: Tensor, table: Tensor, outside: TableUse | None, inside: TableUse | None, pieces: int) -> Tensor:
-    """Dense gradient of :class:`_Weights`: a sum over orders, and over groups where these overlap."""
+def _expanded(grad: Tensor, table: Tensor, outside: TableUse | None, inside: TableUse | None, chunks: int) -> Tensor:
+    """Dense gradient of :class:`_Weights`: the sum over orders, and over groups if they overlap."""
     some = outside or inside
     assert some is not None
     s = some.layout
-    o_block, o_kept = (outside.block, outside.kept) if outside is not None else (grad.shape[1] // pieces, 1)
+    o_block, o_kept = (outside.block, outside.kept) if outside is not None else (grad.shape[1] // chunks, 1)
     i_block, i_kept = (inside.block, inside.kept) if inside is not None else (grad.shape[2], 1)
-    # [orders, groups, kept out, kept in, pieces, block out, block in]
-    grad = grad.view(s.orders, s.groups, pieces, o_kept, o_block, i_kept, i_block).permute(0, 1, 3, 5, 2, 4, 6)
+    # [orders, groups, kept out, kept in, chunks, block out, block in]
+    grad = grad.view(s.orders, s.groups, chunks, o_kept, o_block, i_kept, i_block).permute(0, 1, 3, 5, 2, 4, 6)
     together = all(use is None or use.layout.disjoint for use in (outside, inside))
     total: Tensor | None = None
     for order in range(s.orders):
@@ -154,13 +154,13 @@ def _expanded(grad: Tensor, table: Tensor, outside: TableUse | None, inside: Tab
             part = _expanded_one(grad[order], table, outside, inside, order, group)
             total = part if total is None else total + part
     assert total is not None
-    return total.permute(2, 0, 3, 1, 4)  # [pieces, blocks out, block out, blocks in, block in]
+    return total.permute(2, 0, 3, 1, 4)  # [chunks, blocks out, block out, blocks in, block in]
 
 
 def _expanded_one(
     grad: Tensor, table: Tensor, outside: TableUse | None, inside: TableUse | None, order: int, group: int | None
 ) -> Tensor:
-    """What one order's groups add to the gradient; or only one of them."""
+    """Contribution of one order to the gradient: of all its groups, or of one ``group``."""
     found: list[tuple[Tensor, Tensor, Tensor] | None] = []
     for use in (outside, inside):
         if use is None:
@@ -187,7 +187,7 @@ def _expanded_one(
 
 
 def expand_units(grad: Tensor, table: Tensor, outside: TableUse) -> Tensor:
-    """``[groups, width]`` to the dense sum ``[n]``: a bias's gradient."""
+    """Gradient of a bias: ``[groups, width]`` to the dense sum ``[n]``."""
     return _expanded(grad[..., None], table, outside, None, 1).reshape(outside.n)
 
 
@@ -199,43 +199,43 @@ def linear(
     inside: TableUse | None,
     outside: TableUse | None,
     rows: Rows,
-    pieces: int = 1,
+    chunks: int = 1,
     leading: Sequence[int] | None = None,
 ) -> Tensor:
-    """A linear layer of which inputs, outputs or both are packed.
+    """A linear layer with packed inputs, outputs or both.
 
     Args:
-        x: Packed if ``inside`` is given, else dense ``[*leading, n_in]``.
+        x: Packed if ``inside`` is given; otherwise dense ``[*leading, n_in]``.
         weight: ``[n_out, n_in]``.
         bias: ``[n_out]`` or None.
-        table: Holds the patterns.
-        inside: What is kept of the inputs.
-        outside: What is kept of the outputs; None: all are computed.
-        rows: How rows take turns.
-        pieces: Of ``pieces`` runs of outputs the same units are kept.
-        leading: Of the batch; needed without ``outside``.
+        table: The patterns.
+        inside: Pattern of the inputs.
+        outside: Pattern of the outputs; None: all are computed.
+        rows: Assignment of rows to groups.
+        chunks: Number of chunks of units among the outputs.
+        leading: Leading shape of the output; needed without ``outside``.
 
     Returns:
-        ``[groups, rows, pieces * width]`` if ``outside`` is given, else ``[*leading, n_out]``.
+        ``[groups, rows, chunks * width]`` if ``outside`` is given; otherwise ``[*leading, n_out]``.
     """
-    if native.serves(weight, x, inside, outside, pieces):
+    if native.serves(weight, x, inside, outside, chunks):
         if inside is None:
             x = in_order(group_rows(x, rows))
         y = native.linear(x, weight, bias, table, inside, outside, rows.groups)
         return y if leading is None else _unpadded(y, leading, rows)
     if inside is None:
         x = group_rows(x, rows)
-    part = _Weights.apply(weight, table, outside, inside, pieces)
+    part = _Weights.apply(weight, table, outside, inside, chunks)
     y = torch.bmm(x, part.transpose(1, 2)) if rows.groups > 1 else torch.matmul(x, part[0].t())
     if leading is not None:
         y = ungroup_rows(y, leading, rows)
         return y if bias is None else y + bias.to(y.dtype)
     if bias is None:
         return y
-    kept = _Weights.apply(bias.view(-1, 1), table, outside, None, pieces)
+    kept = _Weights.apply(bias.view(-1, 1), table, outside, None, chunks)
     return y + kept.transpose(1, 2).to(y.dtype)
 
 
 def prelu(values: Tensor, slopes: Tensor) -> Tensor:
-    """PReLU with a slope for each unit, both packed."""
+    """PReLU with a slope per unit, both packed."""
     return torch.where(values > 0, values, slopes * values)

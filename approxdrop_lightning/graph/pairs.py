@@ -1,4 +1,4 @@
-"""Which pairs ``(dp, keep)`` a compiled run draws: few, since each one is a graph."""
+"""The pairs ``(dp, keep)`` that a compiled run draws: few, because each one needs a graph."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from itertools import accumulate
 
 from approxdrop_lightning.distribution import PatternDistribution
 
-#: Most pairs, hence graphs, of one rate; and what a pair's probability must be at least.
+#: Most pairs, hence graphs, for one rate; smallest probability of a pair.
 MOST, LEAST = 4, 0.01
 
 Pair = tuple[int, int]
 
 
 class Pairs:
-    """The likeliest pairs of a distribution, with probabilities that meet its rate exactly.
+    """The most probable pairs of a distribution, reweighted to meet its rate exactly.
 
     Args:
-        distribution: That of the eager path.
-        most: Most pairs.
+        distribution: The distribution of eager mode.
+        most: Maximum number of pairs.
     """
 
     def __init__(self, distribution: PatternDistribution, most: int = MOST) -> None:
@@ -30,7 +30,7 @@ class Pairs:
         )
         chosen = [pair for k, pair in drawn[:most] if k >= LEAST] or [drawn[0][1]]
         if _dropped(chosen[0]) != rate or len(chosen) > 1:
-            # The rate must lie between what the pairs drop; the nearest pair beyond takes the place of the rarest.
+            # The rates of the pairs must enclose the rate; the nearest pair beyond replaces the least probable one.
             for sign in (-1, 1):
                 beyond = [pair for pair in distribution.support if sign * (_dropped(pair) - rate) >= 0]
                 if not set(beyond) & set(chosen):
@@ -46,7 +46,7 @@ class Pairs:
 
     @property
     def expected_rate(self) -> float:
-        """Dropped share in expectation."""
+        """Expected dropout rate."""
         return sum(k * _dropped(pair) for k, pair in zip(self.probabilities, self.support, strict=True))
 
 
@@ -55,7 +55,7 @@ def _dropped(pair: Pair) -> float:
 
 
 def _tilted(shares: list[float], weights: list[float], rate: float) -> tuple[float, ...]:
-    """``k_i`` proportional to ``weights_i * exp(beta * shares_i)``, of mean ``rate``: the nearest distribution."""
+    """``k_i`` proportional to ``weights_i * exp(beta * shares_i)`` with mean ``rate``: closest in KL divergence."""
     if len(shares) == 1:
         return (1.0,)
     logs = [math.log(max(w, 1e-12)) for w in weights]

@@ -1,4 +1,4 @@
-"""Ways in: Lightning's and one's own loop, by inductor's hook and by a backend; and what is given back after."""
+"""Entry points: Lightning and custom loops, inductor's hook and the backend; and that settings are put back."""
 
 import gc
 import importlib.metadata
@@ -25,16 +25,7 @@ SILENT = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    gc.collect()
-    for serial in list(doors.CHARGE._graphs):  # models of other tests that nobody restored, and somebody holds
-        doors.CHARGE.give(serial)
-    torch.compiler.reset()
-    counters.clear()
-    COUNTS.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 class Net(LightningModule):
@@ -102,7 +93,7 @@ def test_lightning(door):
     assert len(set(model.losses)) == len(model.losses) == 6
 
 
-def test_inductors_hook_serves_a_plain_compile_and_is_given_back():
+def test_plain_compile_uses_inductors_hook_which_is_put_back():
     mine = []
     with inductor.patch(pre_grad_custom_pass=mine.append):
         model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
@@ -115,12 +106,12 @@ def test_inductors_hook_serves_a_plain_compile_and_is_given_back():
             conversion_of(model).resample(False)
             assert worst(found, results(g, x, model)) < 1e-5
         assert (COUNTS.producers, COUNTS.consumers) == (1, 1)
-        assert mine  # the user's own pass has run, too
+        assert mine  # the user's own pass has run as well
         restore(model)
     assert inductor.pre_grad_custom_pass is None
 
 
-def test_settings_are_given_back():
+def test_settings_are_put_back():
     before = inductor.pre_grad_custom_pass, torch._dynamo.config.recompile_limit
     models = [nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 2)) for _ in range(2)]
     for model in models:
@@ -134,7 +125,7 @@ def test_settings_are_given_back():
     assert (inductor.pre_grad_custom_pass, torch._dynamo.config.recompile_limit) == before
 
 
-def test_the_backend_of_its_own_name():
+def test_backend_approxdrop():
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
     approximate(model, seed=0, **ALL)
     resample(model)
@@ -148,7 +139,7 @@ def test_the_backend_of_its_own_name():
 
 
 def test_launches_are_at_most_twice_those_of_native_dropout():
-    """Kernels and library calls in the code of forward and backward."""
+    """Kernels and library calls in the generated code of forward and backward."""
 
     def launches(model, x):
         def train():
@@ -173,7 +164,7 @@ def test_launches_are_at_most_twice_those_of_native_dropout():
     assert 0 < found <= 2 * native_dropout
 
 
-def test_the_original_or_the_compiled_model_in_a_loop_of_ones_own():
+def test_custom_loop_with_the_original_or_the_compiled_model():
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
     compiled = torch.compile(model, backend=rewriting)
     approximate(compiled, seed=0, **ALL)
@@ -227,7 +218,7 @@ def test_accumulation_has_one_pattern_for_a_step():
 
 @pytest.mark.parametrize("where", ["around", "within"])
 def test_autocast(where):
-    """Products are of 16 bits, as those of stock layers are, and parameters' gradients of 32."""
+    """Products are in 16 bits, as in stock layers, and gradients of parameters in 32."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
     model = Cast(layers) if where == "within" else layers
@@ -257,7 +248,7 @@ class Cast(nn.Module):
             return self.layers(x)
 
 
-def test_large_products_are_those_in_c(monkeypatch):
+def test_large_products_are_computed_in_c(monkeypatch):
     if native.library() is None:
         pytest.skip("no C compiler")
     monkeypatch.setattr(native, "LEAST", 0)
@@ -278,7 +269,7 @@ def test_large_products_are_those_in_c(monkeypatch):
     restore(model)
 
 
-def test_a_limit_of_graphs_that_is_reached_is_told_once():
+def test_reaching_the_recompile_limit_warns_once():
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 2))
     report = approximate(model, seed=0, min_gain=0)
     compiled, x = torch.compile(model, backend=rewriting), torch.randn(5, 8)
@@ -296,7 +287,7 @@ def test_a_limit_of_graphs_that_is_reached_is_told_once():
 
 
 @pytest.mark.parametrize("how", ["eager", "eager_on_recompile", "force_eager"])
-def test_who_asks_for_eager_is_not_told_of_a_limit(how, recwarn):
+def test_no_warning_if_eager_mode_was_asked_for(how, recwarn):
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
     approximate(model, seed=0, **ALL)
     compiled, x = model if how == "eager" else torch.compile(model, backend=rewriting), torch.randn(5, 8)

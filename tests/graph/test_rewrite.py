@@ -1,4 +1,4 @@
-"""The pass on captured graphs, run without a code generator: what is rewritten, and that it equals masks."""
+"""The pass on captured graphs, without a code generator: what is rewritten, and that it equals masks."""
 
 import copy
 import gc
@@ -7,15 +7,14 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from support.compiled import masking, results, rewriting, worst
+from support.compiled import OneFunction, converted, equals_masks, masking, results, rewriting, worst
 from support.gallery import GALLERY
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from approxdrop_lightning import approximate, resample, restore
+from approxdrop_lightning import resample, restore
 from approxdrop_lightning.graph.counts import COUNTS
-from approxdrop_lightning.surgery import conversion_of
 
 SETTINGS = {
     "default": {},
@@ -23,7 +22,9 @@ SETTINGS = {
     "interleaved regular, .7": {"shuffle": False, "rate": 0.7},
     ".3": {"rate": 0.3, "block_size": 1},
 }
-#: name -> layers before a dropout, layers after one, and dropouts that are read whole beside (default setting).
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+#: name -> producers, consumers, and packed dropouts that are also read dense (default setting).
 FOUND = {
     "mlp": (2, 3, 0),
     "mlp sigmoid, batch of sequences": (2, 3, 0),
@@ -46,40 +47,12 @@ FOUND = {
     "torchvision MLPBlock": (2, 1, 1),
     "torchvision ViT": (4, 2, 2),
 }
-#: The stock model does not compile as a whole either, or trains with an error.
+#: The stock model does not compile as a whole either, or fails in training.
 BREAKS = {"backward hooks"} | {name for name in GALLERY if "lstm" in name}
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.compiler.reset()
-    counters.clear()
-    COUNTS.clear()
-    yield
-    torch.compiler.reset()
-
-
-def converted(model, **options):
-    report = approximate(model, **{"min_gain": 0, "seed": 3, **options})
-    return report, conversion_of(model)
 
 
 def double(x):
     return x.double() if x.is_floating_point() else x
-
-
-def equals_masks(model, x, steps=1, fullgraph=True, **options):
-    """Rewrite, and compare output and gradients with masks of the same patterns; the largest difference."""
-    report, conversion = converted(model, **options)
-    f, g = (torch.compile(model, backend=backend, fullgraph=fullgraph) for backend in (rewriting, masking))
-    largest = 0.0
-    for step in range(steps):
-        resample(model)
-        found = results(f, x, model, step)
-        conversion.resample(False)
-        largest = max(largest, worst(found, results(g, x, model, step)))
-    restore(model)
-    return largest, report
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -89,13 +62,13 @@ def test_the_gallery_equals_its_masks(name):
     model, x = make().double().train(), double(batch())
     largest, _ = equals_masks(model, x)
     assert largest < 1e-10
-    # Each of both backends has one graph; masks count nothing.
+    # One graph per backend; masks do not count.
     assert (COUNTS.producers, COUNTS.consumers, COUNTS.unpacked) == FOUND[name]
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("name", sorted(BREAKS))
-def test_what_breaks_breaks_no_more(name):
+def test_no_graph_breaks_are_added(name):
     torch.manual_seed(1)
     make, batch = GALLERY[name]
     model, x = make().double().train(), double(batch())
@@ -106,13 +79,13 @@ def test_what_breaks_breaks_no_more(name):
     counters.clear()
     largest, _ = equals_masks(model, x, fullgraph=False)
     assert largest < 1e-10
-    # Of two backends. Nothing of a function is captured that calls an LSTM.
+    # Of two backends. A function that calls an LSTM is not captured.
     assert sum(counters["graph_break"].values()) <= 2 * breaks
     assert compiles or not COUNTS.graphs
 
 
 class Tagger(nn.Module):
-    """Dynamo does not capture the function that calls an LSTM; the head's function it does."""
+    """Dynamo does not capture the function that calls the LSTM, but captures that of the head."""
 
     class Head(nn.Module):
         def __init__(self):
@@ -133,7 +106,7 @@ class Tagger(nn.Module):
 
 
 class InStatements(Tagger):
-    """Dynamo captures the first statement, with a dropout that only the LSTM reads; the LSTM is in a list."""
+    """Dynamo captures the first statement, whose dropout only the LSTM reads; the LSTM is in a list."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +126,7 @@ class InStatements(Tagger):
 
 @pytest.mark.parametrize("kind", [Tagger, InStatements])
 def test_beside_an_lstm_layers_skip_as_in_eager_mode(kind):
-    """What Dynamo runs eagerly has the eager path's saving and its patterns; what it captures is rewritten."""
+    """Frames that run eagerly skip as in eager mode, with the same patterns; captured ones are rewritten."""
     found, tables = [], []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -185,222 +158,13 @@ def test_settings_equal_their_masks(name, setting):
     assert COUNTS.consumers
 
 
-class Net(nn.Module):
-    """A network in one function."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.drop, self.other = nn.Dropout(0.5), nn.Dropout(0.5)
-        self.function = forward
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def linear(n_in, n_out, **options):
-    return nn.Linear(n_in, n_out, **options)
-
-
-#: name -> (function, its layers, (layers before a dropout, layers after one, read whole beside))
-RULES = {
-    **{
-        f"between: {name}": (
-            lambda m, x, f=function: m.b(m.drop(f(m.a(x)))),
-            {"a": linear(12, 16), "b": linear(16, 4)},
-            (1, 1, 0),
-        )
-        for name, function in {
-            "gelu, tanh": lambda h: F.gelu(h, approximate="tanh"),
-            "leaky relu": lambda h: F.leaky_relu(h, 0.2),
-            "silu": F.silu,
-            "silu by hand": lambda h: h * torch.sigmoid(h),
-            "arithmetic": lambda h: (2 * h + 1) / 3 - h.pow(2),
-            "scalar first": lambda h: 1 - h,
-            "method": lambda h: h.relu().mul(0.5),
-            "in place": lambda h: F.relu(h, inplace=True),
-            "operator in place": lambda h: torch.relu_(h),
-            "cast": lambda h: h.float().double(),
-            "clamp": lambda h: h.clamp(-1, 1),
-            "view": lambda h: h.view(-1, 16).relu().reshape(5, 3, 16),
-            "unsqueeze": lambda h: h.unsqueeze(0).relu().squeeze(0),
-        }.items()
-    },
-    **{
-        f"after: {name}": (
-            lambda m, x, f=function: m.b(f(m.drop(m.a(x)))),
-            {"a": linear(12, 16), "b": linear(16, 4)},
-            (1, consumers, unpacked),
-        )
-        for name, function, consumers, unpacked in (
-            ("relu", F.relu, 1, 0),
-            ("scale", lambda h: h * 0.5 / 3, 1, 0),
-            ("view", lambda h: h.view(-1, 16), 1, 0),
-            ("cast", lambda h: h.float().double(), 1, 0),
-            ("all of it", lambda h: h[..., :16][:], 1, 0),
-            ("a part of it", lambda h: F.pad(h[..., :15], (0, 1)), 0, 1),
-            ("divided by zero", lambda h: torch.nan_to_num(h / 0.0), 0, 1),
-            ("zero does not stay", torch.sigmoid, 0, 1),
-            ("a sum", lambda h: h + 1, 0, 1),
-            ("transposed", lambda h: h.transpose(0, 1), 0, 1),
-            ("changed in place", lambda h: h.add_(1.0), 0, 1),
-        )
-    },
-    "prelu of all": (
-        lambda m, x: m.b(m.drop(F.prelu(m.a(x), m.slope))),
-        {"a": linear(12, 16), "b": linear(16, 4), "slope": nn.Parameter(torch.tensor([0.2]))},
-        (1, 1, 0),
-    ),
-    "prelu of units": (
-        lambda m, x: m.b(m.drop(F.prelu(m.a(x.view(-1, 12)), m.slope))),
-        {"a": linear(12, 16), "b": linear(16, 4), "slope": nn.Parameter(torch.rand(16))},
-        (1, 1, 0),
-    ),
-    "a parameter for each unit": (
-        lambda m, x: m.b(m.drop(m.a(x) * m.scale + m.shift)),
-        {"a": linear(12, 16), "b": linear(16, 4), "scale": nn.Parameter(torch.rand(16)),
-         "shift": nn.Parameter(torch.rand(1, 1, 16))},
-        (1, 1, 0),
-    ),
-    "a value for each row": (
-        lambda m, x: m.b(m.drop(m.a(x) * x[..., :1])),
-        {"a": linear(12, 16), "b": linear(16, 4)},
-        (1, 1, 0),
-    ),
-    "gated unit": (
-        lambda m, x: m.b(m.drop(F.silu(m.gate(x)) * m.up(x))),
-        {"gate": linear(12, 16), "up": linear(12, 16), "b": linear(16, 4)},
-        (2, 1, 0),
-    ),
-    "glu": (lambda m, x: m.b(m.drop(F.glu(m.a(x)))), {"a": linear(12, 32), "b": linear(16, 4)}, (1, 1, 0)),
-    "chunk": (
-        lambda m, x: (lambda g, u: m.b(m.drop(F.silu(g) * u)))(*m.a(x).chunk(2, -1)),
-        {"a": linear(12, 32, bias=False), "b": linear(16, 4)},
-        (1, 1, 0),
-    ),
-    "split": (
-        lambda m, x: (lambda g, u: m.b(m.drop(torch.tanh(g) * u)))(*torch.relu(m.a(x)).split(16, dim=-1)),
-        {"a": linear(12, 32), "b": linear(16, 4)},
-        (1, 1, 0),
-    ),
-    "one gate is read elsewhere": (
-        lambda m, x: (lambda g, u: m.b(m.drop(g * u)) + u[..., :4])(*m.a(x).chunk(2, -1)),
-        {"a": linear(12, 32), "b": linear(16, 4)},
-        (0, 1, 0),
-    ),
-    "residual before": (
-        lambda m, x: m.b(m.drop(m.a(x) + x)),
-        {"a": linear(12, 12), "b": linear(12, 4)},
-        (1, 1, 0),
-    ),
-    "residual after": (
-        lambda m, x: m.b(m.drop(m.a(x)) + x),
-        {"a": linear(12, 12), "b": linear(12, 4)},
-        (1, 0, 1),
-    ),
-    "layer norm before": (
-        lambda m, x: m.b(m.drop(m.norm(m.a(x)))),
-        {"a": linear(12, 16), "norm": nn.LayerNorm(16), "b": linear(16, 4)},
-        (0, 1, 0),
-    ),
-    "batch norm before": (
-        lambda m, x: m.b(m.drop(m.norm(m.a(x.view(-1, 12))))),
-        {"a": linear(12, 16), "norm": nn.BatchNorm1d(16), "b": linear(16, 4)},
-        (0, 1, 0),
-    ),
-    "read elsewhere": (
-        lambda m, x: (lambda h: m.b(m.drop(h)) + h[..., :4])(m.a(x)),
-        {"a": linear(12, 16), "b": linear(16, 4)},
-        (0, 1, 0),
-    ),
-    "several consumers and a whole reader": (
-        lambda m, x: (lambda h: m.b(h) * m.c(h) + h.sum(-1, keepdim=True))(m.drop(m.a(x))),
-        {"a": linear(12, 16), "b": linear(16, 4), "c": linear(16, 4)},
-        (1, 2, 1),
-    ),
-    "tied weights": (
-        lambda m, x: F.linear(m.other(torch.tanh(F.linear(m.drop(m.a(x)), m.a.weight.t()))), m.a.weight),
-        {"a": linear(12, 16)},
-        (2, 2, 0),
-    ),
-    "concatenation before": (
-        lambda m, x: m.b(m.drop(F.prelu(torch.cat([m.a(x), torch.tanh(m.c(x)), x], -1), m.slope) * 2)),
-        {"a": linear(12, 16), "c": linear(12, 8), "b": linear(36, 4), "slope": nn.Parameter(torch.tensor([0.2]))},
-        (2, 3, 0),
-    ),
-    "concatenation after": (
-        lambda m, x: m.b(torch.relu(torch.cat((m.drop(m.a(x)), x, m.other(x)), dim=2))),
-        {"a": linear(12, 16), "b": linear(40, 4, bias=False)},
-        (1, 2, 0),
-    ),
-    "concatenation that is read elsewhere": (
-        lambda m, x: (lambda h: m.b(m.drop(h)) + h[..., :4])(torch.cat([m.a(x), m.c(x)], -1)),
-        {"a": linear(12, 16), "c": linear(12, 8), "b": linear(24, 4)},
-        (0, 1, 0),
-    ),
-    "concatenation of rows": (
-        lambda m, x: m.b(m.drop(torch.cat([m.a(x), m.c(x)], 1))),
-        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4)},
-        (0, 1, 0),
-    ),
-    "concatenation with a parameter for each unit": (
-        lambda m, x: m.b(m.drop(torch.cat([m.a(x), m.c(x)], -1) * m.scale)),
-        {"a": linear(12, 16), "c": linear(12, 8), "b": linear(24, 4), "scale": nn.Parameter(torch.rand(24))},
-        (0, 1, 0),
-    ),
-    "concatenation whose zeros do not stay": (
-        lambda m, x: m.b(torch.cat((m.drop(m.a(x)), x), -1).cos()),
-        {"a": linear(12, 16), "b": linear(28, 4)},
-        (1, 0, 1),
-    ),
-    "keywords": (
-        lambda m, x: F.linear(m.drop(m.a(x)), weight=m.b.weight, bias=m.b.bias),
-        {"a": linear(12, 16), "b": linear(16, 4)},
-        (1, 1, 0),
-    ),
-    "changed after it was dropped from": (
-        lambda m, x: (lambda h, d: m.b(d) + h.mul_(2.0)[..., :4])(*(lambda h: (h, m.drop(h)))(m.a(x) * 1.0)),
-        {"a": linear(12, 16), "b": linear(16, 4)},
-        (0, 1, 0),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_rules(name):
-    torch.manual_seed(2)
-    function, layers, found = RULES[name]
-    model = Net(function, **copy.deepcopy(layers)).double().train()
-    largest, _ = equals_masks(model, torch.randn(5, 3, 12, dtype=torch.float64), steps=2)
-    assert largest < (1e-6 if "cast" in name else 1e-10)
-    graphs = COUNTS.graphs - counters["stats"]["unique_graphs"] // 2  # masks count their graphs too
-    assert (COUNTS.producers / graphs, COUNTS.consumers / graphs, COUNTS.unpacked / graphs) == found
-
-
-def test_parts_of_a_concatenation_have_patterns_of_their_own():
-    """Against the model's own formula with the masks of the parts side by side."""
-    torch.manual_seed(0)
-    model = Net(RULES["concatenation before"][0], **copy.deepcopy(RULES["concatenation before"][1])).double()
-    report, _ = converted(model, rate=0.7)
-    x = torch.randn(5, 3, 12, dtype=torch.float64)
-    resample(model)
-    found = results(torch.compile(model, backend=rewriting), x, model)
-    assert (COUNTS.producers, COUNTS.consumers) == (2, 3)
-    patterns = report["drop"].site.last_patterns
-    assert [pattern.n for pattern in patterns] == [16, 8, 12]
-    mask = torch.cat([pattern.mask(5, 3, dtype=torch.float64, value=1 / 0.3) for pattern in patterns], -1)
-    restore(model)
-    model.drop.forward = lambda x: x * mask
-    assert worst(found, results(model, x, model)) < 1e-12
-
-
-@pytest.mark.parametrize("reentrant", [False])
-def test_checkpointed_blocks_are_entered(reentrant):
-    """Activation checkpointing is a graph within the graph."""
+def test_checkpointed_blocks_are_rewritten():
+    """Activation checkpointing makes a subgraph."""
     torch.manual_seed(2)
     block = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 12), nn.Dropout(0.5))
-    model = Net(lambda m, x: m.c(checkpoint(m.block, x, use_reentrant=reentrant)), block=block, c=nn.Linear(12, 4))
+    model = OneFunction(
+        lambda m, x: m.c(checkpoint(m.block, x, use_reentrant=False)), block=block, c=nn.Linear(12, 4)
+    )
     _, conversion = converted(model.double())
     x = torch.randn(6, 12, dtype=torch.float64)
     f, g = (torch.compile(model, backend=b, fullgraph=True) for b in (rewriting, masking))
@@ -492,7 +256,7 @@ def test_evaluation_of_an_lstm_is_captured_as_that_of_the_stock_model():
     assert sum("dropout" in target for graph in graphs for _, target in graph) == 3
 
 
-def test_a_dropout_that_saves_nothing_is_the_native_one():
+def test_a_dropout_that_saves_too_little_is_native():
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4))
     report, _ = converted(model, min_gain=None)
     resample(model)
@@ -506,7 +270,7 @@ def test_a_dropout_that_saves_nothing_is_the_native_one():
     assert torch.equal(found, model(x))
 
 
-def test_a_backend_that_does_not_know_it_masks():
+def test_other_backends_mask_and_the_report_says_so():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4)).double()
     report, conversion = converted(model)
@@ -520,7 +284,7 @@ def test_a_backend_that_does_not_know_it_masks():
 
 
 def test_the_report_names_layers_and_multiplies():
-    model = Net(lambda m, x: m.b(m.drop(F.relu(m.a(x)))), a=nn.Linear(12, 16), b=nn.Linear(16, 4))
+    model = OneFunction(lambda m, x: m.b(m.drop(F.relu(m.a(x)))), a=nn.Linear(12, 16), b=nn.Linear(16, 4))
     report, _ = converted(model)
     for _ in range(3):
         resample(model)
@@ -537,7 +301,7 @@ def _helper(x, training):
 
 
 class Functions(nn.Module):
-    """Dropouts that are no layers: in its own code, which the conversion reads, and in a function that it calls."""
+    """Functional dropouts: in its own code, which the conversion inspects, and in a function that it calls."""
 
     def __init__(self):
         super().__init__()
@@ -566,7 +330,7 @@ def test_functional_dropouts_of_the_graph_are_reported_once():
 
 
 def test_attention_counts_as_in_eager_mode():
-    """A stock encoder layer's attention is one function of the graph."""
+    """The attention of a stock encoder layer is a single node."""
     found = []
     for compiled in (True, False):
         torch.manual_seed(0)
@@ -582,8 +346,8 @@ def test_attention_counts_as_in_eager_mode():
     assert found[0] == found[1] == 15 * (4 * 12**2 + 2 * 5 * 12 + 2 * 12 * 20 + 12 * 4)
 
 
-def test_parts_that_are_compiled_by_themselves_count_together():
-    """Nodes of their graphs have the same names."""
+def test_multiplies_of_parts_compiled_separately_add_up():
+    """Although the nodes of their graphs have the same names."""
     model = nn.ModuleList(nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 12)) for _ in range(2))
     report, _ = converted(model)
     parts = [torch.compile(part, backend=rewriting) for part in model]
@@ -593,7 +357,7 @@ def test_parts_that_are_compiled_by_themselves_count_together():
     restore(model)
 
 
-def test_a_draw_between_forward_and_backward_is_an_error():
+def test_drawing_between_forward_and_backward_is_an_error():
     model = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 4))
     converted(model)
     resample(model)

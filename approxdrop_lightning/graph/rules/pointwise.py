@@ -1,4 +1,4 @@
-"""Elementwise functions: of packed values they are what they are of dense ones."""
+"""Elementwise functions: they apply to packed values as they do to dense ones."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from approxdrop_lightning.graph.rules.rule import (
     value,
 )
 
-#: Of one tensor, with f(0) = 0.
+#: Functions of one tensor with f(0) = 0.
 _KEEPS_ZERO = overloads(
     "relu", "relu_", "relu6", "gelu", "tanh", "silu", "leaky_relu", "elu", "selu", "celu", "hardswish", "mish",
     "softsign", "tanhshrink", "softshrink", "hardshrink", "abs", "neg", "square", "sin", "erf", "asinh", "atan",
     "clone", "contiguous", "nan_to_num",
 ) | {operator.neg}  # fmt: skip
-#: Times or by a finite number zero stays zero.
+#: Zero stays zero when multiplied or divided by a finite number.
 _SCALES = overloads("mul", "div", "multiply", "divide", "mul_", "div_", "true_divide") | {
     operator.mul, operator.truediv, operator.imul, operator.itruediv,
 }  # fmt: skip
@@ -38,21 +38,21 @@ _OTHERS = overloads(
 
 
 class Pointwise(Rule):
-    """Functions of one tensor, or of several: of one shape, of a unit (``[n]``), of a row (``[..., 1]``), numbers."""
+    """Functions of tensors of one shape, values per unit (``[n]``), values per row (``[..., 1]``) and numbers."""
 
     targets = _KEEPS_ZERO | _SCALES | _OTHERS
 
-    def operands(self, node: Node, pieces: int) -> list[tuple[Node, int]] | None:
+    def operands(self, node: Node, chunks: int) -> list[tuple[Node, int]] | None:
         if not is_tensor(node) or argument(node, 99, "out") is not None:
             return None
         found = tensors(node)
-        return [(n, pieces) for n in found] if any(shape(n) == shape(node) for n in found) else None
+        return [(n, chunks) for n in found] if any(shape(n) == shape(node) for n in found) else None
 
     def keeps_zero(self, node: Node) -> bool:
         if len(tensors(node)) != 1 or not is_tensor(node) or shape(tensors(node)[0]) != shape(node):
             return False
         if node.target in _SCALES:
-            # inf and 0 divisors make NaN of a dropped zero.
+            # Times inf, or divided by 0, a dropped zero becomes NaN.
             factors = [a for a in node.args if not isinstance(a, Node)]
             divides = node.target not in overloads("mul", "multiply", "mul_") | {operator.mul, operator.imul}
             return (
@@ -67,20 +67,20 @@ class Pointwise(Rule):
     def emit(self, node: Node, packer: Packer) -> Node:
         args = torch.fx.node.map_arg(node.args, lambda n: packer.operand(n, node) if is_tensor(n) else n)
         kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: packer.operand(n, node) if is_tensor(n) else n)
-        # Nobody else reads what is packed, and what is saved for the gradient must not change.
+        # Packed values have a single reader, and what autograd saves must not change: so compute out of place.
         kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
         if node.target in INPLACE_POSITION and len(args) > INPLACE_POSITION[node.target]:
             args = args[: INPLACE_POSITION[node.target]]
         return packer.call(OUT_OF_PLACE.get(node.target, node.target), args, kwargs, node)
 
 
-#: In-place functions, and what they do.
+#: In-place functions and their out-of-place counterparts.
 OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
     operator.itruediv: operator.truediv, torch.relu_: torch.relu,
     "relu_": "relu", "add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div",
 }  # fmt: skip
-#: Where functions take ``inplace`` by position.
+#: Position of the argument ``inplace``.
 INPLACE_POSITION: dict[Any, int] = {
     torch.nn.functional.relu: 1, torch.nn.functional.silu: 1, torch.nn.functional.mish: 1,
     torch.nn.functional.hardswish: 1, torch.nn.functional.relu6: 1,
@@ -88,12 +88,12 @@ INPLACE_POSITION: dict[Any, int] = {
 
 
 class Cast(Rule):
-    """Casts to another type."""
+    """Casts to another floating-point type."""
 
     targets = frozenset({"float", "half", "bfloat16", "double", "to", "type_as", "type"})
 
-    def operands(self, node: Node, pieces: int) -> list[tuple[Node, int]] | None:
-        return [(self._source(node), pieces)] if self._is_cast(node) else None
+    def operands(self, node: Node, chunks: int) -> list[tuple[Node, int]] | None:
+        return [(self._source(node), chunks)] if self._is_cast(node) else None
 
     def keeps_zero(self, node: Node) -> bool:
         return self._is_cast(node)
@@ -114,12 +114,12 @@ class Cast(Rule):
 
 
 class Prelu(Rule):
-    """PReLU: its slopes are of the second dimension, or one for all."""
+    """PReLU, with one slope or with slopes along the second dimension."""
 
     targets = overloads("prelu") | {torch.prelu}
 
-    def operands(self, node: Node, pieces: int) -> list[tuple[Node, int]] | None:
-        return [(self._source(node), pieces)] if self._serves(node) else None
+    def operands(self, node: Node, chunks: int) -> list[tuple[Node, int]] | None:
+        return [(self._source(node), chunks)] if self._serves(node) else None
 
     def keeps_zero(self, node: Node) -> bool:
         return self._serves(node) and value(node.args[1]).numel() == 1

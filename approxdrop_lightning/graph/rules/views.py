@@ -1,4 +1,4 @@
-"""Views that rearrange the leading dimensions and leave the last one: rows stay rows, in their order."""
+"""Views that reshape the leading dimensions only: rows keep their order."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from approxdrop_lightning.graph.rules.rule import Packer, Rule, is_tensor, overl
 
 
 class View(Rule):
-    """``view``, ``reshape`` and the like. Packed values have their rows in one dimension: nothing is to be done."""
+    """``view``, ``reshape`` and the like: a no-op on packed values, whose rows are in one dimension."""
 
     targets = overloads("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as")
 
-    def operands(self, node: Node, pieces: int) -> list[tuple[Node, int]] | None:
-        return [(tensors(node)[0], pieces)] if self._of_rows(node) else None
+    def operands(self, node: Node, chunks: int) -> list[tuple[Node, int]] | None:
+        return [(tensors(node)[0], chunks)] if self._of_rows(node) else None
 
     def keeps_zero(self, node: Node) -> bool:
         return self._of_rows(node)
@@ -33,12 +33,12 @@ class View(Rule):
 
 
 class Whole(View):
-    """A slice that takes all of a tensor, as ``x[..., :n]`` of ``n`` units."""
+    """A slice of all of a tensor, such as ``x[..., :n]`` with ``n`` units."""
 
     targets = frozenset({operator.getitem})
 
     def fits(self, node: Node) -> bool:
-        """Whether it is one."""
+        """As :meth:`.Rule.fits`."""
         if not super().fits(node) or not is_tensor(node) or not is_tensor(node.args[0]):
             return False
         source, index = node.args

@@ -1,0 +1,211 @@
+"""Each rule of the pass, on a model of a few lines: how much is rewritten, and that it equals masks."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.compiled import OneFunction, converted, equals_masks, results, rewriting, worst
+from torch import nn
+from torch._dynamo.utils import counters
+
+from approxdrop_lightning import resample, restore
+from approxdrop_lightning.graph.counts import COUNTS
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+def linear(n_in, n_out, **options):
+    return nn.Linear(n_in, n_out, **options)
+
+
+#: name -> (function, its layers, (layers before a dropout, layers after one, read whole beside))
+RULES = {
+    **{
+        f"between: {name}": (
+            lambda m, x, f=function: m.b(m.drop(f(m.a(x)))),
+            {"a": linear(12, 16), "b": linear(16, 4)},
+            (1, 1, 0),
+        )
+        for name, function in {
+            "gelu, tanh": lambda h: F.gelu(h, approximate="tanh"),
+            "leaky relu": lambda h: F.leaky_relu(h, 0.2),
+            "silu": F.silu,
+            "silu by hand": lambda h: h * torch.sigmoid(h),
+            "arithmetic": lambda h: (2 * h + 1) / 3 - h.pow(2),
+            "scalar first": lambda h: 1 - h,
+            "method": lambda h: h.relu().mul(0.5),
+            "in place": lambda h: F.relu(h, inplace=True),
+            "operator in place": lambda h: torch.relu_(h),
+            "cast": lambda h: h.float().double(),
+            "clamp": lambda h: h.clamp(-1, 1),
+            "view": lambda h: h.view(-1, 16).relu().reshape(5, 3, 16),
+            "unsqueeze": lambda h: h.unsqueeze(0).relu().squeeze(0),
+        }.items()
+    },
+    **{
+        f"after: {name}": (
+            lambda m, x, f=function: m.b(f(m.drop(m.a(x)))),
+            {"a": linear(12, 16), "b": linear(16, 4)},
+            (1, consumers, unpacked),
+        )
+        for name, function, consumers, unpacked in (
+            ("relu", F.relu, 1, 0),
+            ("scale", lambda h: h * 0.5 / 3, 1, 0),
+            ("view", lambda h: h.view(-1, 16), 1, 0),
+            ("cast", lambda h: h.float().double(), 1, 0),
+            ("all of it", lambda h: h[..., :16][:], 1, 0),
+            ("a part of it", lambda h: F.pad(h[..., :15], (0, 1)), 0, 1),
+            ("divided by zero", lambda h: torch.nan_to_num(h / 0.0), 0, 1),
+            ("zero does not stay", torch.sigmoid, 0, 1),
+            ("a sum", lambda h: h + 1, 0, 1),
+            ("transposed", lambda h: h.transpose(0, 1), 0, 1),
+            ("changed in place", lambda h: h.add_(1.0), 0, 1),
+        )
+    },
+    "prelu of all": (
+        lambda m, x: m.b(m.drop(F.prelu(m.a(x), m.slope))),
+        {"a": linear(12, 16), "b": linear(16, 4), "slope": nn.Parameter(torch.tensor([0.2]))},
+        (1, 1, 0),
+    ),
+    "prelu of units": (
+        lambda m, x: m.b(m.drop(F.prelu(m.a(x.view(-1, 12)), m.slope))),
+        {"a": linear(12, 16), "b": linear(16, 4), "slope": nn.Parameter(torch.rand(16))},
+        (1, 1, 0),
+    ),
+    "a parameter for each unit": (
+        lambda m, x: m.b(m.drop(m.a(x) * m.scale + m.shift)),
+        {"a": linear(12, 16), "b": linear(16, 4), "scale": nn.Parameter(torch.rand(16)),
+         "shift": nn.Parameter(torch.rand(1, 1, 16))},
+        (1, 1, 0),
+    ),
+    "a value for each row": (
+        lambda m, x: m.b(m.drop(m.a(x) * x[..., :1])),
+        {"a": linear(12, 16), "b": linear(16, 4)},
+        (1, 1, 0),
+    ),
+    "gated unit": (
+        lambda m, x: m.b(m.drop(F.silu(m.gate(x)) * m.up(x))),
+        {"gate": linear(12, 16), "up": linear(12, 16), "b": linear(16, 4)},
+        (2, 1, 0),
+    ),
+    "glu": (lambda m, x: m.b(m.drop(F.glu(m.a(x)))), {"a": linear(12, 32), "b": linear(16, 4)}, (1, 1, 0)),
+    "chunk": (
+        lambda m, x: (lambda g, u: m.b(m.drop(F.silu(g) * u)))(*m.a(x).chunk(2, -1)),
+        {"a": linear(12, 32, bias=False), "b": linear(16, 4)},
+        (1, 1, 0),
+    ),
+    "split": (
+        lambda m, x: (lambda g, u: m.b(m.drop(torch.tanh(g) * u)))(*torch.relu(m.a(x)).split(16, dim=-1)),
+        {"a": linear(12, 32), "b": linear(16, 4)},
+        (1, 1, 0),
+    ),
+    "one gate is read elsewhere": (
+        lambda m, x: (lambda g, u: m.b(m.drop(g * u)) + u[..., :4])(*m.a(x).chunk(2, -1)),
+        {"a": linear(12, 32), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+    "residual before": (
+        lambda m, x: m.b(m.drop(m.a(x) + x)),
+        {"a": linear(12, 12), "b": linear(12, 4)},
+        (1, 1, 0),
+    ),
+    "residual after": (
+        lambda m, x: m.b(m.drop(m.a(x)) + x),
+        {"a": linear(12, 12), "b": linear(12, 4)},
+        (1, 0, 1),
+    ),
+    "layer norm before": (
+        lambda m, x: m.b(m.drop(m.norm(m.a(x)))),
+        {"a": linear(12, 16), "norm": nn.LayerNorm(16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+    "batch norm before": (
+        lambda m, x: m.b(m.drop(m.norm(m.a(x.view(-1, 12))))),
+        {"a": linear(12, 16), "norm": nn.BatchNorm1d(16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+    "read elsewhere": (
+        lambda m, x: (lambda h: m.b(m.drop(h)) + h[..., :4])(m.a(x)),
+        {"a": linear(12, 16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+    "several consumers and a whole reader": (
+        lambda m, x: (lambda h: m.b(h) * m.c(h) + h.sum(-1, keepdim=True))(m.drop(m.a(x))),
+        {"a": linear(12, 16), "b": linear(16, 4), "c": linear(16, 4)},
+        (1, 2, 1),
+    ),
+    "tied weights": (
+        lambda m, x: F.linear(m.other(torch.tanh(F.linear(m.drop(m.a(x)), m.a.weight.t()))), m.a.weight),
+        {"a": linear(12, 16)},
+        (2, 2, 0),
+    ),
+    "concatenation before": (
+        lambda m, x: m.b(m.drop(F.prelu(torch.cat([m.a(x), torch.tanh(m.c(x)), x], -1), m.slope) * 2)),
+        {"a": linear(12, 16), "c": linear(12, 8), "b": linear(36, 4), "slope": nn.Parameter(torch.tensor([0.2]))},
+        (2, 3, 0),
+    ),
+    "concatenation after": (
+        lambda m, x: m.b(torch.relu(torch.cat((m.drop(m.a(x)), x, m.other(x)), dim=2))),
+        {"a": linear(12, 16), "b": linear(40, 4, bias=False)},
+        (1, 2, 0),
+    ),
+    "concatenation that is read elsewhere": (
+        lambda m, x: (lambda h: m.b(m.drop(h)) + h[..., :4])(torch.cat([m.a(x), m.c(x)], -1)),
+        {"a": linear(12, 16), "c": linear(12, 8), "b": linear(24, 4)},
+        (0, 1, 0),
+    ),
+    "concatenation of rows": (
+        lambda m, x: m.b(m.drop(torch.cat([m.a(x), m.c(x)], 1))),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+    "concatenation with a parameter for each unit": (
+        lambda m, x: m.b(m.drop(torch.cat([m.a(x), m.c(x)], -1) * m.scale)),
+        {"a": linear(12, 16), "c": linear(12, 8), "b": linear(24, 4), "scale": nn.Parameter(torch.rand(24))},
+        (0, 1, 0),
+    ),
+    "concatenation whose zeros do not stay": (
+        lambda m, x: m.b(torch.cat((m.drop(m.a(x)), x), -1).cos()),
+        {"a": linear(12, 16), "b": linear(28, 4)},
+        (1, 0, 1),
+    ),
+    "keywords": (
+        lambda m, x: F.linear(m.drop(m.a(x)), weight=m.b.weight, bias=m.b.bias),
+        {"a": linear(12, 16), "b": linear(16, 4)},
+        (1, 1, 0),
+    ),
+    "changed after it was dropped from": (
+        lambda m, x: (lambda h, d: m.b(d) + h.mul_(2.0)[..., :4])(*(lambda h: (h, m.drop(h)))(m.a(x) * 1.0)),
+        {"a": linear(12, 16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules(name):
+    torch.manual_seed(2)
+    function, layers, found = RULES[name]
+    model = OneFunction(function, **copy.deepcopy(layers)).double().train()
+    largest, _ = equals_masks(model, torch.randn(5, 3, 12, dtype=torch.float64), steps=2)
+    assert largest < (1e-6 if "cast" in name else 1e-10)
+    graphs = COUNTS.graphs - counters["stats"]["unique_graphs"] // 2  # masks count their graphs too
+    assert (COUNTS.producers / graphs, COUNTS.consumers / graphs, COUNTS.unpacked / graphs) == found
+
+
+def test_parts_of_a_concatenation_have_patterns_of_their_own():
+    """Against the model's own formula with the masks of the parts side by side."""
+    torch.manual_seed(0)
+    model = OneFunction(RULES["concatenation before"][0], **copy.deepcopy(RULES["concatenation before"][1])).double()
+    report, _ = converted(model, rate=0.7)
+    x = torch.randn(5, 3, 12, dtype=torch.float64)
+    resample(model)
+    found = results(torch.compile(model, backend=rewriting), x, model)
+    assert (COUNTS.producers, COUNTS.consumers) == (2, 3)
+    patterns = report["drop"].site.last_patterns
+    assert [pattern.n for pattern in patterns] == [16, 8, 12]
+    mask = torch.cat([pattern.mask(5, 3, dtype=torch.float64, value=1 / 0.3) for pattern in patterns], -1)
+    restore(model)
+    model.drop.forward = lambda x: x * mask
+    assert worst(found, results(model, x, model)) < 1e-12
