@@ -161,7 +161,10 @@ class Settling:
         if not self.watching and not any(site.opened for site in sites):
             return
         if self.watching and not any(site.uses for site in sites):
-            return  # nothing ran
+            if sites and all(site.is_native for site in sites):
+                self._watched()
+                self.is_idle = True
+            return  # nothing ran eagerly
         whole = self._read_whole_too()
         for layer in self.layers.values():
             if layer.name in whole:
@@ -188,9 +191,14 @@ class Settling:
         for ledger in self.report.work:
             ledger.forget(nothing)
         if self.watching and not self._again:
-            self._known = [s for s in self._known if not _covers(self._shapes, s)] + [self._shapes]
+            self._watched()
         self.watching = False
         self._arrange()
+
+    def _watched(self) -> None:
+        """Note that a step has shown all that batches of its shapes, and smaller ones, can show."""
+        self._known = [s for s in self._known if not _covers(self._shapes, s)] + [self._shapes]
+        self.watching = False
 
     def _read_whole_too(self) -> set[str]:
         """Names of layers whose outputs were read whole after kept units of them had been computed."""
@@ -217,16 +225,18 @@ class Settling:
                 if layer.stock and not site.resting:
                     site.forget_patterns()
                 site.resting = layer.stock
-        self.is_idle = all(layer.stock for layer in self.layers.values())
+        native = not self.watching and all(site.is_native for site in self._sites)
+        self.is_idle = native or all(layer.stock for layer in self.layers.values())
 
     @property
     def has_stock(self) -> bool:
         """Whether stock dropout runs anywhere."""
-        return any(use.is_stock for site in self._sites for use in site.uses.values())
+        return any(False in site.in_graphs or any(use.is_stock for use in site.uses.values()) for site in self._sites)
 
     def samplers(self) -> list[PatternSampler]:
         """Those from which something is drawn in the step."""
-        return list({id(site.sampler): site.sampler for site in self.report.sites if not site.resting}.values())
+        drawing = (site for site in self.report.sites if not (site.resting or site.is_native))
+        return list({id(site.sampler): site.sampler for site in drawing}.values())
 
     def state_dict(self) -> dict[str, Any]:
         """All decisions, of plain values."""
@@ -235,6 +245,7 @@ class Settling:
                 site.name: [use.state() for use in site.uses.values() if use.skips is not None]
                 for site in self._sites
             },
+            "in_graphs": {site.name: sorted(site.in_graphs) for site in self._sites},
             "read_whole_too": sorted(self._read_whole_too()),
             "known": [None if shapes is None else [list(shape) for shape in shapes] for shapes in self._known],
             "steps": self._steps,
@@ -249,6 +260,7 @@ class Settling:
                 key = key_of_state(saved)
                 use = site.uses[key] = Use(site, key, site.policy.at(torch.device(key[2]), key[1]))
                 use.load_state(saved)
+            site.in_graphs = set(state.get("in_graphs", {}).get(site.name, []))
             site.sum_up()
         for layer in self.layers.values():
             if issubclass(layer.cls, ApproxLinear):

@@ -59,6 +59,7 @@ class Conversion:
         self.stepping = True
         self.settling = Settling(self.report)
         self._layers = self.settling.layers
+        self._rested = False  # whether a layer has become a stock one since the last step began
         self._others: list[weakref.ref[nn.Module]] = []
         self._count: Count | None = None
         #: Patterns of compiled graphs; functions that run eagerly all the same; what watches compiled parts of an
@@ -116,6 +117,7 @@ class Conversion:
             for site in layer.sites:
                 site.check_resampled_before_rest()
             layer.rest()
+            self._rested = True
             if self._callers is not None and isinstance(module, nn.LSTM):
                 self._callers.end()
 
@@ -154,12 +156,12 @@ class Conversion:
         """
         if self._count is None and not self._in_step_with_others and self.settling.goes_on(batch):
             self.stepping = True
+            if self._rested:
+                self._wake()
             return
         self.end()
         self.settling.begin(batch)
-        for layer in self._layers.values():
-            if layer.attributes and not layer.stock:  # they rest
-                layer.wake()
+        self._wake()
         self.stepping = True
         if fresh:
             for sampler in self._drawn_from():
@@ -167,7 +169,7 @@ class Conversion:
         sites = self.report.sites
         first = not any(site.steps for site in sites)
         for site in sites:
-            if not site.resting:
+            if not (site.resting or site.is_native):
                 site.begin(fresh)
         if self.book is not None:
             self.book.begin()
@@ -180,6 +182,13 @@ class Conversion:
         for ledger in self.report.work:
             ledger.begin(typical and (first or self.settling.watching))
 
+    def _wake(self) -> None:
+        """Convert the layers again that have been stock ones since the model was evaluated."""
+        self._rested = False
+        for layer in self._layers.values():
+            if layer.attributes and not layer.stock:
+                layer.wake()
+
     @property
     def _in_step_with_others(self) -> bool:
         """Whether there are several processes: they draw from all samplers, so that none is ahead of another."""
@@ -187,7 +196,7 @@ class Conversion:
 
     def _drawn_from(self) -> Iterable[PatternSampler]:
         """Samplers that a step needs: all, if sites may be compiled, whose graphs read the draw of the first one."""
-        compiled = self.book is not None and not all(site.uses for site in self.report.sites)
+        compiled = self.book is not None and self.book.may_draw
         every = compiled or self._in_step_with_others
         return self.samplers.values() if every else self.settling.samplers()
 

@@ -176,19 +176,25 @@ class Book:
 
     def begin(self) -> None:
         """Begin a step: set the pair of each site, which compiled code guards on, and fill the tables."""
-        if not self.sites:
+        if not self.sites or all(site.is_native for site, _ in self.sites):
             return
         device = self._device()
         table = self.table(device)
         u = self.sites[0][0].sampler.quantile
         for site, ref in self.sites:
             module = ref()
-            if module is None or "graph_key" not in vars(module):  # gone, or a stock layer in evaluation
+            # Gone, a stock layer in evaluation, or native: another pair would only cause a recompile.
+            if module is None or "graph_key" not in vars(module) or site.is_native:
                 continue
             dp, keep = self._pairs[id(site.sampler)].at(u)
             state = vars(module)  # bypasses nn.Module.__setattr__: nothing of ours may be registered or saved
             state["graph_dp"], state["graph_keep"], state["graph_table"] = dp, keep, table
         self.fill()
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether a graph reads the patterns of a step, as far as it is known."""
+        return any(True in site.in_graphs or not (site.uses or site.in_graphs) for site, _ in self.sites)
 
     def _device(self) -> torch.device:
         for ref in self._layers:

@@ -31,7 +31,7 @@ def split_concatenations(dropouts: Dropouts) -> None:
     concatenations = Concatenations(graph, dropouts.mutated)
     for node, drop in list(drops.items()):
         layers = concatenations.layers_before(node)
-        if drop.pair[0] != drop.pair[1] and layers and gains(drop, sum(map(multiplies, layers))):
+        if layers and gains(drop, sum(map(multiplies, layers))):
             del drops[node]
             for part in concatenations.split_dropout(node):
                 drops[part] = Drop(part, drop.book, drop.site, drop.pair)

@@ -22,16 +22,23 @@ def decide(dropouts: Dropouts) -> None:
     for drop in dropouts.drops.values():
         number = uses[drop.site]
         uses[drop.site] += 1
-        if drop.pair[0] == drop.pair[1] or not _has_units(drop):
+        if not _has_units(drop):
+            drop.native = True
             continue
-        if (reason := _against(drop, dropouts)) is not None:
+        # Not by the pair: PyTorch's own dropout is the same in each step.
+        reason = _against(drop, dropouts)
+        drop.native = reason is not None
+        drop.site.in_graphs.add(not drop.native)
+        if drop.native:
             drop.site.too_small = reason or drop.site.too_small
+        if drop.native or drop.pair[0] == drop.pair[1]:
             continue
         x = value(drop.x)
         before = _saved(drop, drop.producers)
         drop.packs_before = bool(drop.producers) and (thresholds(drop).before_compiled(before) or not drop.consumers)
         leading = tuple(hint(d) for d in shape(drop.x)[:-1])
         drop.entry = drop.book.use(drop.site, number, drop.n, leading, drop.pair, x.device)
+        drop.native = drop.entry is None
 
 
 def gains(drop: Drop, multiplies: int) -> bool:

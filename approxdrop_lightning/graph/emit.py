@@ -19,15 +19,16 @@ from approxdrop_lightning.graph.rules.rule import overloads, shape, tensors
 RELU = overloads("relu", "relu_")
 
 
-def native(dropouts: Dropouts, drop: Drop) -> Node:
-    """The dropout as PyTorch computes it, inserted where the graph's insertion point is."""
+def without_pattern(dropouts: Dropouts, drop: Drop) -> Node:
+    """A dropout without a pattern: PyTorch's own, or a factor if the pair keeps everything."""
     site = drop.site
-    if drop.pair[0] == drop.pair[1]:
+    if not drop.native:
         scale = 1 / (1 - site.rate) if site.scale_by == "rate" else 1.0
         return dropouts.graph.call_function(torch.mul, (drop.x, scale))
     COUNTS.native += 1
-    for reader in drop.node.users:
-        site.read_whole(function_name(reader))
+    if not drop.producers and not drop.consumers:
+        for reader in drop.node.users:
+            site.read_whole(function_name(reader))
     return dropouts.graph.call_function(F.dropout, (drop.x, site.rate, True, False))
 
 
@@ -48,7 +49,7 @@ class Emitter:
             self._replaced.add(drop.node)
             if drop.entry is None:
                 with self.graph.inserting_before(drop.node):
-                    new = native(self.dropouts, drop)
+                    new = without_pattern(self.dropouts, drop)
                 drop.node.replace_all_uses_with(new)
             else:
                 self._replace(drop)

@@ -31,7 +31,8 @@ class Drop:
         producers: Linear layers among the members.
         consumers: Linear layers that read its output through functions that keep zeros.
         packs_before: Whether the members are computed for kept units only.
-        entry: Its pattern; None: the native dropout runs.
+        native: Whether PyTorch's own dropout runs, as skipping would not gain.
+        entry: Its pattern; None if it is native, or if ``keep == dp``.
         values: Its packed output, once emitted.
     """
 
@@ -43,6 +44,7 @@ class Drop:
     producers: list[Node] = field(default_factory=list)
     consumers: list[Node] = field(default_factory=list)
     packs_before: bool = False
+    native: bool = False
     entry: Entry | None = None
     values: Node | None = None
 

@@ -30,6 +30,7 @@ def drop(x: Tensor, table: Tensor, key: str, dp: int, keep: int) -> Tensor:
     """
     book, site = site_of(key)
     site.graph_masked = True
+    site.in_graphs.add(True)
     leading = tuple(x.shape[:-1])
     entry = None if dp == keep or not x.dim() else book.use(site, 0, x.shape[-1], leading, (dp, keep), x.device)
     if entry is None:

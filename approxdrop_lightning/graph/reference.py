@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from approxdrop_lightning.graph.counts import COUNTS
-from approxdrop_lightning.graph.emit import native
+from approxdrop_lightning.graph.emit import without_pattern
 from approxdrop_lightning.graph.layout import Rows, TableUse, mask_of
 from approxdrop_lightning.graph.rewrite import analysed
 
@@ -25,7 +25,7 @@ def mask(gm: GraphModule) -> None:
     for drop in dropouts.drops.values():
         with gm.graph.inserting_before(drop.node):
             if drop.entry is None:
-                new = native(dropouts, drop)
+                new = without_pattern(dropouts, drop)
             else:
                 new = gm.graph.call_function(_masked, (drop.x, drop.table, drop.entry.use, drop.entry.rows))
         drop.node.replace_all_uses_with(new)

@@ -92,6 +92,8 @@ class Site:
         self.overhead = 0
         #: Whether a compiled graph ran it as a mask, its backend not knowing the operator.
         self.graph_masked = False
+        #: For its uses in compiled graphs: whether they skip or mask (True), or are PyTorch's own dropout (False).
+        self.in_graphs: set[bool] = set()
         #: Whether it ran eagerly because no more graphs could be compiled.
         self.beyond_limit = False
         #: Patterns of compiled graphs.
@@ -215,6 +217,11 @@ class Site:
     def is_stock(self) -> bool:
         """Whether stock dropout runs in its place, at every shape that was seen."""
         return bool(self.uses) and all(use.is_stock for use in self.uses.values())
+
+    @property
+    def is_native(self) -> bool:
+        """Whether compiled graphs contain PyTorch's own dropout in its place, and it does not run eagerly."""
+        return self.in_graphs == {False} and not self.uses
 
     @property
     def reason(self) -> str | None:
