@@ -66,7 +66,9 @@ def _against(drop: Drop, dropouts: Dropouts) -> str | None:
     too_narrow: str | None = drop.site.too_narrow(ask, shape(drop.x))
     if too_narrow is not None:
         return too_narrow
-    if not all(map(dropouts.has_known_sizes, (drop.node, *drop.consumers))):
+    views = [view for order in drop.orders.values() for view in order]
+    views += [view for consumer in drop.consumers for view in dropouts.path(consumer.args[0])[1]]
+    if not all(map(dropouts.has_known_sizes, (drop.node, *drop.consumers, *views))):
         return "sizes of the batch vary in a way that cannot be told"
     if not drop.producers and not drop.consumers:
         return ""

@@ -15,6 +15,7 @@ from approxdrop_lightning.graph.names import function_name, layer_key, layer_nam
 from approxdrop_lightning.graph.nodes import bias, multiplies, weight
 from approxdrop_lightning.graph.rules import rule_for
 from approxdrop_lightning.graph.rules.rule import overloads, shape, tensors
+from approxdrop_lightning.graph.rules.views import Transpose
 
 RELU = overloads("relu", "relu_")
 
@@ -110,8 +111,8 @@ class Emitter:
         """
         x = node.args[0]
         assert isinstance(x, Node)
-        inside = self.dropouts.source(x)
-        if inside is not None and (inside.entry is None or not _line_up(inside, outside)):
+        inside, views = self.dropouts.path(x)
+        if inside is not None and (inside.entry is None or not _line_up(inside, outside, node, views)):
             inside = None
         some = inside or outside
         assert some is not None
@@ -122,25 +123,42 @@ class Emitter:
                 inside.site.consumers.add(name)
                 COUNTS.consumers += 1
             elif outside is not None:
-                x = self.as_in(outside, x)
+                x = self.in_order(outside, x, outside.orders[node])
         if outside is not None:
             outside.site.producers.add(name)
             COUNTS.producers += 1
         key = layer_key(node, some.book.names)
         some.book.note(key, inside and inside.site, outside and outside.site, multiplies(node))
         with self.graph.inserting_before(node):
+            leading = None if outside is not None else self.dropouts.leading(some.node if views else node)
             args = (
                 x, weight(node), bias(node), some.table,
                 inside.live.use if inside else None, outside.live.use if outside else None, some.live.rows, chunks,
-                self.dropouts.leading(node) if outside is None else None,
+                leading,
             )  # fmt: skip
-            return self.graph.call_function(packed.linear, args)
+            new = self.graph.call_function(packed.linear, args)
+            if outside is None and views:
+                new = self._moved(new, views, shape(node)[-1])
+                new = self.graph.call_method("reshape", (new, *self.dropouts.leading(node), shape(node)[-1]))
+            return new
 
-    def as_in(self, drop: Drop, x: Node) -> Node:
-        """A dense tensor in the leading shape of a dropout, if rows are assigned to groups by that shape."""
-        if not drop.live.rows.pad or shape(x)[:-1] == shape(drop.node)[:-1]:
+    def in_order(self, drop: Drop, x: Node, order: tuple[Node, ...]) -> Node:
+        """A dense tensor with its rows in the order of a dropout, and in its shape if groups depend on that."""
+        n = shape(x)[-1]
+        same_shape = not order and shape(x)[:-1] == shape(drop.node)[:-1]
+        x = self._moved(x, order, n)
+        if not drop.live.rows.pad or same_shape:
             return x
-        return self.graph.call_method("reshape", (x, *self.dropouts.leading(drop.node), shape(x)[-1]))
+        return self.graph.call_method("reshape", (x, *self.dropouts.leading(drop.node), n))
+
+    def _moved(self, x: Node, views: tuple[Node, ...], n: int) -> Node:
+        """Apply transposes and views to another tensor, whose last size is ``n``."""
+        for view in views:
+            if isinstance(rule_for(view), Transpose):
+                x = self.graph.create_node(view.op, view.target, (x, *view.args[1:]), dict(view.kwargs))
+            else:
+                x = self.graph.call_method("reshape", (x, *self.dropouts.leading(view), n))
+        return x
 
     def _sweep(self, but: Node | None = None) -> None:
         """Erase replaced nodes without users. No others: the graph may contain functions that work in place."""
@@ -151,10 +169,12 @@ class Emitter:
                 self.graph.erase_node(node)
 
 
-def _line_up(inside: Drop, outside: Drop | None) -> bool:
+def _line_up(inside: Drop, outside: Drop | None, layer: Node, views: tuple[Node, ...]) -> bool:
     """Whether one product can serve the patterns of a layer's inputs and of its outputs."""
     if outside is None:
         return True
+    if views or outside.orders[layer]:
+        return False
     rows = inside.live.rows
     same_shape = not rows.pad or shape(inside.node)[:-1] == shape(outside.node)[:-1]
     return rows == outside.live.rows and same_shape and inside.table is outside.table
@@ -189,12 +209,14 @@ class _Before:
         kind = Dropouts.kind(node, drop, chunks)
         with self.graph.inserting_before(reader):
             if kind == "values":
-                args = (self.emitter.as_in(drop, node), drop.table, live.use, live.rows, chunks)
+                x = self.emitter.in_order(drop, node, drop.orders.get(node, ()))
+                args = (x, drop.table, live.use, live.rows, chunks)
                 return self.graph.call_function(packed.pack, args)
             if kind == "units":
                 return self.graph.call_function(packed.pack_units, (node, drop.table, live.use, chunks))
             if kind == "rows":
-                return self.graph.call_function(packed.pack_rows, (node, live.rows))
+                x = self.emitter.in_order(drop, node, drop.orders.get(node, ()))
+                return self.graph.call_function(packed.pack_rows, (x, live.rows))
         return node
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: Node) -> Node:

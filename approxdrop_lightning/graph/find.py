@@ -14,7 +14,8 @@ from approxdrop_lightning.graph.mutation import mutated
 from approxdrop_lightning.graph.nodes import is_linear, rows
 from approxdrop_lightning.graph.operator import DROP
 from approxdrop_lightning.graph.rules import rule_for
-from approxdrop_lightning.graph.rules.rule import is_tensor, shape, value
+from approxdrop_lightning.graph.rules.rule import Rule, is_tensor, shape, value
+from approxdrop_lightning.graph.rules.views import Transpose, View
 
 
 @dataclass(eq=False)
@@ -29,6 +30,8 @@ class Drop:
         members: Nodes before it that can be computed for kept units only, with the number of chunks of ``n`` units
             each of them has (gates).
         producers: Linear layers among the members.
+        orders: Transposes and views, from a member or an input of one to the dropout, by which its rows get into the
+            order of the dropout; empty if they are in it.
         consumers: Linear layers that read its output through functions that keep zeros.
         packs_before: Whether the members are computed for kept units only.
         native: Whether PyTorch's own dropout runs, as skipping would not gain.
@@ -42,6 +45,7 @@ class Drop:
     pair: tuple[int, int]
     members: dict[Node, int] = field(default_factory=dict)
     producers: list[Node] = field(default_factory=list)
+    orders: dict[Node, tuple[Node, ...]] = field(default_factory=dict)
     consumers: list[Node] = field(default_factory=list)
     packs_before: bool = False
     native: bool = False
@@ -110,9 +114,10 @@ class Dropouts:
         if not is_tensor(drop.x) or not shape(drop.x) or not isinstance(shape(drop.x)[-1], int):
             return
         wanted: dict[Node, int] = {drop.x: 1}
+        drop.orders[drop.x] = ()
         inner: set[Node] = {drop.node}
-        order = list(self.graph.nodes)
-        for node in reversed(order[: order.index(drop.node)]):
+        nodes = list(self.graph.nodes)
+        for node in reversed(nodes[: nodes.index(drop.node)]):
             chunks = wanted.get(node, 0)
             if not chunks or node in self.mutated or not all(user in inner for user in node.users):
                 continue
@@ -127,11 +132,15 @@ class Dropouts:
             operands = rule.operands(node, chunks)
             if operands is None or any(wanted.get(n, c) != c for n, c in operands):
                 continue
+            order = _extended(node, rule, drop.orders[node])
+            if any(drop.orders.get(n, order) != order for n, _ in operands):
+                continue
             if any(c > 0 and is_tensor(n) and self.kind(n, drop, c) is None for n, c in operands):
                 continue
             drop.members[node] = chunks
             inner.add(node)
             wanted.update(operands)
+            drop.orders.update((n, order) for n, _ in operands)
 
     @staticmethod
     def kind(node: Node, drop: Drop, chunks: int) -> str | None:
@@ -154,15 +163,25 @@ class Dropouts:
 
     def source(self, node: Any) -> Drop | None:
         """The dropout from which a node is computed by functions that keep zeros; None if there is none."""
+        return self.path(node)[0]
+
+    def path(self, node: Any) -> tuple[Drop | None, tuple[Node, ...]]:
+        """As :meth:`source`, and the transposes and views between them; none of these if there is no transpose."""
+        views: list[Node] = []
         while isinstance(node, Node) and node not in self.drops:
             rule = rule_for(node)
             if node in self.mutated or rule is None or not rule.keeps_zero(node):
-                return None
+                return None, ()
             operands = rule.operands(node, 1)
             if operands is None or len(operands) != 1:
-                return None
+                return None, ()
+            if isinstance(rule, View):
+                views.append(node)
             node = operands[0][0]
-        return None if node in self.mutated else self.drops.get(node)
+        if node in self.mutated or node not in self.drops:
+            return None, ()
+        transposed = any(isinstance(rule_for(view), Transpose) for view in views)
+        return self.drops[node], tuple(reversed(views)) if transposed else ()
 
     def between(self, drop: Drop) -> set[Node]:
         """Nodes between a dropout and its consumers."""
@@ -184,3 +203,9 @@ class Dropouts:
     def leading(self, node: Node) -> tuple[Any, ...]:
         """Leading shape of a node: numbers, and nodes for symbolic sizes."""
         return tuple(d if isinstance(d, int) else self._symbols[str(d.node.expr)] for d in shape(node)[:-1])
+
+
+def _extended(node: Node, rule: Rule, order: tuple[Node, ...]) -> tuple[Node, ...]:
+    """The order of the inputs of a node, given its own."""
+    moves = isinstance(rule, Transpose) or (isinstance(rule, View) and order)
+    return (node, *order) if moves else order

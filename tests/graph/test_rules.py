@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.compiled import OneFunction, converted, equals_masks, results, rewriting, worst
+from support.compiled import OneFunction, converted, equals_masks, masking, results, rewriting, worst
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -41,6 +41,9 @@ RULES = {
             "clamp": lambda h: h.clamp(-1, 1),
             "view": lambda h: h.view(-1, 16).relu().reshape(5, 3, 16),
             "unsqueeze": lambda h: h.unsqueeze(0).relu().squeeze(0),
+            "transpose": lambda h: h.transpose(0, 1).relu(),
+            "permute, flatten, view": lambda h: h.permute(1, 0, 2).flatten(0, 1).sigmoid().view(1, 3, 5, 16),
+            "views around transposes": lambda h: h.view(-1, 16).view(3, 5, 16).swapaxes(0, 1).tanh().movedim(1, 0),
         }.items()
     },
     **{
@@ -59,7 +62,9 @@ RULES = {
             ("divided by zero", lambda h: torch.nan_to_num(h / 0.0), 0, 1),
             ("zero does not stay", torch.sigmoid, 0, 1),
             ("a sum", lambda h: h + 1, 0, 1),
-            ("transposed", lambda h: h.transpose(0, 1), 0, 1),
+            ("transposed", lambda h: h.transpose(0, 1), 1, 0),
+            ("permuted and flattened", lambda h: h.view(5, 1, 3, 16).permute(2, 1, 0, -1).flatten(0, 2), 1, 0),
+            ("units transposed", lambda h: h.transpose(1, 2).reshape(5, 3, 16), 0, 1),
             ("changed in place", lambda h: h.add_(1.0), 0, 1),
         )
     },
@@ -82,6 +87,23 @@ RULES = {
     "a value for each row": (
         lambda m, x: m.b(m.drop(m.a(x) * x[..., :1])),
         {"a": linear(12, 16), "b": linear(16, 4)},
+        (1, 1, 0),
+    ),
+    "transposed beside others": (
+        lambda m, x: m.b(
+            m.drop((m.a(x).transpose(0, 1) * x.transpose(0, 1)[..., :1] + m.shift) * m.e(x.transpose(0, 1)))
+        ),
+        {"a": linear(12, 16), "b": linear(16, 4), "shift": nn.Parameter(torch.rand(16)), "e": linear(12, 16)},
+        (2, 1, 0),
+    ),
+    "transposed between two dropouts": (
+        lambda m, x: m.c(m.other(m.b(m.drop(m.a(x)).transpose(0, 1)))),
+        {"a": linear(12, 16), "b": linear(16, 16), "c": linear(16, 4)},
+        (2, 1, 1),  # one product cannot serve two orders of rows: the layer between them computes kept outputs
+    ),
+    "transposed, units in two chunks": (
+        lambda m, x: m.b(m.drop(F.glu(m.a(x).transpose(0, 1)))),
+        {"a": linear(12, 32), "b": linear(16, 4)},
         (1, 1, 0),
     ),
     "gated unit": (
@@ -192,6 +214,26 @@ def test_rules(name):
     assert largest < (1e-6 if "cast" in name else 1e-10)
     graphs = COUNTS.graphs - counters["stats"]["unique_graphs"] // 2  # masks count their graphs too
     assert (COUNTS.producers / graphs, COUNTS.consumers / graphs, COUNTS.unpacked / graphs) == found
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.7])
+def test_transposes_of_padded_and_of_symbolic_rows(rate):
+    """In a batch ``[T, 4, n]`` rows are padded, so that groups depend on its shape; ``T`` varies."""
+    torch.manual_seed(2)
+    model = OneFunction(
+        lambda m, x: m.b(m.drop(torch.relu(m.a(x)).transpose(0, 1)).transpose(1, 0).flatten(0, 1)),
+        a=nn.Linear(12, 64), b=nn.Linear(64, 4),
+    ).double()  # fmt: skip
+    report, conversion = converted(model, rate=rate, concentration=float("inf"))
+    f, g = (torch.compile(model, backend=backend, fullgraph=True) for backend in (rewriting, masking))
+    for steps in (6, 6, 8, 10):
+        resample(model)
+        x = torch.randn(steps, 4, 12, dtype=torch.float64)
+        found = results(f, x, model)
+        conversion.resample(False)
+        assert worst(found, results(g, x, model)) < 1e-12
+    assert report["drop"].skipped == "producer's rows and consumers' columns"
+    restore(model)
 
 
 def test_parts_of_a_concatenation_have_patterns_of_their_own():

@@ -18,9 +18,9 @@ from torch.fx import Node
 from approxdrop_lightning.graph.rules.gates import Chunk, ChunkItem, Glu
 from approxdrop_lightning.graph.rules.pointwise import Cast, Pointwise, Prelu
 from approxdrop_lightning.graph.rules.rule import Rule
-from approxdrop_lightning.graph.rules.views import View, Whole
+from approxdrop_lightning.graph.rules.views import Transpose, View, Whole
 
-RULES: tuple[Rule, ...] = (Pointwise(), Cast(), Prelu(), View(), Whole(), ChunkItem(), Chunk(), Glu())
+RULES: tuple[Rule, ...] = (Pointwise(), Cast(), Prelu(), View(), Whole(), Transpose(), ChunkItem(), Chunk(), Glu())
 
 
 def rule_for(node: Node) -> Rule | None:

@@ -1,9 +1,10 @@
-"""Views that reshape the leading dimensions only: rows keep their order."""
+"""Views that reshape or permute the leading dimensions only: the last one stays."""
 
 from __future__ import annotations
 
 import operator
 
+import torch
 from torch.fx import Node
 
 from approxdrop_lightning.graph.rules.rule import Packer, Rule, is_tensor, overloads, shape, tensors
@@ -45,3 +46,22 @@ class Whole(View):
         assert isinstance(source, Node)
         parts = index if isinstance(index, tuple) else (index,)
         return shape(source) == shape(node) and all(part is Ellipsis or isinstance(part, slice) for part in parts)
+
+
+class Transpose(View):
+    """``transpose``, ``permute`` and the like.
+
+    A no-op too, because packed rows are always in the order of the dropout: dense tensors are transposed before they
+    are packed (:attr:`.find.Drop.orders`), and the dense outputs of consumers afterwards.
+    """
+
+    targets = overloads("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis")
+
+    def _of_rows(self, node: Node) -> bool:
+        if not is_tensor(node) or node.all_input_nodes != tensors(node)[:1] or node.args[:1] != (tensors(node)[0],):
+            return False
+        sizes = range(2, 2 + len(shape(node)))  # all different
+        probe = torch.empty(tuple(sizes), device="meta")
+        call = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+        moved = call(probe, *node.args[1:], **node.kwargs)
+        return bool(sizes) and moved.shape[-1] == sizes[-1]
