@@ -312,8 +312,7 @@ def _leading_shape(
     if pattern.interleave:
         if leading_shape is None:
             raise ValueError(f"{caller}: leading_shape is needed with an interleaved pattern")
-        rows = pattern.row_groups(tuple(leading_shape))
-        expected = sum(r.count * pattern.units(g).count for g, r in enumerate(rows))
+        expected = pattern.n_packed(tuple(leading_shape))
         if values.numel() != expected:
             raise ValueError(
                 f"{caller}: the pattern keeps {expected} values of a batch {tuple(leading_shape)}, "

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from math import gcd
 
 import numpy
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.patterns.row import HOST, RowPattern, _ByCell
+from approxdrop_lightning.patterns.cells import Bounds, Cells, sort_by_cell
+from approxdrop_lightning.patterns.row import HOST, RowPattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,25 +29,11 @@ class JoinedPattern(RowPattern):
     pieces: tuple[RowPattern, ...] = ()
 
     @cached_property
-    def by_order(self) -> tuple[RowPattern, ...]:
-        """One pattern per order of the units, consisting of the groups of that order."""
-        if self.n_orders == 1:
-            return (self,)
-        return tuple(_of(pieces) for pieces in zip(*(piece.by_order for piece in self.pieces), strict=True))
-
-    @cached_property
-    def _by_cell(self) -> _ByCell:
+    def _cells(self) -> Cells:
         assert self.order is not None
-        cells = self.order.view(-1, self.n_blocks)[0].numpy()
-        blocks = cells.argsort(kind="stable")
-        counts = numpy.bincount(cells, minlength=self.dp)
-        sizes = counts * self.block_size
-        lengths = torch.full((len(blocks),), self.block_size, device=HOST)
-        if missing := self.n_blocks * self.block_size - self.n:
-            sizes[cells[-1]] -= missing
-            lengths[int((blocks == len(blocks) - 1).argmax())] -= missing
-        starts = torch.from_numpy(blocks * self.block_size)
-        return _ByCell(starts, lengths, [0, *accumulate(counts.tolist())], [0, *accumulate(sizes.tolist())])
+        cells = self.order.view(-1, self.n_blocks).numpy()
+        counts = numpy.bincount(cells[0], minlength=self.dp).tolist()  # the same for each order
+        return sort_by_cell(self.n, cells, Bounds.of(counts, self.block_size), self.block_size)
 
     @property
     def share(self) -> float:

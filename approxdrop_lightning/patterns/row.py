@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from approxdrop_lightning.device import to_device
-from approxdrop_lightning.patterns.units import Units
+from approxdrop_lightning.patterns.cells import Cells, PatternStruct, even_bounds, natural_cells, sort_by_cell
+from approxdrop_lightning.patterns.units import Units, UnitsStruct
 
 #: Patterns are built on the CPU, regardless of the default device.
 HOST = torch.device("cpu")
@@ -100,6 +102,10 @@ class RowPattern:
         """The same pattern with other orders of the units, which are not validated either."""
         return RowPattern.unchecked(self.n, self.dp, self.offset, self.keep, self.interleave, order, self.block_size)
 
+    def __getstate__(self) -> dict[str, object]:
+        # Without the cached attributes: the addresses in `struct` belong to this object's tensors.
+        return {field.name: vars(self)[field.name] for field in fields(self)}
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RowPattern) and self._key == other._key
 
@@ -128,13 +134,6 @@ class RowPattern:
         """Number of orders of the units that the rows alternate between."""
         return 1 if self.keeps_all or self.order is None or self.order.dim() == 1 else len(self.order)
 
-    @cached_property
-    def by_order(self) -> tuple[RowPattern, ...]:
-        """One pattern per order of the units, consisting of the groups of that order."""
-        if self.order is None or self.n_orders == 1:
-            return (self,)
-        return tuple(self.reordered(order) for order in self.order.unbind())
-
     @property
     def overlaps(self) -> bool:
         """Whether the kept units of different groups overlap."""
@@ -155,35 +154,43 @@ class RowPattern:
 
     @cached_property
     def _units(self) -> tuple[Units, ...]:
-        if self.n_orders > 1:
-            return tuple(units for pattern in self.by_order for units in pattern._units)
-        first = [g * self._shift for g in range(self.n_groups)]
-        groups = tuple(self._by_cell.between(f, f + self.keep) for f in first)
-        if self.interleave or self.keep == 1:
-            return groups
-        starts, order = groups[0].starts.sort()
-        return (Units(starts, groups[0].lengths[order], groups[0].count),)
-
-    def dropped(self, group: int) -> Units:
-        """The units that a group drops. This and the next two methods require a pattern with a single order."""
-        first = group * self._shift
-        return self._by_cell.between(0, first) + self._by_cell.between(first + self.keep, self.dp)
+        groups = self.n_groups // self.n_orders
+        first = [g * self._shift for g in range(groups)]
+        units = tuple(self._cells.between(o, f, f + self.keep) for o in range(self.n_orders) for f in first)
+        if self._is_by_cell:
+            return units
+        starts, order = units[0].starts.sort()
+        return (Units(starts, units[0].lengths[order], units[0].count),)
 
     @property
-    def common(self) -> Units:
-        """The units kept by both of two overlapping groups: the last ones of group 0, the first ones of group 1."""
-        return self._by_cell.between(self._shift, self.keep)
-
-    @property
-    def never_kept(self) -> Units:
-        """The units that no group keeps."""
-        return self._by_cell.between((self.n_groups - 1) * self._shift + self.keep, self.dp)
+    def _is_by_cell(self) -> bool:
+        """Whether the units of a group come cell by cell: those of several cells do not ascend then."""
+        return self.interleave or self.keep == 1
 
     @cached_property
-    def _by_cell(self) -> _ByCell:
+    def _cells(self) -> Cells:
         if self.order is None:
             return natural_cells(self.n, self.dp, self.offset, self.block_size)
-        return _sort_by_cell(self.n, self._orders[0], self.offset, self.dp, self.block_size)
+        cells = (self._orders.numpy() - self.offset) % self.dp
+        return sort_by_cell(
+            self.n, cells, even_bounds(self.n_blocks, self.dp, self.offset, self.block_size), self.block_size
+        )
+
+    @cached_property
+    def struct(self) -> PatternStruct:
+        """The pattern in the form that compiled code reads; valid as long as this object is alive."""
+        cells, n_orders = self._cells, self.n_orders
+        return PatternStruct(
+            self.n_blocks, self.dp, self.keep, self._shift, self.n_groups // n_orders, n_orders, cells.is_ragged,
+            cells.starts.data_ptr(), cells.lengths.data_ptr(),
+            cells.bounds.first_block.data_ptr(), cells.bounds.first_unit.data_ptr(),
+            None if self._is_by_cell else ctypes.addressof(self._units[0].struct),
+        )  # fmt: skip
+
+    @cached_property
+    def address(self) -> int:
+        """Address of :attr:`struct`."""
+        return ctypes.addressof(self.struct)
 
     @property
     def _orders(self) -> Tensor:
@@ -206,13 +213,26 @@ class RowPattern:
     @property
     def n_kept(self) -> int:
         """Number of units that group 0 keeps."""
-        return self._units[0].count
+        return self.counts[0]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Number of units that each group keeps."""
+        first = [g * self._shift for g in range(self.n_groups // self.n_orders)]
+        by_order = self._cells.bounds.units
+        counts = [units[f + self.keep] - units[f] for units in by_order for f in first]
+        return counts if len(counts) == self.n_groups else counts * self.n_orders
+
+    def n_packed(self, leading_shape: tuple[int, ...]) -> int:
+        """Number of values that are kept of a batch."""
+        return sum(map(operator.mul, row_counts(leading_shape, self.n_groups), self.counts))
 
     def units_by_cell(self, group: int) -> list[int]:
         """Number of units in each of a group's kept cells, in the order of :meth:`units`."""
-        groups = self.n_groups // self.n_orders
-        first, before = group % groups * self._shift, self.by_order[group // groups]._by_cell.units
-        return [before[cell + 1] - before[cell] for cell in range(first, first + self.keep)]
+        order, group = divmod(group, self.n_groups // self.n_orders)
+        by_order, first = self._cells.bounds.units, group * self._shift
+        units = by_order[order if len(by_order) > 1 else 0]
+        return [units[cell + 1] - units[cell] for cell in range(first, first + self.keep)]
 
     @property
     def share(self) -> float:
@@ -231,7 +251,7 @@ class RowPattern:
 
     def row_groups(self, leading_shape: tuple[int, ...]) -> tuple[Units, ...]:
         """Rows of each group, as ascending indices into the flattened leading dimensions."""
-        return _row_groups(tuple(leading_shape), self.n_groups)
+        return row_groups(tuple(leading_shape), self.n_groups)
 
     def row_order(self, leading_shape: tuple[int, ...]) -> Tensor:
         """Rows of all groups, group after group, int64."""
@@ -273,39 +293,6 @@ class RowPattern:
         return kept.index_select(0, group.view(-1)).view(*leading_shape, self.n)
 
 
-@dataclass(frozen=True, eq=False)
-class _ByCell:
-    """Blocks sorted by cell, starting with the first kept one, so that consecutive cells form a slice."""
-
-    starts: Tensor
-    lengths: Tensor
-    blocks: list[int]  # number of blocks before each cell
-    units: list[int]  # number of units before each cell
-
-    def between(self, first: int, last: int) -> Units:
-        here = slice(self.blocks[first], self.blocks[last])
-        return Units(self.starts[here], self.lengths[here], self.units[last] - self.units[first])
-
-
-def _sort_by_cell(n: int, order: Tensor, offset: int, dp: int, block_size: int) -> _ByCell:
-    # In NumPy, because PyTorch calls on such small tensors take several times as long.
-    places = order.numpy()
-    blocks = ((places - offset) % dp).argsort(kind="stable")
-    counts, sizes = _cell_sizes(n, dp, offset, block_size, int(places[-1]))
-    lengths = _lengths(len(blocks), block_size)
-    if missing := len(blocks) * block_size - n:
-        lengths = lengths.clone()
-        lengths[int((blocks == len(blocks) - 1).argmax())] = block_size - missing
-    starts = torch.from_numpy(blocks * block_size)
-    return _ByCell(starts, lengths, [0, *accumulate(counts)], [0, *accumulate(sizes)])
-
-
-@lru_cache(maxsize=1024)
-def _lengths(n_blocks: int, block_size: int) -> Tensor:
-    """Lengths of blocks of equal size."""
-    return torch.full((n_blocks,), block_size, device="cpu")
-
-
 def _shift(dp: int, keep: int) -> int:
     """Distance in cells between the first kept cells of consecutive groups."""
     return dp - keep if 2 * keep > dp else keep
@@ -316,26 +303,6 @@ def _times_kept(n_blocks: int, dp: int, offset: int, keep: int, n_groups: int) -
     """Total number of blocks that the groups of one order keep, and the number of groups that keep each position."""
     times = _kept_places(n_blocks, dp, offset, keep, n_groups, torch.bool, 1).sum(0).tolist()
     return sum(times), times
-
-
-@lru_cache(maxsize=4096)
-def _cell_sizes(n: int, dp: int, offset: int, block_size: int, last: int) -> tuple[list[int], list[int]]:
-    """Number of blocks and number of units in each cell, starting with the first kept one.
-
-    They depend on the order only through its ``last`` entry, the position of the block that may be smaller.
-    """
-    n_blocks = -(-n // block_size)
-    least, more = divmod(n_blocks, dp)
-    counts = [least + ((c + offset) % dp < more) for c in range(dp)]
-    sizes = [count * block_size for count in counts]
-    sizes[(last - offset) % dp] -= n_blocks * block_size - n
-    return counts, sizes
-
-
-@lru_cache(maxsize=1024)
-def natural_cells(n: int, dp: int, offset: int, block_size: int) -> _ByCell:
-    """Units in natural order, by cell: unit ``j`` lies in cell ``(j // block_size - offset) mod dp``."""
-    return _sort_by_cell(n, torch.arange(-(-n // block_size), device="cpu"), offset, dp, block_size)
 
 
 @lru_cache(maxsize=1024)
@@ -357,7 +324,8 @@ def _group_of_row(leading_shape: tuple[int, ...], n_groups: int, device: torch.d
 
 
 @lru_cache(maxsize=256)
-def _row_groups(leading_shape: tuple[int, ...], n_groups: int) -> tuple[Units, ...]:
+def row_groups(leading_shape: tuple[int, ...], n_groups: int) -> tuple[Units, ...]:
+    """Rows of each of so many groups; see :meth:`RowPattern.row_groups`."""
     if n_groups == 1:
         return (Units.every(math.prod(leading_shape)),)
     group = _group_of_row(leading_shape, n_groups).view(-1)
@@ -366,5 +334,18 @@ def _row_groups(leading_shape: tuple[int, ...], n_groups: int) -> tuple[Units, .
 
 
 @lru_cache(maxsize=256)
+def row_counts(leading_shape: tuple[int, ...], n_groups: int) -> list[int]:
+    """Number of rows in each of so many groups."""
+    return [rows.count for rows in row_groups(leading_shape, n_groups)]
+
+
+@lru_cache(maxsize=256)
+def row_structs(leading_shape: tuple[int, ...], n_groups: int) -> ctypes.Array[UnitsStruct]:
+    """Rows of each group in the form that compiled code reads; see :meth:`RowPattern.row_groups`."""
+    rows = row_groups(leading_shape, n_groups)
+    return (UnitsStruct * n_groups)(*(units.struct for units in rows))
+
+
+@lru_cache(maxsize=256)
 def _row_order(leading_shape: tuple[int, ...], n_groups: int) -> Tensor:
-    return torch.cat([rows.index for rows in _row_groups(leading_shape, n_groups)])
+    return torch.cat([rows.index for rows in row_groups(leading_shape, n_groups)])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from approxdrop_lightning.distribution import check_rate
-from approxdrop_lightning.patterns.row import HOST, check_integers, natural_cells
+from approxdrop_lightning.patterns.cells import natural_cells
+from approxdrop_lightning.patterns.row import HOST, check_integers
 from approxdrop_lightning.patterns.units import Units
 
 
@@ -137,9 +138,9 @@ def _submatrices(pattern: TilePattern) -> tuple[tuple[Units, Units], ...]:
     by_row = natural_cells(pattern.n_out, dp, 0, size)
     found = []
     for i in range(dp):
-        rows = by_row.between(i, i + 1)
+        rows = by_row.between(0, i, i + 1)
         if rows.count:
-            columns = natural_cells(pattern.n_in, dp, (pattern.offset - i) % dp, size).between(0, pattern.keep)
+            columns = natural_cells(pattern.n_in, dp, (pattern.offset - i) % dp, size).between(0, 0, pattern.keep)
             starts, order = columns.starts.sort()
             found.append((rows, Units(starts, columns.lengths[order], columns.count)))
     return tuple(found)

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from approxdrop_lightning.ops.lstm import compact as lstm_ops
-from approxdrop_lightning.ops.native import copies
+from approxdrop_lightning.ops.native import copies, product
 from approxdrop_lightning.ops.native import library as native
 
 # If there is a compiler, sources that do not compile are a failure.
@@ -18,7 +18,7 @@ needs_compiler = pytest.mark.skipif(
 def kernels(request, monkeypatch):
     """Run a test with and without the compiled kernels."""
     if request.param == "plain":
-        monkeypatch.setattr(copies, "library", lambda: None)
-        monkeypatch.setattr(lstm_ops, "library", lambda: None)
+        for module in (copies, product, lstm_ops):
+            monkeypatch.setattr(module, "library", lambda: None)
     elif native.library() is None:
         pytest.skip("no C compiler on this machine")

@@ -119,27 +119,16 @@ void zero(char *restrict to, int64_t to_bytes, Units rows, Units columns, int64_
 
 EXPORT_SIZE(Units);
 
-// A group of rows whose values are contiguous, and the columns of the sums that they contribute to. `RowGroupStruct` in
-// groups.py.
-typedef struct {
-    int64_t rows;
-    Units columns;
-} RowGroup;
-
-EXPORT_SIZE(RowGroup);
-
-// to[columns] += sum over the rows, for each of `n` groups with contiguous float32 values.
-void column_sums(const float *restrict values, const RowGroup *groups, int64_t n, float *restrict to, int threads) {
-    for (const RowGroup *group = groups; group < groups + n; values += group->rows * group->columns.count, group++) {
-#pragma omp parallel num_threads(threads) if (group->rows * group->columns.count > 4 * PARALLEL_FROM)
-        {
-            int64_t first, last, before;
-            split(group->columns, &first, &last, &before);
-            for (int64_t row = 0; row < group->rows; row++) {
-                const float *from = values + row * group->columns.count + before;
-                for (int64_t r = first; r < last; from += group->columns.lengths[r++])
-                    for (int64_t j = 0; j < group->columns.lengths[r]; j++) to[group->columns.starts[r] + j] += from[j];
-            }
+// to[columns] += sum over the rows of contiguous float32 values, [rows, columns].
+void column_sums(const float *restrict values, int64_t rows, Units columns, float *restrict to, int threads) {
+#pragma omp parallel num_threads(threads) if (rows * columns.count > 4 * PARALLEL_FROM)
+    {
+        int64_t first, last, before;
+        split(columns, &first, &last, &before);
+        for (int64_t row = 0; row < rows; row++) {
+            const float *from = values + row * columns.count + before;
+            for (int64_t r = first; r < last; from += columns.lengths[r++])
+                for (int64_t j = 0; j < columns.lengths[r]; j++) to[columns.starts[r] + j] += from[j];
         }
     }
 }

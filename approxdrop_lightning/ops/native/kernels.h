@@ -30,6 +30,11 @@ typedef struct {
     int64_t ranges, count;
 } Units;
 
+// copies.c
+void zero(char *restrict to, int64_t to_bytes, Units rows, Units columns, int64_t item, int64_t size, int threads,
+          int past_caches);
+void column_sums(const float *restrict values, int64_t rows, Units columns, float *restrict to, int threads);
+
 // Allows a test to compare the size of a struct with that of its Python counterpart.
 #define EXPORT_SIZE(type) const int64_t sizeof_##type = sizeof(type)
 

@@ -24,8 +24,10 @@ from typing import Any
 
 from approxdrop_lightning.patterns.units import UnitsStruct
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("copies.c", "product.c", "recurrence.c", "one_pass.c")]
-_HEADERS = [Path(__file__).with_name(name) for name in ("kernels.h", "tile.h")]
+_SOURCES = [
+    Path(__file__).with_name(name) for name in ("copies.c", "product.c", "recurrence.c", "one_pass.c", "grouped.c")
+]
+_HEADERS = [Path(__file__).with_name(name) for name in ("kernels.h", "product.h", "tile.h")]
 # No -ffast-math: linking with it would flush denormals to zero in the whole process.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-std=gnu11")
 _LONGEST_COMPILATION = 120.0  # seconds
@@ -34,19 +36,23 @@ _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
 _COPY = [_POINTER, _SIZE, _POINTER, _SIZE, UnitsStruct, UnitsStruct, _SIZE, _SIZE, _INT]
+_MATRIX = [_POINTER, _SIZE, _SIZE]  # and its strides
 _SIGNATURES = {
     "take": _COPY,
     "put": [*_COPY, _INT],
     "zero": [_POINTER, _SIZE, UnitsStruct, UnitsStruct, _SIZE, _SIZE, _INT, _INT],
-    "column_sums": [_POINTER, _POINTER, _SIZE, _POINTER, _INT],
     "products": [_POINTER, _SIZE, _INT],
+    "grouped_product": [_POINTER, *_MATRIX, *_MATRIX, _POINTER, _POINTER, _INT],
+    "grouped_input_grad": [_POINTER, *_MATRIX, *_MATRIX, _POINTER, _INT],
+    "grouped_weight_grad": [_POINTER, *_MATRIX, *_MATRIX, _POINTER, _INT],
+    "grouped_bias_grad": [_POINTER, _POINTER, _POINTER, _INT],
     "one_pass_product": [_POINTER, _INT],
     "one_pass_weight_grad": [_POINTER, _INT, _INT],
     "lstm_forward": [*[_POINTER] * 7, *[_SIZE] * 4, _INT],
     "lstm_backward": [*[_POINTER] * 9, *[_SIZE] * 4, _INT],
 }
 #: Functions that return nonzero if they ran out of memory.
-_ALLOCATING = tuple(name for name in _SIGNATURES if name.startswith(("products", "one_pass", "lstm")))
+_ALLOCATING = tuple(name for name in _SIGNATURES if name.startswith(("products", "grouped", "one_pass", "lstm")))
 
 
 @cache

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "kernels.h"
+#include "product.h"
 #include "tile.h"
 
 #define DEPTH 384                  // depth of a slab: a panel of `b`, COLUMNS x DEPTH, fits into the L1 cache
@@ -71,24 +72,7 @@ static int64_t *offsets(Units units, int64_t stride, int64_t *to) {
     return to;
 }
 
-// Rows and columns of a matrix whose entry (i, j) is base[i * row_stride + j * column_stride].
-// This struct and the next have counterparts in product.py.
-typedef struct {
-    float *base;
-    int64_t row_stride, column_stride;
-    Units rows, columns;
-} Submatrix;
-
-// out = a @ b + bias[b.columns], or += in mode ADD. bias may be NULL; the column stride of `out` is 1.
-typedef struct {
-    Submatrix a, b, out;
-    const float *bias;
-    int64_t mode;
-} Product;
-
 EXPORT_SIZE(Product);
-
-enum { WRITE, ADD, PAST_CACHES };
 
 // Division of one product into tasks: slabs of bands of `high` rows, times `width` panels of columns.
 typedef struct {

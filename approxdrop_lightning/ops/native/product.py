@@ -149,7 +149,7 @@ def multiply(products: Sequence[Product], bias: Tensor | None = None, past_cache
         native.products((ProductStruct * len(structs))(*structs), len(structs), torch.get_num_threads())
 
 
-def native_for(tensors: list[Tensor]) -> ctypes.CDLL | None:
+def native_for(tensors: Sequence[Tensor]) -> ctypes.CDLL | None:
     """The compiled kernels if they support these tensors, otherwise None."""
     # Dispatch modes, such as FlopCounterMode, need to see PyTorch's own calls.
     if torch._C._len_torch_dispatch_stack() or not all(t.is_cpu and t.dtype == torch.float32 for t in tensors):

@@ -3,26 +3,38 @@
 Packed values are flat, group after group, each group being a row-major matrix ``[rows of the group, kept units of the
 group]``. Elementwise functions apply to them unchanged, groups may differ in size, and the next layer reads a layer's
 packed values without a copy.
+
+In float32 on the CPU, one call of compiled code (``grouped.c``) computes a product of all groups and reads and writes
+all operands in place; otherwise PyTorch multiplies copies, group by group.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from approxdrop_lightning.ops.native.buffers import buffer
-from approxdrop_lightning.ops.native.copies import put, take, zero
-from approxdrop_lightning.ops.native.product import Product, Submatrix, multiply, native_for
-from approxdrop_lightning.patterns.row import RowPattern
-from approxdrop_lightning.patterns.units import Units, UnitsStruct
+from approxdrop_lightning.ops.native.copies import put, take
+from approxdrop_lightning.ops.native.product import Submatrix, multiply, native_for
+from approxdrop_lightning.patterns.row import RowPattern, row_groups, row_structs
+from approxdrop_lightning.patterns.units import Units
 
 
-class RowGroupStruct(ctypes.Structure):
-    """``RowGroup`` of ``copies.c``."""
+class GroupedStruct(ctypes.Structure):
+    """``Grouped`` of ``grouped.c``."""
 
-    _fields_ = [("rows", ctypes.c_int64), ("columns", UnitsStruct)]
+    _fields_ = [
+        ("inside", ctypes.c_void_p),
+        ("outside", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("groups", ctypes.c_int64),
+    ]
 
 
 class GroupedUnits:
@@ -31,56 +43,42 @@ class GroupedUnits:
     Args:
         pattern: Pattern of the units; None if all are kept.
         n: Number of units.
-        rows: Rows of each group.
+        leading_shape: Shape of the batch.
     """
 
-    def __init__(self, pattern: RowPattern | None, n: int, rows: tuple[Units, ...]) -> None:
-        #: Pattern of the first order, whose groups write the weight's gradient; those of further orders accumulate.
-        self.pattern = None if pattern is None else pattern.by_order[0]
-        self.n, self.rows = n, rows
+    def __init__(self, pattern: RowPattern | None, n: int, leading_shape: tuple[int, ...]) -> None:
+        self.pattern, self.n, self.leading_shape = pattern, n, leading_shape
         #: Whether values are packed by group; otherwise rows keep their order.
         self.by_group = pattern is not None and pattern.n_groups > 1
-        every = Units.every(n)
-        self.units = [every if pattern is None else pattern.units(g % pattern.n_groups) for g in range(len(rows))]
-        self.overlaps = pattern is not None and pattern.overlaps
+        #: ``[rows, units]``, if rows keep their order.
+        self.shape = math.prod(leading_shape), n if pattern is None else pattern.n_kept
+
+    def units(self, group: int) -> Units:
+        """The units that a group keeps."""
+        return Units.every(self.n) if self.pattern is None else self.pattern.units(group % self.pattern.n_groups)
 
     def new(self, like: Tensor) -> Tensor:
         """Uninitialised values: flat if packed by group, else ``[rows, units]``."""
-        counts = [r.count for r in self.rows]
-        if self.by_group:
-            return buffer((sum(r * u.count for r, u in zip(counts, self.units, strict=True)),), like)
-        shape = (sum(counts), self.units[0].count)
+        if self.pattern is not None and self.by_group:
+            return buffer((self.pattern.n_packed(self.leading_shape),), like)
         # Readers free dense values, such as the logits of a large vocabulary; a pool would hold them twice.
-        return like.new_empty(shape) if self.pattern is None else buffer(shape, like)
+        return like.new_empty(self.shape) if self.pattern is None else buffer(self.shape, like)
 
-    def submatrices(self, values: Tensor) -> list[Submatrix]:
+    def matrix(self, values: Tensor) -> Tensor:
+        """The values as ``[rows, units]``, or flat and contiguous if they are packed by group."""
+        return values.reshape(-1).contiguous() if self.by_group else values.reshape(self.shape)
+
+    def submatrices(self, values: Tensor, rows: tuple[Units, ...]) -> list[Submatrix]:
         """The submatrix ``[rows of the group, units of the group]`` of each group within the values."""
-        if not self.by_group:
-            values = values.reshape(sum(r.count for r in self.rows), self.units[0].count)
-            columns = Units.every(values.shape[1])
-            return [Submatrix(values, rows, columns) for rows in self.rows]
-        values, found, offset = values.reshape(-1).contiguous(), [], 0
-        for rows, units in zip(self.rows, self.units, strict=True):
-            found.append(Submatrix.whole(values, (rows.count, units.count), offset))
-            offset += rows.count * units.count
+        values, found, offset = self.matrix(values), [], 0
+        for group, own in enumerate(rows):
+            if not self.by_group:
+                found.append(Submatrix(values, own, Units.every(self.shape[1])))
+                continue
+            shape = own.count, self.units(group).count
+            found.append(Submatrix.whole(values, shape, offset))
+            offset += math.prod(shape)
         return found
-
-    def dropped(self, group: int) -> Units:
-        """The units that a group drops."""
-        assert self.pattern is not None
-        return self.pattern.dropped(group)
-
-    def split_by_overlap(self, group: int) -> list[tuple[slice, Units, bool]]:
-        """Split a group's units by whether an earlier group keeps them as well.
-
-        Returns:
-            Up to two entries: the positions of the units among the group's own, the units, and whether an earlier
-            group keeps them.
-        """
-        if self.pattern is None or not self.overlaps or group == 0:
-            return [(slice(None), self.units[group], not self.by_group)]
-        common, own = self.pattern.common, self.pattern.dropped(0)
-        return [(slice(common.count), common, True), (slice(common.count, None), own, False)]
 
 
 class GroupedLinear:
@@ -100,104 +98,104 @@ class GroupedLinear:
         leading_shape: tuple[int, ...],
         weight: Tensor,
     ) -> None:
-        grouped = next((p for p in (in_pattern, out_pattern) if p is not None and p.n_groups > 1), None)
         n_out, n_in = weight.shape
-        rows = (grouped or RowPattern(1, 1, 0)).row_groups(leading_shape)
-        self.inputs = GroupedUnits(in_pattern, n_in, rows)
-        self.outputs = GroupedUnits(out_pattern, n_out, rows)
-        #: Number of groups of each order of the units.
-        self.groups_per_order = len(rows) // (1 if grouped is None else grouped.n_orders)
+        self.inputs = GroupedUnits(in_pattern, n_in, leading_shape)
+        self.outputs = GroupedUnits(out_pattern, n_out, leading_shape)
+        self.leading_shape = leading_shape
+        grouped = in_pattern if self.inputs.by_group else out_pattern if self.outputs.by_group else None
+        self.n_groups = 1 if grouped is None else grouped.n_groups
 
-    def weights(self, weight: Tensor) -> list[Submatrix]:
-        """The submatrix of the weight that each group uses, ``[its outputs, its inputs]``."""
-        return [Submatrix(weight, o, i) for o, i in zip(self.outputs.units, self.inputs.units, strict=True)]
+    @property
+    def rows(self) -> tuple[Units, ...]:
+        """Rows of each group."""
+        return row_groups(self.leading_shape, self.n_groups)
+
+    @cached_property
+    def _struct(self) -> GroupedStruct:
+        patterns = [None if side.pattern is None else side.pattern.address for side in (self.inputs, self.outputs)]
+        self._rows = row_structs(self.leading_shape, self.n_groups)  # kept alive for its address
+        rows = ctypes.addressof(self._rows)
+        return GroupedStruct(*patterns, self.inputs.n, self.outputs.n, rows, self.n_groups)
+
+    @cached_property
+    def _address(self) -> int:
+        return ctypes.addressof(self._struct)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias`` for each group."""
         y = self.outputs.new(x)
-        operands = zip(self.inputs.submatrices(x), self.weights(weight), self.outputs.submatrices(y), strict=True)
-        multiply([(x_g, w_g.t, y_g, False) for x_g, w_g, y_g in operands], bias)
+        native = native_for((x, weight) if bias is None else (x, weight, bias))
+        if native is not None:
+            x, bias = self.inputs.matrix(x), None if bias is None else bias.contiguous()
+            native.grouped_product(
+                self._address, *_place(x), *_place(weight),
+                None if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+            )  # fmt: skip
+            return y
+        for x_g, w_g, y_g in self._operands(x, weight, y):
+            multiply([(x_g, w_g.t, y_g, False)], bias)
         return y
 
     def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
         """``dy @ weight`` for each group."""
         dx = self.inputs.new(dy)
-        operands = zip(self.outputs.submatrices(dy), self.weights(weight), self.inputs.submatrices(dx), strict=True)
-        multiply([(dy_g, w_g, dx_g, False) for dy_g, w_g, dx_g in operands])
+        native = native_for((dy, weight))
+        if native is not None:
+            dy = self.outputs.matrix(dy)
+            native.grouped_input_grad(
+                self._address, *_place(dy), *_place(weight), dx.data_ptr(), torch.get_num_threads()
+            )
+            return dx
+        for dx_g, w_g, dy_g in self._operands(dx, weight, dy):
+            multiply([(dy_g, w_g, dx_g, False)])
         return dx
 
     def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
-        """Dense gradient. Each entry is written once, except that the products of groups that share it are summed."""
-        dys, xs = self.outputs.submatrices(dy), self.inputs.submatrices(x)
+        """Dense gradient: each entry is the sum over the groups that keep it."""
         grad = buffer((self.outputs.n, self.inputs.n), dy, exact=True)
-        cleared = self._clear(grad)
-        first: list[Product] = []
-        later: list[Product] = []
-        for g, (dy_g, x_g) in enumerate(zip(dys, xs, strict=True)):
-            if g == 0 or cleared or g >= self.groups_per_order:
-                out = Submatrix(grad, self.outputs.units[g], self.inputs.units[g])
-                (later if g else first).append((dy_g.t, x_g, out, g > 0))
-                continue
-            for place, rows, again in self.outputs.split_by_overlap(g):
-                # Rows that no group has written yet are overwritten rather than added to.
-                whole = [(slice(None), self.inputs.units[g], False)]
-                for columns in self.inputs.split_by_overlap(g) if again else whole:
-                    add = again and columns[2]
-                    out = Submatrix(grad, rows, columns[1])
-                    (later if add else first).append((dy_g.narrow(place).t, x_g.narrow(columns[0]), out, add))
-        multiply(first, past_caches=not later)
-        if self.inputs.overlaps or self.outputs.overlaps or cleared:
-            for product in later:
-                multiply([product])
+        native = native_for((dy, x))
+        if native is not None:
+            dy, x = self.outputs.matrix(dy), self.inputs.matrix(x)
+            native.grouped_weight_grad(
+                self._address, *_place(dy), *_place(x), grad.data_ptr(), torch.get_num_threads()
+            )
             return grad
-        for start in range(0, len(later), self.groups_per_order):
-            multiply(later[start : start + self.groups_per_order])
+        grad.zero_()
+        for group, (x_g, grad_g, dy_g) in enumerate(self._operands(x, grad, dy)):
+            multiply([(dy_g.t, x_g, grad_g, group >= self._n_disjoint)])
         return grad
 
-    def _clear(self, grad: Tensor) -> bool:
-        """Zero the entries that no group writes.
-
-        Returns:
-            Whether the whole of ``grad`` was zeroed, where that is simplest.
-        """
-        inputs, outputs = self.inputs, self.outputs
-        both = inputs.pattern is not None and outputs.pattern is not None
-        if both and (inputs.by_group, inputs.overlaps) != (outputs.by_group, outputs.overlaps):
-            grad.zero_()
-            return True
-        if not grad.is_cpu:  # a call costs more than the extra writes
-            grad.zero_()
-            return False
-        if outputs.pattern is not None:
-            never = outputs.pattern.never_kept if outputs.by_group else outputs.dropped(0)
-            zero(grad, never, Units.every(inputs.n))
-        if inputs.pattern is None:
-            return False
-        if not inputs.by_group:
-            zero(grad, outputs.units[0], Units.every(inputs.n))
-        elif outputs.pattern is None:
-            zero(grad, outputs.units[0], inputs.pattern.never_kept)
-        else:
-            for g, rows in enumerate(outputs.units[: self.groups_per_order]):
-                zero(grad, outputs.dropped(1 - g) if outputs.overlaps else rows, inputs.dropped(g))
-        return False
+    @property
+    def _n_disjoint(self) -> int:
+        """Number of groups of which no two keep an entry of the weight in common."""
+        by_group = (side.pattern for side in (self.inputs, self.outputs) if side.by_group)
+        return max((p.n_groups // p.n_orders for p in by_group if p is not None and not p.overlaps), default=1)
 
     def bias_grad(self, dy: Tensor) -> Tensor:
         """Dense gradient, summed over the rows of each group."""
         outputs = self.outputs
         if outputs.pattern is None:
             return dy.reshape(-1, outputs.n).sum(0)
-        grad = dy.new_zeros(outputs.n)
-        native = native_for([dy])
-        if native is None:
-            for dy_g, units in zip(outputs.submatrices(dy), outputs.units, strict=True):
-                grad.index_add_(0, units.on(dy.device), dy_g.contiguous().sum(0))
+        native = native_for((dy,))
+        if native is not None:
+            grad, dy = dy.new_empty(outputs.n), dy.contiguous()
+            native.grouped_bias_grad(self._address, dy.data_ptr(), grad.data_ptr(), torch.get_num_threads())
             return grad
-        values = dy.contiguous()
-        groups = [RowGroupStruct(r.count, u.struct) for r, u in zip(outputs.rows, outputs.units, strict=True)]
-        described = (RowGroupStruct * len(groups))(*groups)
-        native.column_sums(values.data_ptr(), described, len(groups), grad.data_ptr(), torch.get_num_threads())
+        grad = dy.new_zeros(outputs.n)
+        for group, dy_g in enumerate(outputs.submatrices(dy, self.rows)):
+            grad.index_add_(0, outputs.units(group).on(dy.device), dy_g.contiguous().sum(0))
         return grad
+
+    def _operands(self, x: Tensor, weight: Tensor, y: Tensor) -> list[tuple[Submatrix, Submatrix, Submatrix]]:
+        """Inputs, the submatrix of the weight ``[its outputs, its inputs]``, and outputs of each group."""
+        rows, inputs, outputs = self.rows, self.inputs, self.outputs
+        weights = [Submatrix(weight, outputs.units(g), inputs.units(g)) for g in range(len(rows))]
+        return list(zip(inputs.submatrices(x, rows), weights, outputs.submatrices(y, rows), strict=True))
+
+
+def _place(matrix: Tensor) -> tuple[int, ...]:
+    """Address and strides of a matrix, or of flat values, whose strides follow from their groups."""
+    return (matrix.data_ptr(), 0, 0) if matrix.dim() == 1 else (matrix.data_ptr(), *matrix.stride())
 
 
 def pack(x: Tensor, pattern: RowPattern) -> Tensor:

@@ -9,6 +9,7 @@ stores each entry of the gradient once.
 from __future__ import annotations
 
 import ctypes
+import math
 from itertools import accumulate
 
 import torch
@@ -18,7 +19,7 @@ from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.copies import is_large
 from approxdrop_lightning.ops.native.product import native_for
 from approxdrop_lightning.ops.row_linear.groups import GroupedLinear, GroupedUnits
-from approxdrop_lightning.patterns.row import RowPattern
+from approxdrop_lightning.patterns.row import RowPattern, row_counts
 from approxdrop_lightning.patterns.units import Units
 
 #: Number of consecutive inputs that compiled code packs together (``PANEL`` in ``one_pass.c``).
@@ -85,14 +86,13 @@ class OnePassLinear(GroupedLinear):
         super().__init__(in_pattern, out_pattern, leading_shape, weight)
         pattern = in_pattern or out_pattern
         assert pattern is not None
-        self._groups = pattern.n_groups
         self._row = pattern.row_order(leading_shape)
-        self._first_row = _starts([rows.count for rows in self.inputs.rows])
+        rows = row_counts(leading_shape, self.n_groups)
+        self._first_row = _starts(rows)
         self._in_panels, self._out_panels = _kept_panels(in_pattern), _kept_panels(out_pattern)
-        multiplies = sum(
-            r.count * i.count * o.count
-            for r, i, o in zip(self.inputs.rows, self.inputs.units, self.outputs.units, strict=True)
-        )
+        sides = ((in_pattern, self.inputs.n), (out_pattern, self.outputs.n))
+        counts = ([n] * self.n_groups if p is None else p.counts for p, n in sides)
+        multiplies = sum(map(math.prod, zip(rows, *counts, strict=True)))
         self._threads = 1 if multiplies < _SMALL else torch.get_num_threads()
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -130,7 +130,7 @@ class OnePassLinear(GroupedLinear):
         if name == "input_grad":
             inputs, outputs, w_output, w_input = outputs, inputs, w_input, w_output
         layer = LayerStruct(
-            groups=self._groups,
+            groups=self.n_groups,
             row=self._row.data_ptr(),
             first_row=self._first_row.data_ptr(),
             inputs=inputs,

@@ -20,7 +20,7 @@ from approxdrop_lightning.device import to_device
 from approxdrop_lightning.ops.pack import pack_ops
 from approxdrop_lightning.ops.pack.reference import slots
 from approxdrop_lightning.ops.row_linear import reference
-from approxdrop_lightning.patterns.row import RowPattern
+from approxdrop_lightning.patterns.row import RowPattern, row_groups
 
 
 class IndexTable(NamedTuple):
@@ -80,7 +80,7 @@ def _units(pattern: RowPattern | None, groups: int, layers: int, device: torch.d
 
 @lru_cache(maxsize=64)
 def _rows(leading_shape: tuple[int, ...], groups: int, device: torch.device) -> IndexTable:
-    indices = [r.index for r in RowPattern(1, groups, 0, interleave=True).row_groups(leading_shape)]
+    indices = [rows.index for rows in row_groups(leading_shape, groups)]
     return _index_table(indices, math.prod(leading_shape), 1, 1, device)
 
 

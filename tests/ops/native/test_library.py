@@ -16,8 +16,9 @@ from approxdrop_lightning.ops.native import library as native
 from approxdrop_lightning.ops.native import product
 from approxdrop_lightning.ops.native.product import ProductStruct, Submatrix
 from approxdrop_lightning.ops.row_linear import one_pass
-from approxdrop_lightning.ops.row_linear.groups import RowGroupStruct
+from approxdrop_lightning.ops.row_linear.groups import GroupedStruct
 from approxdrop_lightning.ops.row_linear.one_pass import LayerStruct, OperandStruct, linear_between
+from approxdrop_lightning.patterns.cells import PatternStruct
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.units import UnitsStruct
 
@@ -66,7 +67,9 @@ def test_the_sources_compile():
 
 
 @needs_compiler
-@pytest.mark.parametrize("struct", [UnitsStruct, ProductStruct, RowGroupStruct, LayerStruct, OperandStruct])
+@pytest.mark.parametrize(
+    "struct", [UnitsStruct, ProductStruct, PatternStruct, GroupedStruct, LayerStruct, OperandStruct]
+)
 def test_structures_are_as_large_as_those_of_the_sources(struct):
     name = struct.__name__.removesuffix("Struct")
     assert ctypes.c_int64.in_dll(native.library(), f"sizeof_{name}").value == ctypes.sizeof(struct)
@@ -85,6 +88,10 @@ def test_lack_of_memory_is_an_error_of_python():
     huge.a.rows.count, huge.a.columns.count, huge.b.columns.count = 2**57, 1, 1
     with pytest.raises(MemoryError, match="products"):
         compiled.products(ctypes.byref(huge), 1, 1)
+    many = ctypes.byref(GroupedStruct(groups=2**50))
+    for name in ("grouped_product", "grouped_input_grad", "grouped_weight_grad"):
+        with pytest.raises(MemoryError, match=name):
+            getattr(compiled, name)(many, *[None, 0, 0] * 2, *[None] * (name == "grouped_product"), None, 1)
     rows = ctypes.c_int64(2**57)
     layer = LayerStruct(first_row=ctypes.addressof(rows))
     for name, *more in (("one_pass_product",), ("one_pass_weight_grad", 0)):
