@@ -62,7 +62,7 @@ class Row:
             return f"nothing: {self.site.reason}"
         if self.site.too_small and not self.site.skips:
             return f"nothing: {self.site.too_small}"
-        if self.site.conventional:
+        if self.site.conventional and not self.site.skips:
             return f"nothing: {self.site.conventional}"
         if self.is_unseen:
             if self.site.steps:
@@ -72,8 +72,10 @@ class Row:
                     f"one) is given its rate, the model's own of {own:g}"
                 )
             return "not known before the first training batch"
-        skipped = " and ".join(self.site.skips)
-        return "; ".join([skipped, *self.site.remarks]) if skipped else f"nothing: {'; '.join(self.site.remarks)}"
+        skipped, remarks = " and ".join(self.site.skips), self.site.remarks
+        if self.site.conventional:  # some of the calls
+            remarks = [*remarks, self.site.conventional]
+        return "; ".join([skipped, *remarks]) if skipped else f"nothing: {'; '.join(remarks)}"
 
     @property
     def is_unseen(self) -> bool:

@@ -27,7 +27,7 @@ from approxdrop_lightning.layers import (
 )
 from approxdrop_lightning.layers.converted import Converted, class_for, give_back
 from approxdrop_lightning.layers.entrances import Entrances, compiled_parts
-from approxdrop_lightning.layers.lazy_tensor import leave_optimizers, settle
+from approxdrop_lightning.layers.lazy_tensor import remove_hooks, settle
 from approxdrop_lightning.multiplies import Count
 from approxdrop_lightning.options import Options
 from approxdrop_lightning.patterns.sampler import PatternSampler
@@ -211,7 +211,7 @@ class Conversion:
             self._count = None
         self.settling.end()
         if self.settling.is_idle:
-            leave_optimizers()
+            remove_hooks()
 
     def finish(self) -> None:
         """Say that a training step is over: what is called in training mode from now on is stock."""
@@ -257,7 +257,7 @@ class Conversion:
             except Exception as error:
                 failed.append(f"{layer.name} of the class {type(module).__name__} ({error})")
         self._layers.clear()
-        leave_optimizers()
+        remove_hooks()
         if failed:
             warnings.warn(
                 f"not restored: {'; '.join(failed)}. These layers compute as the stock ones all the same",

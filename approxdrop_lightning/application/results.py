@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import to_absolute_path
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -74,10 +75,11 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str | Text]]:
 
 
 def _path(path: str) -> str:
-    """Shorten a path below the current directory to a relative one, for copying."""
+    """Shorten a path below the directory in which the program was started to a relative one, for copying."""
     if not path:
         return "none was saved"
-    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
+    started_in = to_absolute_path("")  # not the current one: Hydra may have changed it for the job
+    return str(Path(path).relative_to(started_in)) if Path(path).is_relative_to(started_in) else path
 
 
 def _number(value: float | None, perplexity: bool) -> str:

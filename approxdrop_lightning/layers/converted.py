@@ -16,6 +16,11 @@ _ANY: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.LSTM: (1, 1, 1, True, False, 0.0, False, 0, "meta"),
 }
 
+#: Modes under which tensors have no values, or under which operations are recorded.
+_TRACING = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+# Bound once, since every layer calls them in every step.
+_jit_trace, _modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
+
 #: Classes of ours that are of a user's class, too.
 _DERIVED: dict[tuple[type, type], type] = {}
 
@@ -44,7 +49,7 @@ class Converted:
         """Whether it is in training mode and a step of its conversion is under way: else it is the stock layer."""
         if not self.__dict__["training"] or self.owner is None or self.owner[0]() is not self:
             return False
-        if torch._C._get_tracing_state() is not None:  # torch.jit.trace, which records plain tensors only
+        if is_traced():
             return False
         conversion = self.owner[1]()
         return conversion is not None and conversion.stepping
@@ -84,6 +89,16 @@ class Converted:
                 (self.stock, _ANY[self.stock]) if known else (copyreg._reconstructor, (self.stock, object, None))  # type: ignore[attr-defined]
             )
         return (make, arguments, state, *rest)
+
+
+def is_traced() -> bool:
+    """Whether operations are traced (``torch.jit.trace``, ``make_fx``, ``torch.export``) or run on fake tensors.
+
+    A pattern would become a constant of the trace, and fake tensors have no values to draw one from.
+    """
+    if _jit_trace() is not None:
+        return True
+    return bool(_modes()) and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)
 
 
 def class_for(ours: type, stock: type[nn.Module]) -> type:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from approxdrop_lightning.graph.frames import never_alone
 
@@ -234,6 +234,8 @@ class _Storage:
 _waiting: list[weakref.ref[LazyTensor]] = []
 #: Hook on the steps of all optimizers, from the first tensor that waits on.
 _optimizers: RemovableHandle | None = None
+#: Weights whose gradients have a hook, by id; a backward pass need not meet any node of a lazy tensor.
+_weights: dict[int, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
 _passes = 0
 _last_pass = -1
 _MANY = 4096
@@ -242,7 +244,8 @@ _MANY = 4096
 def settle() -> None:
     """Compute the values that are still waiting and that somebody holds: parameters are about to change.
 
-    Called when a backward pass begins and when a step ends. Most often nobody holds any.
+    Called when a backward pass begins, or computes the gradient of a weight, and when a step ends. Most often nobody
+    holds any.
     """
     global _waiting, _passes, _last_pass
     backward_pass = torch._C._current_graph_task_id()
@@ -263,8 +266,24 @@ def _before_update(*_: Any) -> None:
         settle()
 
 
-def leave_optimizers() -> None:
-    """Take the hook away: nothing waits in the steps to come, or somebody else will set it again.
+def watch_gradient(parameter: Tensor | None) -> None:
+    """Let a backward pass that computes the gradient of a parameter compute the values that are still waiting.
+
+    An update of the parameter comes next, and nothing else tells when: what waits may be no part of that pass.
+    """
+    if parameter is None or not parameter.requires_grad or not parameter.is_leaf:
+        return
+    key = id(parameter)
+    known = _weights.get(key)
+    if known is None or known[0]() is not parameter:
+        _weights[key] = (
+            weakref.ref(parameter, lambda _: _weights.pop(key, None)),
+            parameter.register_hook(note_backward),
+        )
+
+
+def remove_hooks() -> None:
+    """Remove the hooks on optimizers and weights: nothing waits in the steps to come, or they will be set again.
 
     Not after each step: compiled steps of optimizers are compiled anew if it changes.
     """
@@ -272,6 +291,8 @@ def leave_optimizers() -> None:
     if _optimizers is not None:
         _optimizers.remove()
         _optimizers = None
+    while _weights:
+        _weights.popitem()[1][1].remove()
 
 
 def backward_passes() -> int:
@@ -279,6 +300,7 @@ def backward_passes() -> int:
     return _passes
 
 
+@unserializable_hook  # type: ignore[untyped-decorator]  # parameters with it are pickled without a warning
 def note_backward(grad: Tensor) -> None:
     """A hook by which those notice a backward pass that have no node in it."""
     settle()

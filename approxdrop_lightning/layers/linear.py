@@ -28,6 +28,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     saving_hooks,
     settle,
     shape_of,
+    watch_gradient,
 )
 from approxdrop_lightning.layers.use import Use
 from approxdrop_lightning.ops.derivative import is_transformed, vjp
@@ -90,6 +91,8 @@ class ApproxLinear(Converted, nn.Linear):
         multiplies = math.prod(shape) * self.out_features
         if isinstance(x, LazyTensor) and not (isinstance(x, CompactTensor) and x.serves(multiplies)):
             x = x.dense()
+        weight, bias = self.weight, self.bias
+        watch_gradient(weight if weight.requires_grad else bias)
         if not self.defers:
             if isinstance(x, CompactTensor):
                 for site, share in x.held.use.shares(multiplies):
@@ -284,7 +287,7 @@ class Pending:
     def compute_from(self, dense: Tensor, chain: tuple[Any, ...]) -> Tensor:
         """The dense tensor, from that of an output that this one was derived from, whose chain is given."""
         with self._context():
-            return run_chain(self.chain[len(chain) :], dense.view(self.shape))
+            return run_chain(self.chain[len(chain) :], dense if dense.shape == self.shape else dense.view(self.shape))
 
     def _dense_product(self) -> Tensor:
         self._note(after=None)
@@ -295,7 +298,7 @@ class Pending:
         if y.grad_fn is not None and self.layer.watched:
             metadata: Any = y.grad_fn.metadata  # declared as a function
             metadata[_MADE_BY] = self.layer
-        return y.view(self.shape)
+        return y if y.shape == self.shape else y.view(self.shape)
 
     @property
     def multiplies(self) -> int:

@@ -101,7 +101,7 @@ class Site:
         self.steps = 0
         self._patterns: list[Any] = []
         self._uses = self._forgotten = 0
-        self._passes_before = backward_passes()
+        self._passes, self._pass_of_last_draw = 0, backward_passes()
 
     @property
     def last_patterns(self) -> tuple[Pattern, ...]:
@@ -129,7 +129,7 @@ class Site:
         if fresh or self._forgotten:
             self._patterns.clear()
         self._uses = self._forgotten = 0
-        self._passes_before = backward_passes()
+        self._passes, self._pass_of_last_draw = 0, backward_passes()
         self.steps += 1
 
     def forget_patterns(self) -> None:
@@ -293,25 +293,34 @@ class Site:
 
     def _check_resampled(self) -> None:
         """Warn once if steps go by and nobody says so."""
-        passes = backward_passes() - self._passes_before
-        if passes >= _MANY_PASSES:
-            self._warn_of_passes(passes, f"all with (dp, keep) = ({self.sampler.dp}, {self.sampler.keep})")
+        self._count_passes()
+        if self._passes >= _MANY_PASSES:
+            self._warn_of_passes(f"all with (dp, keep) = ({self.sampler.dp}, {self.sampler.keep})")
 
     def check_resampled_before_rest(self) -> None:
         """Warn once if the model evaluates after steps of which nobody has said that they begin.
 
         Its layers are stock ones then, until somebody does. One backward pass may have been a trial.
         """
-        passes = backward_passes() - self._passes_before
-        if self._uses and passes >= (_MANY_PASSES if self.steps else 2):
-            self._warn_of_passes(passes, "and the model evaluates: its layers are stock ones until it is called")
+        self._count_passes()
+        if self._uses and self._passes >= (_MANY_PASSES if self.steps else 2):
+            self._warn_of_passes("and the model evaluates: its layers are stock ones until it is called")
 
-    def _warn_of_passes(self, passes: int, what: str) -> None:
+    def _count_passes(self) -> None:
+        """Count one backward pass if there was any since the last pattern was drawn.
+
+        Passes between which nothing is drawn are those of other models.
+        """
+        last = backward_passes()
+        self._passes += self._uses > 0 and last != self._pass_of_last_draw
+        self._pass_of_last_draw = last
+
+    def _warn_of_passes(self, what: str) -> None:
         if self.sampler not in _WARNED:
             _WARNED.add(self.sampler)
             since = "since resample(model) was last called" if self.steps else "without any call of resample(model)"
             warnings.warn(
-                f"{self.name}: {passes} backward passes {since}, {what}; call it before each training step",
+                f"{self.name}: {self._passes} backward passes {since}, {what}; call it before each training step",
                 stacklevel=3,
             )
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from approxdrop_lightning.application import results
 from approxdrop_lightning.application.results import print_table
 
 RECORD = {
@@ -27,3 +28,14 @@ def test_a_path_is_printed_as_it_is(folder, capsys):
 def test_synthetic_data_is_named_loudly_and_as_it_is(capsys):
     print_table(RECORD | {"log_dir": "a", "best_checkpoint": "", "data_source": "synthetic [/x]"})
     assert "SYNTHETIC [/X]: not real data" in capsys.readouterr().out
+
+
+def test_paths_are_relative_to_where_the_program_was_started(tmp_path, monkeypatch, capsys):
+    """Whatever directory Hydra has changed to for the job."""
+    run = tmp_path / "outputs" / "run"
+    run.mkdir(parents=True)
+    monkeypatch.chdir(run)
+    monkeypatch.setattr(results, "to_absolute_path", lambda path: str(tmp_path / path))
+    print_table(RECORD | {"log_dir": str(run), "best_checkpoint": "/elsewhere/best.ckpt"})
+    printed = capsys.readouterr().out
+    assert "outputs/run " in printed and "/elsewhere/best.ckpt" in printed and str(tmp_path) not in printed

@@ -113,6 +113,87 @@ def test_what_is_held_over_an_update_keeps_its_value(name):
         assert_same(f"value of {key}", mine, value)
 
 
+#: What a backward pass computes the gradients of, given a model and its input, and how the weights are updated.
+LOSSES = {
+    "another forward pass": lambda model, x: model(x).square().sum(),
+    "a detached head": lambda model, x: model[3](torch.randn(5, 160, dtype=x.dtype)).square().sum(),
+}
+
+
+def of_data(p):
+    p.data.add_(p.grad)
+
+
+def of_other_data(p):
+    p.data = p.data + p.grad
+
+
+@torch.no_grad()
+def in_place(p):
+    p.add_(p.grad)
+
+
+@pytest.mark.parametrize("update", [of_data, of_other_data, in_place])
+@pytest.mark.parametrize("loss", list(LOSSES))
+@pytest.mark.parametrize("grad", ["backward", "autograd.grad"])
+@pytest.mark.parametrize("options", [{}, ALL, {"pattern": "tile"}])
+def test_what_is_held_over_an_update_by_hand_keeps_its_value(options, grad, loss, update):
+    """It is no part of the loss, and by default all of this network is too small to skip anything."""
+    model = nn.Sequential(nn.Linear(6, 160), nn.ReLU(), nn.Dropout(0.5), nn.Linear(160, 3)).double()
+    approximate(model, seed=0, **options)
+    waited = False
+    for _ in range(3):
+        resample(model)
+        x = torch.randn(5, 6, dtype=torch.float64)
+        hidden = model[0](x)
+        active = model[1](hidden)
+        waited |= isinstance(active, LazyTensor) and active.is_lazy
+        expected = nn.functional.linear(x, model[0].weight, model[0].bias).detach().clone()
+        model.zero_grad()
+        used = list(model.parameters()) if loss == "another forward pass" else list(model[3].parameters())
+        value = LOSSES[loss](model, x)
+        if grad == "backward":
+            value.backward()
+        else:
+            for p, g in zip(used, torch.autograd.grad(value, used), strict=True):
+                p.grad = g
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.grad is None else p.grad
+            update(p)
+        assert_same("active", active, expected.relu())
+        assert_same("hidden", hidden, expected)
+    assert waited or "pattern" in options
+    restore(model)
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_gradients_of_stock_layers_have_no_hook_of_ours():
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
+    approximate(model, seed=0)
+    x, hooked = torch.randn(5, 6), []
+    for _ in range(3):
+        resample(model, x)
+        model(x).sum().backward()
+        hooked.append([bool(p._backward_hooks) for p in model.parameters()])
+    assert hooked == [[True, False, True, False], [False] * 4, [False] * 4]
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_an_output_may_be_detached_in_place(used):
+    """Which PyTorch refuses for views."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+    approximate(model, seed=0, **ALL)
+    resample(model)
+    x = torch.randn(5, 6)
+    hidden = model[0](x)
+    if used:
+        model[2](model[1](hidden))
+    assert isinstance(hidden, LazyTensor) and hidden.is_lazy
+    hidden.detach_()
+    torch.testing.assert_close(hidden * 1.0, nn.functional.linear(x, model[0].weight, model[0].bias).detach())
+    assert not (hidden * 1.0).requires_grad
+
+
 class OfData(torch.optim.Optimizer):
     """Updates what no version counter watches."""
 
