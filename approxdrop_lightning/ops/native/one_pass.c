@@ -18,7 +18,7 @@
 #define SHARE (8 / VECS)    // rows of a tile of the weight's gradient, a divisor of PANEL
 #define NEAR 131072         // floats of packed weight that stay in the L2 cache,
 #define MOST 16             // panels of it,
-#define DEPTH 4096          // and their depth
+#define DEPTH 1024          // and their depth
 #define NEAR_ROWS 1024      // rows of the batch whose packed values do
 #define GAP 8               // packing writes up to eight values past the end of what it packs
 
@@ -210,6 +210,22 @@ static void mark_needed(const Layer *g, const Layout *x, const Layout *y, int64_
         }
 }
 
+// The panels of inputs of one slab that a group keeps, in ascending order: where their values lie within a row, and the
+// terms that they contribute to a sum, of values that are packed in this order.
+static void find_terms(const Layer *g, const Layout *x, int64_t group, int64_t first, int64_t last, int64_t high,
+                       int64_t *columns, int64_t *width, Terms *terms, int64_t *n_terms) {
+    *width = *n_terms = 0;
+    for (int64_t p = first; p < last; p++) {
+        const int64_t place = x->place[group * x->panels + p], wide = in_panel(g->inputs.units, p);
+        if (place == DROPPED) continue;
+        if (*n_terms && terms[*n_terms - 1].b + terms[*n_terms - 1].depth * PANEL == (p - first) * PANEL * PANEL)
+            terms[*n_terms - 1].depth += wide;
+        else
+            terms[(*n_terms)++] = (Terms){*width * high, (p - first) * PANEL * PANEL, wide};
+        for (int64_t k = 0; k < wide; k++) columns[(*width)++] = place + k;
+    }
+}
+
 // outputs = inputs @ weight.T + bias for the units that each group of rows keeps. The gradient of the inputs is the same
 // product with the roles of inputs and outputs exchanged.
 int one_pass_product(const Layer *g, int threads) {
@@ -217,80 +233,67 @@ int one_pass_product(const Layer *g, int threads) {
     const int64_t inputs = g->inputs.units, outputs = g->outputs.units;
     int failed = !lay_out(g, &g->inputs, &x) || !lay_out(g, &g->outputs, &y);
     // Slabs of the depth, and panels of the weight that are packed together.
-    const int64_t slabs = (inputs + DEPTH - 1) / DEPTH, step = slabs ? ((x.panels + slabs - 1) / slabs) * PANEL : 0;
+    const int64_t slabs = (inputs + DEPTH - 1) / DEPTH, slab = slabs ? (x.panels + slabs - 1) / slabs : 0, step = slab * PANEL;
     const int64_t fitting = least(MOST, step ? NEAR / (step * PANEL) : 1), each = (y.panels + 2 * threads - 1) / (2 * threads);
     const int64_t per = fitting < 1 ? 1 : threads > 1 ? least(fitting, each) : fitting;
     const int64_t tasks = (y.panels + per - 1) / per;
-    int64_t *iota = malloc(sizeof(int64_t) * (inputs + 1) + sizeof(int64_t) * 2 * (g->groups + 1));
-    Terms *terms = malloc(sizeof(Terms) * (g->groups * x.panels + 1));
-    int64_t *n_terms = calloc(g->groups * slabs + 1, sizeof(int64_t));
-    failed |= !iota || !terms || !n_terms;
-    int64_t *high = iota + inputs + 1, *packed_at = high + g->groups + 1, room = 0;
-    for (int64_t i = 0; !failed && i < inputs; i++) iota[i] = i;
-    for (int64_t i = 0; !failed && i < g->groups; i++) {
-        high[i] = even_height(rows_of(g, i)), packed_at[i] = room;
-        room += (rows_of(g, i) + high[i] - 1) / high[i] * (high[i] * x.width[i] + GAP);
-        // The kept panels of each slab, consecutive ones as one, at terms[i * x.panels + first panel of the slab].
-        for (int64_t s = 0; s < slabs; s++) {
-            const int64_t first = s * step / PANEL, last = least(first + step / PANEL, x.panels);
-            Terms *next = terms + i * x.panels + first, *start = next;
-            for (int64_t p = first; p < last; p++) {
-                const int64_t place = x.place[i * x.panels + p], width = in_panel(inputs, p);
-                if (place == DROPPED) continue;
-                const Terms one = {place * high[i], (p - first) * PANEL * PANEL, width};
-                if (next > start && next[-1].a + next[-1].depth * high[i] == one.a && next[-1].b + next[-1].depth * PANEL == one.b)
-                    next[-1].depth += width;
-                else
-                    *next++ = one;
-            }
-            n_terms[i * slabs + s] = next - start;
-        }
-    }
-    float *packed = failed ? NULL : work_space(0, room + GAP);
-    failed |= !packed;
-#pragma omp parallel num_threads(threads) if (!failed && threads > 1)
-    {
-        float *own = failed ? NULL : work_space(1, per * step * PANEL + GAP);
-        char *needed = malloc(per * (step / PANEL) + 1);
-        if (!own || !needed) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
+    int64_t *iota = malloc(sizeof(int64_t) * (step + g->groups * (4 + step) + 1));
+    Terms *terms = malloc(sizeof(Terms) * (g->groups * slab + 1));
+    failed |= !iota || !terms;
+    int64_t *high = iota + step, *packed_at = high + g->groups, *width = packed_at + g->groups, *n_terms = width + g->groups;
+    int64_t *columns = n_terms + g->groups;
+    for (int64_t k = 0; !failed && k < step; k++) iota[k] = k;
+    for (int64_t s = 0; s < slabs && !failed; s++) {
+        const int64_t first_in = s * slab, last_in = least(first_in + slab, x.panels);
+        const int64_t k0 = first_in * PANEL, deep = least(step, inputs - k0);
+        int64_t room = 0;
         for (int64_t i = 0; i < g->groups; i++) {
-            if (!packed) continue;
-            float *to = packed + packed_at[i];
-            for (int64_t r = 0; r < rows_of(g, i); r += high[i], to += high[i] * x.width[i] + GAP)
-                pack(g->inputs.values, iota, x.width[i], x.row_at + g->first_row[i] + r,
-                     (int)least(high[i], rows_of(g, i) - r), (int)high[i], 1, to);
+            high[i] = even_height(rows_of(g, i)), packed_at[i] = room;
+            find_terms(g, &x, i, first_in, last_in, high[i], columns + i * step, width + i, terms + i * slab, n_terms + i);
+            room += (rows_of(g, i) + high[i] - 1) / high[i] * (high[i] * width[i] + GAP);
         }
+        float *packed = work_space(0, room + GAP);
+        failed = !packed;
+#pragma omp parallel num_threads(threads) if (!failed && threads > 1)
+        {
+            float *own = failed ? NULL : work_space(1, per * step * PANEL + GAP);
+            char *needed = malloc(per * slab + 1);
+            if (!own || !needed) {
+#pragma omp atomic write
+                failed = 1;
+            }
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < g->groups; i++) {
+                if (!packed) continue;
+                float *to = packed + packed_at[i];
+                for (int64_t r = 0; r < rows_of(g, i); r += high[i], to += high[i] * width[i] + GAP)
+                    pack(g->inputs.values, columns + i * step, width[i], x.row_at + g->first_row[i] + r,
+                         (int)least(high[i], rows_of(g, i) - r), (int)high[i], 1, to);
+            }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; task++) {
-            const int64_t first = task * per, last = least(first + per, y.panels);
-            for (int64_t s = 0; s < slabs && !failed; s++) {
-                const int64_t k0 = s * step, deep = least(step, inputs - k0);
-                mark_needed(g, &x, &y, first, last, k0 / PANEL, (k0 + deep + PANEL - 1) / PANEL, needed);
+            for (int64_t task = 0; task < tasks; task++) {
+                if (failed) continue;
+                const int64_t first = task * per, last = least(first + per, y.panels);
+                mark_needed(g, &x, &y, first, last, first_in, last_in, needed);
                 pack_weight(g, first, last, k0, deep, needed, iota, own);
-                for (int64_t i = 0; i < g->groups; i++) {
-                    const Terms *kept = terms + i * x.panels + k0 / PANEL;
+                for (int64_t i = 0; i < g->groups; i++)
                     for (int64_t p = first; p < last; p++) {
-                        const int64_t place = y.place[i * y.panels + p], width = in_panel(outputs, p);
+                        const int64_t place = y.place[i * y.panels + p], wide = in_panel(outputs, p);
                         if (place == DROPPED) continue;
                         const float *bias = g->bias && !s ? g->bias + p * PANEL : NULL, *a = packed + packed_at[i];
-                        for (int64_t r = 0; r < rows_of(g, i); r += high[i], a += high[i] * x.width[i] + GAP) {
+                        for (int64_t r = 0; r < rows_of(g, i); r += high[i], a += high[i] * width[i] + GAP) {
                             vec sums[HIGH][VECS];
                             const int64_t *row = y.row_at + g->first_row[i] + r;
-                            tile_sums(high[i], a, own + (p - first) * deep * PANEL, kept, n_terms[i * slabs + s], sums);
+                            tile_sums(high[i], a, own + (p - first) * deep * PANEL, terms + i * slab, n_terms[i], sums);
                             for (int64_t j = 0; j < least(high[i], rows_of(g, i) - r); j++)
-                                store_row(sums[j], g->outputs.values + row[j] + place, width, bias, s ? ADD : WRITE);
+                                store_row(sums[j], g->outputs.values + row[j] + place, wide, bias, s ? ADD : WRITE);
                         }
                     }
-                }
             }
+            free(needed);
         }
-        free(needed);
     }
-    free(iota), free(terms), free(n_terms), free(x.row_at), free(y.row_at);
+    free(iota), free(terms), free(x.row_at), free(y.row_at);
     return failed;
 }
 
