@@ -23,6 +23,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     saving_hooks,
     settle,
     shape_of,
+    version_of,
 )
 from approxdrop_lightning.ops.derivative import must_be_differentiable, vjp
 from approxdrop_lightning.patterns.row import RowPattern
@@ -95,7 +96,7 @@ class Kept:
         #: Whether a change of what is given would change values that are yet to be computed.
         self.may_change = not packed
         self.dtype, self.device = given.dtype, given.device
-        self._version = given._version
+        self._version = version_of(given)
         self._hooks = saving_hooks()
 
     @property
@@ -105,7 +106,7 @@ class Kept:
 
     @property
     def has_changed(self) -> bool:
-        return self.given._version != self._version
+        return version_of(self.given) != self._version
 
     @property
     def packing(self) -> tuple[Any, ...]:

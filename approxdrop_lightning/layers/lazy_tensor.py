@@ -477,6 +477,19 @@ def as_dense(x: Any) -> Any:
     return x.dense() if isinstance(x, LazyTensor) else x
 
 
+def is_ordinary(x: Tensor) -> bool:
+    """Whether layers that skip know what to do with a tensor: a lazy one, or a strided one of no class of others'."""
+    kind = type(x)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return x.layout is torch.strided and not x.is_nested
+    return isinstance(x, LazyTensor)
+
+
+def version_of(x: Tensor) -> int:
+    """Number of changes in place; tensors of the inference mode do not count them."""
+    return 0 if x.is_inference() else x._version
+
+
 def shape_of(x: Tensor) -> tuple[int, ...]:
     """Shape, without the detour by Python that a lazy tensor's attributes take."""
     return tuple(x.held.shape) if isinstance(x, LazyTensor) else tuple(x.shape)

@@ -21,6 +21,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     Autocast,
     LazyTensor,
     as_dense,
+    is_ordinary,
     is_pointwise,
     reshaped_leading,
     run_eagerly,
@@ -85,6 +86,8 @@ class ApproxLinear(Converted, nn.Linear):
         x = input  # the name by which nn.Linear may be called
         if not (torch.is_grad_enabled() and self.drops) or is_transformed() or isinstance(x, Proxy):
             return super().forward(as_dense(x))
+        if not is_ordinary(x):
+            return super().forward(x)
         shape = shape_of(x)
         if shape[-1:] != (self.in_features,):
             return super().forward(as_dense(x))  # it raises nn.Linear's own error

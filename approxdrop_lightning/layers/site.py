@@ -22,6 +22,7 @@ from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import (
     as_dense,
     backward_passes,
+    is_ordinary,
     note_backward,
     run_eagerly,
     shape_of,
@@ -337,6 +338,8 @@ class Site:
 
         What a pattern drops of a pending product is not computed. ``inplace`` is for stock dropout.
         """
+        if not is_ordinary(x):
+            return self.drop_conventionally(x, inplace)
         shape = shape_of(x)
         if not shape or 0 in shape or self.rate == 0:
             return F.dropout(as_dense(x), self.rate, True, inplace)
@@ -370,6 +373,13 @@ class Site:
             return CompactTensor(Kept(shape, pattern, shape[:-1], use, x, packed=False, scale=self.scale))
         held = Kept(shape, pattern, shape[:-1], use, pending.kept_values(pattern, use), scale=self.scale)
         return CompactTensor(held, source=source)
+
+    def drop_conventionally(self, x: Tensor, inplace: bool) -> Tensor:
+        """Conventional dropout of an input that has no units of its own, or whose class is somebody else's."""
+        if isinstance(x, Tensor):
+            kind = "nested" if x.is_nested else "sparse" if x.layout is not torch.strided else type(x).__name__
+            self.conventional = f"conventional dropout of {kind} tensors"
+        return F.dropout(x, self.rate, True, inplace)
 
     @staticmethod
     def _packs(use: Use, pending: Pending | Combination) -> bool:

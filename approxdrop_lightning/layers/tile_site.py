@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from approxdrop_lightning.layers.lazy_tensor import as_dense
+from approxdrop_lightning.layers.lazy_tensor import as_dense, is_ordinary
 from approxdrop_lightning.layers.site import Site
 from approxdrop_lightning.layers.tiled_tensor import Marked, Patterns, TiledTensor
 from approxdrop_lightning.layers.use import Use
@@ -56,6 +56,8 @@ class TileSite(Site):
 
     def drop(self, x: Tensor, inplace: bool = False) -> Tensor:
         """``x`` (``[..., n]``), marked for the layers that read it; or stock dropout of it."""
+        if not is_ordinary(x):
+            return self.drop_conventionally(x, inplace)
         if self.rate == 0 or x.dim() == 0 or x.numel() == 0:
             return F.dropout(as_dense(x), self.rate, True, inplace)
         use = self.use(tuple(x.shape), x.device, x.dtype)

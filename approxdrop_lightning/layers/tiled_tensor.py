@@ -18,6 +18,7 @@ from approxdrop_lightning.layers.lazy_tensor import (
     saving_as_where,
     saving_hooks,
     settle,
+    version_of,
 )
 from approxdrop_lightning.layers.use import Use
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
@@ -48,13 +49,13 @@ class Marked:
         self.with_history = torch.is_grad_enabled()
         self._hooks = saving_hooks()
 
-        self._version = self.source._version
+        self._version = version_of(self.source)
 
     may_change = False  # nothing is computed but a product with a mask that may never be drawn
 
     @property
     def has_changed(self) -> bool:
-        return self.source._version != self._version
+        return version_of(self.source) != self._version
 
     def compute(self) -> Tensor:
         """Conventional dropout of the units."""

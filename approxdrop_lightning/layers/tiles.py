@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from approxdrop_lightning.layers.converted import Converted
-from approxdrop_lightning.layers.lazy_tensor import as_dense, run_eagerly
+from approxdrop_lightning.layers.lazy_tensor import as_dense, is_ordinary, run_eagerly
 from approxdrop_lightning.layers.lstm import ApproxLSTM
 from approxdrop_lightning.layers.tiled_tensor import TiledTensor
 from approxdrop_lightning.work import Ledger
@@ -46,7 +46,7 @@ class TileLinear(Converted, nn.Linear):
             return x.linear(self.weight, self.bias, self.name, self.work)
         x = as_dense(x)
         y = super().forward(x)
-        if training and torch.is_grad_enabled():
+        if training and torch.is_grad_enabled() and is_ordinary(x):
             self.work.note(None, None, x.numel() * self.out_features)
         return y
 
