@@ -13,9 +13,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from approxdrop_lightning.conversion import Conversion
 from approxdrop_lightning.options import CallbackOptions, check_same_sequence, described, takes
 from approxdrop_lightning.report import Report
-from approxdrop_lightning.surgery import Conversion, convert
+from approxdrop_lightning.surgery import convert
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from approxdrop_lightning.conversion import check_replayable, replay_key
 from approxdrop_lightning.step_graphs import Capture, CudaCapture, StepGraphs, split_tensors
-from approxdrop_lightning.surgery import check_replayable, replay_key
 
 #: Hooks within the step: Python that a replay would not run.
 _HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")

@@ -583,7 +583,7 @@ def take_away(module):
 
 
 @pytest.mark.parametrize("change", [spectral, take_away])
-@pytest.mark.filterwarnings("error::approxdrop_lightning.surgery.NotRestoredWarning")
+@pytest.mark.filterwarnings("error::approxdrop_lightning.conversion.NotRestoredWarning")
 def test_restoring_hides_no_exception_and_leaves_nothing_half_converted(change, tmp_path):
     callback, model = ApproxDropout(min_gain=0), wide()
     with pytest.raises(ArithmeticError, match="of the training's own"):

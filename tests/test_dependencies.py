@@ -38,9 +38,12 @@ def test_the_callback_needs_torch_and_lightning_only():
     assert {Requirement(text).name for text in PROJECT["dependencies"]} == {"torch", "lightning"}
 
 
-def imported(file):
-    """Modules that a file imports, also within functions."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def imported(file, for_types=True):
+    """Modules that a file imports, also within functions, and those for annotations only if wanted."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    if not for_types:
+        tree.body = [node for node in tree.body if "TYPE_CHECKING" not in ast.unparse(node).partition(":")[0]]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -57,6 +60,46 @@ def test_the_library_never_imports_the_application_or_what_only_it_needs(file):
     top = {name.split(".")[0] for name in imported(file)}
     assert not top & {"torchvision", "hydra", "omegaconf", "tensorboard", "rich", "train", "datamodules"}
     assert not any(name.startswith("approxdrop_lightning.application") for name in imported(file))
+
+
+def table_rows():
+    """Names of modules and folders of the package in each row of the table of docs/how_it_works.md."""
+    text = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    table = text.partition("| where | what |\n|---|---|\n")[2].partition("\n\n")[0]
+    return [re.findall(r"`([\w/.]+)`", line.split("|")[1]) for line in table.splitlines()]
+
+
+ROWS = {name.rstrip("/").removesuffix(".py"): i for i, row in enumerate(table_rows()) for name in row}
+
+
+def test_the_documentation_lists_each_module_and_folder():
+    parts = {f.relative_to(PACKAGE) for f in PACKAGE.rglob("*.py")}
+    top = {part.parts[0].removesuffix(".py") for part in parts} - {"__init__"}
+    assert top == {name for name in ROWS if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()}
+    text = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    folders = {folder.name for part in parts for folder in part.parents} - {""}
+    tracked = {f.name for f in ROOT.iterdir() if f.is_dir() and any(f.glob("*.py"))} | folders
+    assert {folder for folder in tracked if f"{folder}/`" not in text} <= {"build", "dist"}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_downwards_in_the_table(file):
+    own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    names = {name for name in imported(file, for_types=False) if name.startswith("approxdrop_lightning.")}
+    assert not {name for name in names if own in ROWS and ROWS.get(name.split(".")[1], 99) < ROWS[own]}
+
+
+def test_no_module_imports_itself_indirectly():
+    """By imports at the top of modules."""
+    files = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in LIBRARY}
+    graph = {}
+    for name, file in files.items():
+        nodes = [n for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ImportFrom)]
+        found = {(n.module, f"{n.module}.{alias.name}") for n in nodes for alias in n.names}
+        graph[name] = {full if full in files else module for module, full in found} & files.keys()
+    while leaves := {name for name, found in graph.items() if not found}:
+        graph = {name: found - leaves for name, found in graph.items() if name not in leaves}
+    assert not graph
 
 
 def test_importing_the_library_imports_nothing_of_the_application():

@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from approxdrop_lightning import ApproxDropout, approximate, resample
+from approxdrop_lightning.conversion import conversion_of
 from approxdrop_lightning.layers import ApproxDropoutSite, ApproxLinear
 from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.settling import _covers, shapes_of
-from approxdrop_lightning.surgery import conversion_of
 
 
 def converted(model):

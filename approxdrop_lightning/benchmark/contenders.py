@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from approxdrop_lightning.benchmark.workloads import Workload
+from approxdrop_lightning.conversion import conversion_of
 from approxdrop_lightning.graph.reference import mask
 from approxdrop_lightning.graph.rewrite import rewrite
 from approxdrop_lightning.report import Report
-from approxdrop_lightning.surgery import approximate, conversion_of, resample
+from approxdrop_lightning.surgery import approximate, resample
 
 #: What `approximate` is told for each pattern.
 PATTERNS: dict[str, dict[str, Any]] = {

@@ -14,9 +14,9 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils.data import DataLoader, TensorDataset
 
 from approxdrop_lightning import ApproxDropout, approximate, resample, restore
+from approxdrop_lightning.conversion import conversion_of
 from approxdrop_lightning.graph import doors, limit, native
 from approxdrop_lightning.graph.counts import COUNTS
-from approxdrop_lightning.surgery import conversion_of
 
 ALL = {"min_gain": 0, "concentration": float("inf")}
 SILENT = {

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from approxdrop_lightning import approximate, resample, restore
+from approxdrop_lightning.conversion import conversion_of, replay_key
 from approxdrop_lightning.graph import packed
 from approxdrop_lightning.graph.layout import Rows, layout_of, mask_of, rows_of, share_of_spare
-from approxdrop_lightning.surgery import conversion_of, replay_key
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

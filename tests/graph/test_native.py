@@ -8,8 +8,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from approxdrop_lightning import approximate, resample, restore
+from approxdrop_lightning.conversion import conversion_of
 from approxdrop_lightning.graph.counts import COUNTS
-from approxdrop_lightning.surgery import conversion_of
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader
 
 from approxdrop_lightning import ApproxDropout, ApproxLinear, ApproxLSTM, approximate, resample, restore
+from approxdrop_lightning.conversion import conversion_of
 from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import LazyTensor
-from approxdrop_lightning.surgery import conversion_of
 
 ALL = {"min_gain": 0, "pattern_everywhere": True}
 

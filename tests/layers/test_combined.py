@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from approxdrop_lightning import approximate, resample
+from approxdrop_lightning.conversion import conversion_of
 from approxdrop_lightning.layers.combined import PendingCombination
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.patterns.joined import JoinedPattern
-from approxdrop_lightning.surgery import conversion_of
 
 ALL = {"min_gain": 0, "pattern_everywhere": True}
 

@@ -14,8 +14,8 @@ from support.gallery import LanguageModel
 from torch import nn
 
 from approxdrop_lightning import approximate, resample, restore
+from approxdrop_lightning.conversion import NotRestoredWarning
 from approxdrop_lightning.layers.converted import Converted
-from approxdrop_lightning.surgery import NotRestoredWarning
 
 
 def saved_and_loaded(model):

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from approxdrop_lightning import TilePattern, approximate, resample, restore
+from approxdrop_lightning.conversion import conversion_of
 from approxdrop_lightning.layers import TileLinear, TileLSTM
 from approxdrop_lightning.patterns.tile import BernoulliPattern
-from approxdrop_lightning.surgery import conversion_of
 
 TILE = {"pattern": "tile", "tile_size": 2, "min_gain": 0, "pattern_everywhere": True, "seed": 0}
 

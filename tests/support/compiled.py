@@ -7,9 +7,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from approxdrop_lightning import approximate, resample, restore
+from approxdrop_lightning.conversion import conversion_of
 from approxdrop_lightning.graph.reference import mask
 from approxdrop_lightning.graph.rewrite import rewrite
-from approxdrop_lightning.surgery import conversion_of
 
 
 def rewriting(gm: GraphModule, inputs):

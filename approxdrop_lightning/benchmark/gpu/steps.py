@@ -24,8 +24,8 @@ from approxdrop_lightning.benchmark.gpu.measuring import (
     synchronize,
 )
 from approxdrop_lightning.benchmark.workloads import Workload
+from approxdrop_lightning.conversion import check_replayable, replay_key
 from approxdrop_lightning.step_graphs import CudaCapture, StepGraphs
-from approxdrop_lightning.surgery import check_replayable, replay_key
 
 
 class FeedForward(nn.Module):
