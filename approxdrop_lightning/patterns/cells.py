@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -19,54 +19,20 @@ CellOfBlock = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class PatternStruct(ctypes.Structure):
-    """``Pattern`` of ``grouped.c``."""
+    """``Pattern`` of ``grouped.c``, which sorts blocks by cell itself."""
 
     _fields_ = [
-        ("blocks", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
         ("cells", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
         ("keep", ctypes.c_int64),
         ("shift", ctypes.c_int64),
         ("groups", ctypes.c_int64),
         ("orders", ctypes.c_int64),
-        ("ragged", ctypes.c_int64),
-        ("starts", ctypes.c_void_p),
-        ("lengths", ctypes.c_void_p),
-        ("first_block", ctypes.c_void_p),
-        ("first_unit", ctypes.c_void_p),
-        ("ascending", ctypes.c_void_p),
+        ("ascending", ctypes.c_int64),
+        ("order", ctypes.c_void_p),
     ]
-
-
-@dataclass(frozen=True, eq=False)
-class Bounds:
-    """Where cells begin among the blocks and units that are sorted by cell.
-
-    Attributes:
-        blocks: Number of blocks before each cell, and of all.
-        units: Number of units before each cell, and of all; one list per order if they differ.
-        first_block: The former as int64 ``[cells + 1]``.
-        first_unit: The latter as int64 ``[orders, cells + 1]``, with a single row if all orders agree.
-    """
-
-    blocks: list[int]
-    units: list[list[int]]
-    first_block: Tensor
-    first_unit: Tensor
-
-    @staticmethod
-    def of(counts: list[int], block_size: int, short: list[int] | None = None, missing: int = 0) -> Bounds:
-        """The bounds of cells that have so many blocks.
-
-        Args:
-            counts: Number of blocks in each cell.
-            block_size: Units per block.
-            short: Cell of the last block in each order, if that is shorter.
-            missing: By how many units it is.
-        """
-        blocks = [0, *accumulate(counts)]
-        even = [block * block_size for block in blocks]
-        units = [even] if short is None else [[u - missing * (c > s) for c, u in enumerate(even)] for s in short]
-        return Bounds(blocks, units, torch.tensor(blocks, device="cpu"), torch.tensor(units, device="cpu"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,67 +40,61 @@ class Cells:
     """Blocks of units sorted by cell, starting with the first kept one, so that consecutive cells form a slice.
 
     Attributes:
-        starts: First unit of each block, int64 ``[orders, blocks]``.
-        lengths: Units of each block, int64 ``[orders, blocks]``; with a single row if all are equally long.
-        bounds: Where the cells begin.
+        starts: First unit of each block, int64, for each order.
+        lengths: Units of each block, int64, for each order.
+        first_block: Number of blocks before each cell, and of all; the same for every order.
+        first_unit: Number of units before each cell, and of all, for each order.
     """
 
-    starts: Tensor
-    lengths: Tensor
-    bounds: Bounds
-
-    @property
-    def is_ragged(self) -> bool:
-        """Whether the last block is shorter, so that each order has lengths and bounds of its own."""
-        return len(self.bounds.units) == len(self.starts) > 1
+    starts: Sequence[Tensor]
+    lengths: Sequence[Tensor]
+    first_block: list[int]
+    first_unit: list[list[int]]
 
     def between(self, order: int, first: int, last: int) -> Units:
         """The units in the cells from ``first`` up to ``last`` of an order, cell by cell."""
-        own = order if self.is_ragged else 0
-        blocks, units = self.bounds.blocks, self.bounds.units[own]
-        here = slice(blocks[first], blocks[last])
-        return Units(self.starts[order, here], self.lengths[own, here], units[last] - units[first])
+        here, units = slice(self.first_block[first], self.first_block[last]), self.first_unit[order]
+        return Units(self.starts[order][here], self.lengths[order][here], units[last] - units[first])
 
 
-def sort_by_cell(n: int, cells: CellOfBlock, counts: Bounds, block_size: int) -> Cells:
+def sort_by_cell(n: int, cells: CellOfBlock, dp: int, block_size: int) -> Cells:
     """Sort blocks of units by cell.
 
     Args:
         n: Number of units.
-        cells: Cell of each block.
-        counts: Bounds of the cells as they are if all blocks are equally long.
+        cells: Cell of each block, in [0, dp).
+        dp: Number of cells.
         block_size: Units per block. The last block may be shorter.
     """
     # In NumPy, because PyTorch calls on such small tensors take several times as long.
     orders, n_blocks = cells.shape
     blocks = cells.argsort(axis=1, kind="stable")
-    lengths, missing = _lengths(n_blocks, block_size), n_blocks * block_size - n
-    if missing:
-        lengths = lengths.repeat(orders, 1)
-        lengths[torch.from_numpy(blocks == n_blocks - 1)] = block_size - missing
-        before = counts.blocks
-        in_cell = [after - first for first, after in pairwise(before)]
-        counts = Bounds.of(in_cell, block_size, cells[:, -1].tolist(), missing)
-    blocks *= block_size
-    return Cells(torch.from_numpy(blocks), lengths, counts)
+    first_block = [0, *np.bincount(cells[0], minlength=dp).cumsum().tolist()]
+    units = [block * block_size for block in first_block]
+    lengths, first_unit = [_lengths(n_blocks, block_size)] * orders, [units] * orders
+    if missing := n_blocks * block_size - n:
+        last = cells[:, -1].tolist()
+        lengths = [torch.where(torch.from_numpy(b == n_blocks - 1), block_size - missing, block_size) for b in blocks]
+        first_unit = [[u - missing * (cell > last[o]) for cell, u in enumerate(units)] for o in range(orders)]
+    return Cells(torch.from_numpy(blocks * block_size).unbind(), lengths, first_block, first_unit)
 
 
 @lru_cache(maxsize=1024)
-def even_bounds(n_blocks: int, dp: int, offset: int, block_size: int) -> Bounds:
-    """Bounds of cells among which the positions of an order are dealt out in turn."""
+def _lengths(n_blocks: int, block_size: int) -> Tensor:
+    """Lengths of blocks of equal size."""
+    return torch.full((n_blocks,), block_size, device="cpu")
+
+
+@lru_cache(maxsize=4096)
+def kept_counts(n_blocks: int, dp: int, offset: int, keep: int, shift: int, groups: int) -> list[int]:
+    """Number of blocks that each group of one order keeps, if positions are dealt out to the cells in turn."""
     least, more = divmod(n_blocks, dp)
-    return Bounds.of([least + ((c + offset) % dp < more) for c in range(dp)], block_size)
+    in_cell = [least + ((c + offset) % dp < more) for c in range(dp)]
+    return [sum(in_cell[g * shift : g * shift + keep]) for g in range(groups)]
 
 
 @lru_cache(maxsize=1024)
 def natural_cells(n: int, dp: int, offset: int, block_size: int) -> Cells:
     """Units in natural order, by cell: unit ``j`` lies in cell ``(j // block_size - offset) mod dp``."""
-    n_blocks = -(-n // block_size)
-    cells = (np.arange(n_blocks)[None] - offset) % dp
-    return sort_by_cell(n, cells, even_bounds(n_blocks, dp, offset, block_size), block_size)
-
-
-@lru_cache(maxsize=1024)
-def _lengths(n_blocks: int, block_size: int) -> Tensor:
-    """Lengths of blocks of equal size, in one row."""
-    return torch.full((1, n_blocks), block_size, device="cpu")
+    cells = (np.arange(-(-n // block_size))[None] - offset) % dp
+    return sort_by_cell(n, cells, dp, block_size)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
+from typing import ClassVar
 
-import numpy
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.patterns.cells import Bounds, Cells, sort_by_cell
+from approxdrop_lightning.patterns.cells import Cells, sort_by_cell
 from approxdrop_lightning.patterns.row import HOST, RowPattern
 
 
@@ -27,13 +27,11 @@ class JoinedPattern(RowPattern):
     """
 
     pieces: tuple[RowPattern, ...] = ()
+    _in_turn: ClassVar[bool] = False
 
     @cached_property
     def _cells(self) -> Cells:
-        assert self.order is not None
-        cells = self.order.view(-1, self.n_blocks).numpy()
-        counts = numpy.bincount(cells[0], minlength=self.dp).tolist()  # the same for each order
-        return sort_by_cell(self.n, cells, Bounds.of(counts, self.block_size), self.block_size)
+        return sort_by_cell(self.n, self._orders.numpy(), self.dp, self.block_size)
 
     @property
     def share(self) -> float:

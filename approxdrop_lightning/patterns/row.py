@@ -7,12 +7,13 @@ import math
 import operator
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from approxdrop_lightning.device import to_device
-from approxdrop_lightning.patterns.cells import Cells, PatternStruct, even_bounds, natural_cells, sort_by_cell
+from approxdrop_lightning.patterns.cells import Cells, PatternStruct, kept_counts, natural_cells, sort_by_cell
 from approxdrop_lightning.patterns.units import Units, UnitsStruct
 
 #: Patterns are built on the CPU, regardless of the default device.
@@ -85,13 +86,16 @@ class RowPattern:
                 raise ValueError(f"RowPattern: order must be a permutation of {self.n_blocks} blocks, got {order}")
             if len(rows) > 1 and not self.interleave:
                 raise ValueError(f"RowPattern: {len(rows)} orders need interleave=True")
-            object.__setattr__(self, "order", rows[0] if len(rows) == 1 else rows)
+            object.__setattr__(self, "order", (rows[0] if len(rows) == 1 else rows).contiguous())
 
     @classmethod
     def unchecked(
         cls, n: int, dp: int, offset: int, keep: int, interleave: bool, order: Tensor | None, block_size: int
     ) -> RowPattern:
-        """Skip the validation, which takes longer than drawing a pattern; the caller guarantees the attributes."""
+        """Skip the validation, which takes longer than drawing a pattern.
+
+        The caller guarantees the attributes, and that ``order`` is contiguous.
+        """
         pattern = object.__new__(cls)
         vars(pattern).update(
             n=n, dp=dp, offset=offset, keep=keep, interleave=interleave, order=order, block_size=block_size
@@ -162,6 +166,9 @@ class RowPattern:
         starts, order = units[0].starts.sort()
         return (Units(starts, units[0].lengths[order], units[0].count),)
 
+    #: Whether consecutive positions of an order are in consecutive cells.
+    _in_turn: ClassVar[bool] = True
+
     @property
     def _is_by_cell(self) -> bool:
         """Whether the units of a group come cell by cell: those of several cells do not ascend then."""
@@ -172,20 +179,15 @@ class RowPattern:
         if self.order is None:
             return natural_cells(self.n, self.dp, self.offset, self.block_size)
         cells = (self._orders.numpy() - self.offset) % self.dp
-        return sort_by_cell(
-            self.n, cells, even_bounds(self.n_blocks, self.dp, self.offset, self.block_size), self.block_size
-        )
+        return sort_by_cell(self.n, cells, self.dp, self.block_size)
 
     @cached_property
     def struct(self) -> PatternStruct:
         """The pattern in the form that compiled code reads; valid as long as this object is alive."""
-        cells, n_orders = self._cells, self.n_orders
-        return PatternStruct(
-            self.n_blocks, self.dp, self.keep, self._shift, self.n_groups // n_orders, n_orders, cells.is_ragged,
-            cells.starts.data_ptr(), cells.lengths.data_ptr(),
-            cells.bounds.first_block.data_ptr(), cells.bounds.first_unit.data_ptr(),
-            None if self._is_by_cell else ctypes.addressof(self._units[0].struct),
-        )  # fmt: skip
+        n_orders = self.n_orders
+        order = None if self.order is None else self.order.data_ptr()
+        sizes = self.n, self.block_size, self.dp, self.offset, self.keep, self._shift
+        return PatternStruct(*sizes, self.n_groups // n_orders, n_orders, not self._is_by_cell, order)
 
     @cached_property
     def address(self) -> int:
@@ -218,10 +220,12 @@ class RowPattern:
     @cached_property
     def counts(self) -> list[int]:
         """Number of units that each group keeps."""
-        first = [g * self._shift for g in range(self.n_groups // self.n_orders)]
-        by_order = self._cells.bounds.units
-        counts = [units[f + self.keep] - units[f] for units in by_order for f in first]
-        return counts if len(counts) == self.n_groups else counts * self.n_orders
+        groups, shift = self.n_groups // self.n_orders, self._shift
+        if self.n % self.block_size == 0 and self._in_turn:
+            blocks = kept_counts(self.n_blocks, self.dp, self.offset, self.keep, shift, groups)
+            return [count * self.block_size for count in blocks] * self.n_orders
+        first = [g * shift for g in range(groups)]
+        return [units[f + self.keep] - units[f] for units in self._cells.first_unit for f in first]
 
     def n_packed(self, leading_shape: tuple[int, ...]) -> int:
         """Number of values that are kept of a batch."""
@@ -230,8 +234,7 @@ class RowPattern:
     def units_by_cell(self, group: int) -> list[int]:
         """Number of units in each of a group's kept cells, in the order of :meth:`units`."""
         order, group = divmod(group, self.n_groups // self.n_orders)
-        by_order, first = self._cells.bounds.units, group * self._shift
-        units = by_order[order if len(by_order) > 1 else 0]
+        units, first = self._cells.first_unit[order], group * self._shift
         return [units[cell + 1] - units[cell] for cell in range(first, first + self.keep)]
 
     @property

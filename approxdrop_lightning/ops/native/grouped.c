@@ -11,14 +11,13 @@
 #define LARGE (1 << 20)  // bytes of a gradient that has left the caches before it is read; _LARGE in copies.py
 #define PARTS 3          // most products of the weight's gradient that one group takes part in
 
-// A row pattern: its blocks of units, sorted by cell, starting with the first kept one. `PatternStruct` in patterns/row.py.
+// A row pattern: `PatternStruct` in patterns/cells.py.
 typedef struct {
-    int64_t blocks, cells, keep, shift;  // blocks of units; distance between the first kept cells of consecutive groups
+    int64_t n, block_size;               // units, and units per block; the last block may be smaller
+    int64_t cells, offset, keep, shift;  // shift: distance between the first kept cells of consecutive groups
     int64_t groups, orders;              // groups of each order of the units
-    int64_t ragged;                      // whether the last block is smaller, so that each order has lengths of its own
-    const int64_t *starts, *lengths;     // of the blocks, order after order
-    const int64_t *first_block, *first_unit;  // of each cell, and the end of the last one
-    const Units *ascending;                   // the kept units of a shared pattern, if those by cell do not ascend
+    int64_t ascending;                   // whether the units of a group ascend; else they come cell by cell
+    const int64_t *order;                // positions of the blocks, order after order; NULL: the natural order
 } Pattern;
 
 EXPORT_SIZE(Pattern);
@@ -39,38 +38,75 @@ typedef struct {
     int64_t row_stride, column_stride;
 } Values;
 
+// Inputs or outputs of a layer: the blocks of a pattern, sorted by cell, starting with the first kept one.
 typedef struct {
     const Pattern *pattern;
-    int64_t n, all;  // all: the start of all units, 0
+    int64_t n, all, blocks;  // all: the start of all units, 0
+    int64_t *starts, *lengths, *first_block, *first_unit;  // of blocks, order after order; of each cell, and the end
 } Side;
 
-static Side inputs_of(const Grouped *g) { return (Side){g->in, g->inputs, 0}; }
-static Side outputs_of(const Grouped *g) { return (Side){g->out, g->outputs, 0}; }
+static int64_t cell_of(const Pattern *p, int64_t order, int64_t block, int64_t blocks) {
+    const int64_t cell = ((p->order ? p->order[order * blocks + block] : block) - p->offset) % p->cells;
+    return cell < 0 ? cell + p->cells : cell;
+}
+
+// Returns nonzero if out of memory; `starts` is to be freed.
+static int sort_by_cell(Side *s, const Pattern *p, int64_t n) {
+    *s = (Side){.pattern = p, .n = n};
+    if (!p) return 0;
+    const int64_t blocks = s->blocks = (n + p->block_size - 1) / p->block_size, cells = p->cells;
+    s->starts = malloc(sizeof(int64_t) * p->orders * (2 * blocks + 2 * (cells + 1)));
+    if (!s->starts) return 1;
+    s->lengths = s->starts + p->orders * blocks, s->first_block = s->lengths + p->orders * blocks;
+    s->first_unit = s->first_block + p->orders * (cells + 1);
+    for (int64_t o = 0; o < p->orders; o++) {
+        int64_t *first = s->first_block + o * (cells + 1), *unit = s->first_unit + o * (cells + 1);
+        int64_t *start = s->starts + o * blocks, *length = s->lengths + o * blocks;
+        memset(first, 0, sizeof(int64_t) * (cells + 1));
+        for (int64_t b = 0; b < blocks; b++) first[cell_of(p, o, b, blocks) + 1]++;
+        for (int64_t c = 0; c < cells; c++) first[c + 1] += first[c];
+        memcpy(unit, first, sizeof(int64_t) * (cells + 1));  // the next free place of each cell, for now
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t at = unit[cell_of(p, o, b, blocks)]++;
+            start[at] = b * p->block_size;
+            length[at] = b < blocks - 1 ? p->block_size : n - start[at];
+        }
+        const int64_t last = cell_of(p, o, blocks - 1, blocks), missing = blocks * p->block_size - n;
+        for (int64_t c = 0; c <= cells; c++) unit[c] = first[c] * p->block_size - (c > last ? missing : 0);
+    }
+    if (!p->ascending) return 0;
+    // A shared pattern: the kept blocks ahead of the others, each in natural order.
+    int64_t kept = 0, rest = s->first_block[p->keep];
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t at = cell_of(p, 0, b, blocks) < p->keep ? kept++ : rest++;
+        s->starts[at] = b * p->block_size, s->lengths[at] = b < blocks - 1 ? p->block_size : n - b * p->block_size;
+    }
+    return 0;
+}
 
 static int is_packed_by_group(const Side *s) { return s->pattern && s->pattern->groups * s->pattern->orders > 1; }
 static int overlaps(const Side *s) { return s->pattern && s->pattern->groups > 1 && s->pattern->shift < s->pattern->keep; }
 
 static Units every(const Side *s) { return (Units){&s->all, &s->n, 1, s->n}; }
 
-// Units in the cells from first up to last, counted from the first kept cell of group 0.
-static Units between(const Pattern *p, int64_t order, int64_t first, int64_t last) {
-    const int64_t own = p->ragged ? order : 0, *unit = p->first_unit + own * (p->cells + 1), *block = p->first_block;
-    return (Units){p->starts + order * p->blocks + block[first], p->lengths + own * p->blocks + block[first],
+// Units in the cells from first up to last.
+static Units between(const Side *s, int64_t order, int64_t first, int64_t last) {
+    const int64_t at = order * (s->pattern->cells + 1), *block = s->first_block + at, *unit = s->first_unit + at;
+    return (Units){s->starts + order * s->blocks + block[first], s->lengths + order * s->blocks + block[first],
                    block[last] - block[first], unit[last] - unit[first]};
 }
 
 static Units kept(const Side *s, int64_t group) {
     const Pattern *p = s->pattern;
     if (!p) return every(s);
-    if (p->ascending) return *p->ascending;
     const int64_t first = group % p->groups * p->shift;
-    return between(p, group / p->groups % p->orders, first, first + p->keep);
+    return between(s, group / p->groups % p->orders, first, first + p->keep);
 }
 
 // Of the two parts of what a group drops in the first order, the one before its kept cells or the one behind them.
 static Units dropped(const Side *s, int64_t group, int behind) {
     const int64_t first = group * s->pattern->shift;
-    return behind ? between(s->pattern, 0, first + s->pattern->keep, s->pattern->cells) : between(s->pattern, 0, 0, first);
+    return behind ? between(s, 0, first + s->pattern->keep, s->pattern->cells) : between(s, 0, 0, first);
 }
 
 // Units that no group keeps.
@@ -80,8 +116,9 @@ static Submatrix transposed(Submatrix m) {
     return (Submatrix){m.base, m.column_stride, m.row_stride, m.columns, m.rows};
 }
 
-// Products to be computed together, and room for ranges that consist of all rows or columns of a matrix.
+// Both sides of a layer, products to be computed together, and room for ranges that consist of all rows or columns.
 typedef struct {
+    Side in, out;
     Product *list;
     int64_t *lengths, count, ranges;
     int threads, failed;
@@ -89,9 +126,12 @@ typedef struct {
 
 static const int64_t ZERO = 0;
 
-static Work begin(int64_t products, int threads) {
-    Product *list = malloc(products * (sizeof(Product) + 8 * sizeof(int64_t)));
-    return (Work){list, (int64_t *)(list + products), 0, 0, threads, !list};
+static void begin(Work *work, const Grouped *layer, int64_t products_per_group, int threads) {
+    const int64_t most = products_per_group * layer->groups;
+    *work = (Work){.list = malloc(most * (sizeof(Product) + 8 * sizeof(int64_t))), .threads = threads};
+    work->lengths = (int64_t *)(work->list + most);
+    work->failed = !work->list || sort_by_cell(&work->in, layer->in, layer->inputs) ||
+                   sort_by_cell(&work->out, layer->out, layer->outputs);
 }
 
 static void flush(Work *work) {
@@ -101,7 +141,7 @@ static void flush(Work *work) {
 
 static int end(Work *work) {
     flush(work);
-    free(work->list);
+    free(work->list), free(work->in.starts), free(work->out.starts);
     return work->failed;
 }
 
@@ -146,15 +186,14 @@ static void append(Work *work, Submatrix a, Submatrix b, Submatrix out, const fl
 // y = x @ weight.T + bias for each group; `y` is contiguous. Returns nonzero if out of memory.
 int grouped_product(const Grouped *layer, float *x, int64_t x_row, int64_t x_column, float *weight, int64_t w_row,
                     int64_t w_column, const float *bias, float *y, int threads) {
-    const Side in = inputs_of(layer), out = outputs_of(layer);
     int64_t x_at = 0, y_at = 0;
-    Work work = begin(layer->groups, threads);
-    if (work.failed) return 1;
-    for (int64_t g = 0; g < layer->groups; g++) {
+    Work work;
+    begin(&work, layer, 1, threads);
+    for (int64_t g = 0; g < layer->groups && !work.failed; g++) {
         const Units rows = layer->rows[g];
-        const Submatrix from = of_group(&work, &in, (Values){x, x_row, x_column}, rows, g, &x_at);
-        const Submatrix to = of_group(&work, &out, (Values){y, kept(&out, 0).count, 1}, rows, g, &y_at);
-        const Submatrix w = {weight, w_row, w_column, kept(&out, g), kept(&in, g)};
+        const Submatrix from = of_group(&work, &work.in, (Values){x, x_row, x_column}, rows, g, &x_at);
+        const Submatrix to = of_group(&work, &work.out, (Values){y, kept(&work.out, 0).count, 1}, rows, g, &y_at);
+        const Submatrix w = {weight, w_row, w_column, kept(&work.out, g), kept(&work.in, g)};
         append(&work, from, transposed(w), to, bias, WRITE);
     }
     return end(&work);
@@ -163,15 +202,14 @@ int grouped_product(const Grouped *layer, float *x, int64_t x_row, int64_t x_col
 // dx = dy @ weight for each group; `dx` is contiguous.
 int grouped_input_grad(const Grouped *layer, float *dy, int64_t dy_row, int64_t dy_column, float *weight, int64_t w_row,
                        int64_t w_column, float *dx, int threads) {
-    const Side in = inputs_of(layer), out = outputs_of(layer);
     int64_t dx_at = 0, dy_at = 0;
-    Work work = begin(layer->groups, threads);
-    if (work.failed) return 1;
-    for (int64_t g = 0; g < layer->groups; g++) {
+    Work work;
+    begin(&work, layer, 1, threads);
+    for (int64_t g = 0; g < layer->groups && !work.failed; g++) {
         const Units rows = layer->rows[g];
-        const Submatrix from = of_group(&work, &out, (Values){dy, dy_row, dy_column}, rows, g, &dy_at);
-        const Submatrix to = of_group(&work, &in, (Values){dx, kept(&in, 0).count, 1}, rows, g, &dx_at);
-        append(&work, from, (Submatrix){weight, w_row, w_column, kept(&out, g), kept(&in, g)}, to, NULL, WRITE);
+        const Submatrix from = of_group(&work, &work.out, (Values){dy, dy_row, dy_column}, rows, g, &dy_at);
+        const Submatrix to = of_group(&work, &work.in, (Values){dx, kept(&work.in, 0).count, 1}, rows, g, &dx_at);
+        append(&work, from, (Submatrix){weight, w_row, w_column, kept(&work.out, g), kept(&work.in, g)}, to, NULL, WRITE);
     }
     return end(&work);
 }
@@ -227,7 +265,7 @@ static int split_by_overlap(const Side *s, int64_t group, Part *to) {
         to[0] = (Part){0, kept(s, group), !is_packed_by_group(s)};
         return 1;
     }
-    const Units common = between(s->pattern, 0, s->pattern->shift, s->pattern->keep);
+    const Units common = between(s, 0, s->pattern->shift, s->pattern->keep);
     to[0] = (Part){0, common, 1};
     to[1] = (Part){common.count, dropped(s, 0, 1), 0};
     return 2;
@@ -237,11 +275,12 @@ static int split_by_overlap(const Side *s, int64_t group, Part *to) {
 // share it are summed, those of one order before those of the next.
 int grouped_weight_grad(const Grouped *layer, float *dy, int64_t dy_row, int64_t dy_column, float *x, int64_t x_row,
                         int64_t x_column, float *grad, int threads) {
-    const Side in = inputs_of(layer), out = outputs_of(layer);
+    Work work;
+    begin(&work, layer, PARTS, threads);
+    if (work.failed) return end(&work);
+    const Side in = work.in, out = work.out;
     const Pattern *grouped = is_packed_by_group(&in) ? in.pattern : is_packed_by_group(&out) ? out.pattern : NULL;
     const int64_t per_order = layer->groups / (grouped ? grouped->orders : 1);
-    Work work = begin(PARTS * layer->groups, threads);
-    if (work.failed) return 1;
     const int cleared = clear(&in, &out, grad, threads);
     const int one_by_one = overlaps(&in) || overlaps(&out) || cleared;
     const int some_add = layer->groups > (one_by_one ? 1 : per_order);
@@ -275,12 +314,15 @@ int grouped_weight_grad(const Grouped *layer, float *dy, int64_t dy_row, int64_t
 }
 
 // Gradient of the bias, summed over the rows of each group; `dy` is contiguous, and outputs have a pattern.
-void grouped_bias_grad(const Grouped *layer, const float *dy, float *grad, int threads) {
-    const Side out = outputs_of(layer);
+int grouped_bias_grad(const Grouped *layer, const float *dy, float *grad, int threads) {
+    Side out;
+    if (sort_by_cell(&out, layer->out, layer->outputs)) return 1;
     memset(grad, 0, out.n * sizeof(float));
     for (int64_t g = 0; g < layer->groups; g++) {
         const Units columns = kept(&out, g);
         column_sums(dy, layer->rows[g].count, columns, grad, threads);
         dy += layer->rows[g].count * columns.count;
     }
+    free(out.starts);
+    return 0;
 }
