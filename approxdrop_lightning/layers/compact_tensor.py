@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from approxdrop_lightning import functional
+from approxdrop_lightning.layers.kept_linear import KeptInputs, is_one_node
 from approxdrop_lightning.layers.lazy_tensor import (
     KEEPS_ZERO,
     RESHAPES,
@@ -25,7 +26,9 @@ from approxdrop_lightning.layers.lazy_tensor import (
     shape_of,
     version_of,
 )
+from approxdrop_lightning.layers.packing import Packing, masked, unpacked
 from approxdrop_lightning.ops.derivative import must_be_differentiable, vjp
+from approxdrop_lightning.ops.row_linear.one_pass import linear_between
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.policy import Thresholds
 
@@ -109,7 +112,7 @@ class Kept:
         return version_of(self.given) != self._version
 
     @property
-    def packing(self) -> tuple[Any, ...]:
+    def packing(self) -> Packing:
         """How the values are packed: pattern, rows and the shape that is shown."""
         return self.pattern, self.rows, self.shape
 
@@ -142,17 +145,6 @@ class Kept:
     def with_values(self, values: Tensor, shape: tuple[int, ...]) -> Kept:
         """The same pattern with other values, shown in another shape."""
         return Kept(shape, self.pattern, self.rows, self.use, values)
-
-
-def masked(dense: Tensor, pattern: RowPattern, rows: tuple[int, ...], scale: float) -> Tensor:
-    """A dense tensor with dropped entries zeroed and kept ones scaled."""
-    return dense * pattern.mask(*rows, dtype=dense.dtype, value=scale, device=dense.device).view(dense.shape)
-
-
-def unpacked(values: Tensor, packing: tuple[Any, ...]) -> Tensor:
-    """The dense tensor of kept values, by functions that can be differentiated at will."""
-    pattern, rows, shape = packing
-    return functional.unpack(values, pattern, rows, "reference").view(shape)
 
 
 class _Mask(torch.autograd.Function):
@@ -312,6 +304,7 @@ class CompactTensor(LazyTensor):
         function: What it was derived by, as ``(function, arguments, keywords)``.
         source: The pending output that it was dropped from; what is held are its kept values, yet to be scaled.
         parts: The dropped-out tensors that it shows side by side.
+        node: The tensor itself, if :class:`.KeptLinear` has made it.
     """
 
     held: Kept
@@ -325,7 +318,10 @@ class CompactTensor(LazyTensor):
         function: Any = None,
         source: LazyTensor | None = None,
         parts: tuple[CompactTensor, ...] = (),
+        node: CompactTensor | None = None,
     ) -> CompactTensor:
+        if node is not None:
+            return node
         if parts:
             return Combine.apply(cls, held, False, *parts)
         above = view_of if made_of is None else made_of
@@ -392,9 +388,13 @@ class CompactTensor(LazyTensor):
         """``F.linear(self, weight, bias)``, reading only the columns of the weight that are kept."""
         held = self.held
         held.use.read_kept(reader, math.prod(held.shape) * len(weight))
-        y = functional.row_linear(
-            held.values, weight, bias, held.pattern, backend=held.use.backend, leading_shape=held.rows
-        )
+        values, backend = held.values, held.use.backend
+        self.place.use()
+        if is_one_node(values, weight, bias, backend) and weight.shape[1] == held.pattern.n:
+            layer = linear_between(held.pattern, None, held.rows, weight)
+            y = KeptInputs.apply(layer, held.packing, self, values, weight, bias)
+            return y if y.shape[:-1] == held.shape[:-1] else y.view(*held.shape[:-1], len(weight))
+        y = functional.row_linear(values, weight, bias, held.pattern, backend=backend, leading_shape=held.rows)
         if held.rows != held.shape[:-1]:
-            y = y.view(*held.shape[:-1], weight.shape[0])
+            y = y.view(*held.shape[:-1], len(weight))
         return past(F.linear, self, [y], [weight, bias])[0]

@@ -14,8 +14,9 @@ from torch.fx import Proxy
 
 from approxdrop_lightning import functional
 from approxdrop_lightning.graph.frames import never_alone
-from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept, unpacked
+from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
 from approxdrop_lightning.layers.converted import Converted
+from approxdrop_lightning.layers.kept_linear import KeptLinear, activation_of, is_one_node
 from approxdrop_lightning.layers.lazy_tensor import (
     RESHAPES,
     Autocast,
@@ -31,8 +32,10 @@ from approxdrop_lightning.layers.lazy_tensor import (
     shape_of,
     watch_gradient,
 )
+from approxdrop_lightning.layers.packing import unpacked
 from approxdrop_lightning.layers.use import Use
 from approxdrop_lightning.ops.derivative import is_transformed, vjp
+from approxdrop_lightning.ops.row_linear.one_pass import linear_between
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.work import Ledger
 
@@ -235,7 +238,7 @@ class Pending:
 
     def _input_versions(self) -> tuple[int, ...]:
         bias = 0 if self.bias is None else self.bias._version
-        chain = [t._version for t in tensors_of(self.chain)]
+        chain = (t._version for t in tensors_of(self.chain)) if self.chain else ()
         return self.read_input()._version, self.weight._version, bias, *chain
 
     def read_input(self) -> Tensor:
@@ -330,28 +333,66 @@ class Pending:
         context.enter_context(self.autocast.context())
         return context
 
+    def dropped(self, pattern: RowPattern, use: Use, scale: float, source: LazyTensor) -> CompactTensor:
+        """The dropped-out tensor of a site's pattern: the units that it drops are not computed.
+
+        Args:
+            pattern: The pattern.
+            use: Of the site.
+            scale: Factor of kept values.
+            source: The pending output itself.
+        """
+        compact = self.x.held if isinstance(self.x, CompactTensor) else None
+        activation = activation_of(self.chain)
+        x, rows = self.read_input(), self.shape[:-1]
+        fits = self._one_grouping(compact, pattern) if compact is not None else self.x.shape[:-1] == rows
+        if activation is None or not fits or not is_one_node(x, self.weight, self.bias, self.backend):
+            values = self.kept_values(pattern, use)
+            return CompactTensor(Kept(self.shape, pattern, rows, use, values, scale=scale), source=source)
+        source.place.use()
+        with self._begin(compact, use):
+            layer = linear_between(None if compact is None else compact.pattern, pattern, rows, self.weight)
+            node, values = KeptLinear.apply(
+                CompactTensor,
+                layer,
+                activation,
+                scale,
+                (pattern, rows, self.shape),
+                source,
+                x,
+                self.weight,
+                self.bias,
+            )
+        values = values if pattern.interleave else values.view(*rows, pattern.n_kept)
+        return CompactTensor(Kept(self.shape, pattern, rows, use, values), node=node)
+
+    def _begin(self, compact: Kept | None, use: Use) -> contextlib.AbstractContextManager[Any]:
+        """Note that a site reads kept units of a product that serves the patterns of both sides."""
+        context = self._context()
+        self.readers.append(use)
+        self._note(use.site)
+        if compact is not None:
+            compact.use.read_kept(self.name, self.multiplies)
+        return context
+
     def kept_values(self, pattern: RowPattern, use: Use) -> Tensor:
         """Values of the units that a site's pattern keeps, packed; the others are not computed."""
         rows = self.shape[:-1]
-        self.readers.append(use)
         compact = self.x.held if isinstance(self.x, CompactTensor) else None
-        with self._context():
+        if compact is not None and not self._one_grouping(compact, pattern):
+            # Rows fall into other groups than those of the input: take that side's saving, then select.
+            self.readers.append(use)
+            with self._context():
+                return run_chain(self.chain, functional.pack(self._dense_product(), pattern, self.backend))
+        with self._begin(compact, use):
             if compact is None:
-                self._note(use.site)
                 x = self.x if self.x.shape[:-1] == rows else self.x.reshape(*rows, self.x.shape[-1])
-                values = functional.row_linear(
-                    x, self.weight, self.bias, None, pattern, backend=self.backend,
-                )  # fmt: skip
-            elif self._one_grouping(compact, pattern):
-                self._note(use.site)
-                compact.use.read_kept(self.name, self.multiplies)
+                values = functional.row_linear(x, self.weight, self.bias, None, pattern, backend=self.backend)
+            else:
                 values = functional.row_linear(
                     compact.values, self.weight, self.bias, compact.pattern, pattern, backend=self.backend,
                     leading_shape=rows,
                 )  # fmt: skip
-            else:
-                # Rows fall into other groups than those of the input: take that side's saving, then select.
-                values = functional.pack(self._dense_product(), pattern, self.backend)
             return run_chain(self.chain, values)
 
     def _one_grouping(self, compact: Kept, pattern: RowPattern) -> bool:

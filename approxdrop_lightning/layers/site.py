@@ -364,15 +364,12 @@ class Site:
             self.watch_passes(y)
             return y
         use.seen |= torch.is_grad_enabled()
-        if pending is not None and not self._packs(use, pending):
-            pending = None
-        if pending is None:  # a mask or packed, as its readers wish
-            x = as_dense(x)
-            if use.skips is None and not use.before:
-                use.note_before(read_whole_before(x))
-            return CompactTensor(Kept(shape, pattern, shape[:-1], use, x, packed=False, scale=self.scale))
-        held = Kept(shape, pattern, shape[:-1], use, pending.kept_values(pattern, use), scale=self.scale)
-        return CompactTensor(held, source=source)
+        if pending is not None and source is not None and self._packs(use, pending):
+            return pending.dropped(pattern, use, self.scale, source)
+        x = as_dense(x)  # a mask or packed, as its readers wish
+        if use.skips is None and not use.before:
+            use.note_before(read_whole_before(x))
+        return CompactTensor(Kept(shape, pattern, shape[:-1], use, x, packed=False, scale=self.scale))
 
     def drop_conventionally(self, x: Tensor, inplace: bool) -> Tensor:
         """Conventional dropout of an input that has no units of its own, or whose class is somebody else's."""

@@ -74,14 +74,7 @@ class _RowLinear(torch.autograd.Function):
             bias = weight.new_zeros(len(weight)) if ctx.bias else None
             masked = partial(_masked_row_linear, ctx.patterns, tuple(grad.shape))
             return *vjp(masked, (x, weight, bias), ctx.needs_input_grad[:3], grad), None, None, None
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = layer.input_grad(grad, weight).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            dw = layer.weight_grad(grad, x)
-        if ctx.bias and ctx.needs_input_grad[2]:
-            db = layer.bias_grad(grad)
-        return dx, dw, db, None, None, None
+        return *layer.gradients(grad, x, weight, ctx.needs_input_grad[:3]), None, None, None
 
 
 def _masked_row_linear(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -185,6 +186,16 @@ class GroupedLinear:
         for group, dy_g in enumerate(outputs.submatrices(dy, self.rows)):
             grad.index_add_(0, outputs.units(group).on(dy.device), dy_g.contiguous().sum(0))
         return grad
+
+    def gradients(
+        self, dy: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, weight and bias, as far as they are wanted."""
+        return (
+            self.input_grad(dy, weight).view(x.shape) if wanted[0] else None,
+            self.weight_grad(dy, x) if wanted[1] else None,
+            self.bias_grad(dy) if wanted[2] else None,
+        )
 
     def _operands(self, x: Tensor, weight: Tensor, y: Tensor) -> list[tuple[Submatrix, Submatrix, Submatrix]]:
         """Inputs, the submatrix of the weight ``[its outputs, its inputs]``, and outputs of each group."""

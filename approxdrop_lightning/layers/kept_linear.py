@@ -1,0 +1,130 @@
+"""Linear layers before and after a dropout, each a single node of the graph that holds kept values only.
+
+Each node has two ways back. Gradients take the packed one, to the kept values that the layer has read. If somebody
+wants the gradient of a lazy tensor that was bypassed, or derivatives of the gradients, they take the dense one,
+through that tensor. Everything else (other backends, ``torch.autocast``, other activations) is composed of functions
+that do the same in several nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from approxdrop_lightning import functional
+from approxdrop_lightning.layers.lazy_tensor import LazyTensor, settle
+from approxdrop_lightning.layers.packing import Packing, unpacked
+from approxdrop_lightning.ops.backend import choose_backend
+from approxdrop_lightning.ops.derivative import must_be_differentiable, vjp
+from approxdrop_lightning.ops.row_linear.groups import GroupedLinear
+
+_RELUS = (F.relu, torch.relu, Tensor.relu)
+_relu_backward = torch.ops.aten.threshold_backward.default
+
+
+def is_one_node(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> bool:
+    """Whether the compact backend computes a layer of these operands as they are, without casts or errors."""
+    kind = x.dtype, x.device
+    return (
+        weight.dim() == 2
+        and (weight.dtype, weight.device) == kind
+        and (bias is None or (bias.shape, bias.dtype, bias.device) == (weight.shape[:1], *kind))
+        and not torch.is_autocast_enabled(x.device.type)
+        and x.is_floating_point()
+        and choose_backend(backend) == "compact"
+    )
+
+
+def activation_of(chain: tuple[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], ...]) -> str | None:
+    """``"identity"`` or ``"relu"``, if a chain of elementwise functions is that; otherwise None."""
+    if not chain:
+        return "identity"
+    (func, args, kwargs), *more = chain
+    return "relu" if func in _RELUS and not (more or args or any(kwargs.values())) else None
+
+
+class KeptLinear(torch.autograd.Function):
+    """The layer before a dropout, its activation and the dropout: the dropped-out tensor, and its kept values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cls: type[Tensor],
+        layer: GroupedLinear,
+        activation: str,
+        scale: float,
+        packing: Packing,
+        source: LazyTensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        values = layer.product(x, weight, bias)
+        if activation == "relu":
+            values.relu_()
+        values.mul_(scale)
+        ctx.layer, ctx.activation, ctx.scale, ctx.packing, ctx.source = (
+            layer,
+            activation,
+            scale,
+            packing,
+            source.place,
+        )
+        ctx.save_for_backward(x, weight, values)
+        shown = torch.Tensor._make_wrapper_subclass(cls, packing[2], dtype=values.dtype, device=values.device)
+        return shown, values
+
+    @staticmethod
+    def backward(ctx: Any, dense: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        settle()
+        if dense is not None:
+            packed = functional.pack(dense, ctx.packing[0], "reference")
+            grad = packed if grad is None else grad + packed.view(grad.shape)
+        if grad is None:
+            return (None,) * 9
+        grad = grad * ctx.scale
+        if must_be_differentiable(grad) or ctx.source.is_wanted:
+            return None, None, None, None, None, unpacked(grad, ctx.packing), None, None, None
+        x, weight, values = ctx.saved_tensors
+        if ctx.activation == "relu":
+            grad = _relu_backward(grad, values.view(grad.shape), 0)
+        return None, None, None, None, None, None, *ctx.layer.gradients(grad, x, weight, ctx.needs_input_grad[6:])
+
+
+class KeptInputs(torch.autograd.Function):
+    """A layer that reads a dropped-out tensor, and computes all outputs of its kept values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: GroupedLinear,
+        packing: Packing,
+        source: LazyTensor,
+        values: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.layer, ctx.packing, ctx.source = layer, packing, source.place
+        ctx.save_for_backward(values, weight, bias)
+        return layer.product(values, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        values, weight, bias = ctx.saved_tensors
+        if not (must_be_differentiable(grad) or ctx.source.is_wanted):
+            return None, None, None, *ctx.layer.gradients(grad, values, weight, ctx.needs_input_grad[3:])
+
+        def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.linear(x, weight, bias).view(grad.shape)
+
+        wanted = ctx.needs_input_grad[2], *ctx.needs_input_grad[4:]
+        dx, dw, db = vjp(dense, (unpacked(values, ctx.packing), weight, bias), wanted, grad)
+        return None, None, dx, None, dw, db
