@@ -13,7 +13,7 @@ from approxdrop_lightning import approximate, resample, restore
 TEXT = Path(__file__).parents[1] / "datamodules" / "embedded" / "austen.train.txt.bz2"
 
 
-class LanguageModel(nn.Module):
+class WordLSTM(nn.Module):
     """Embedding, LSTM, decoder, with dropout between them."""
 
     def __init__(self, words: int, hidden: int, rate: float) -> None:
@@ -42,7 +42,7 @@ if __name__ == "__main__":
     parser.add_argument("--backend", default="none", help="of torch.compile; none: eager")
     options = parser.parse_args()
 
-    text, model = streams(options.vocabulary, batch=20), LanguageModel(options.vocabulary, options.hidden, rate=0.5)
+    text, model = streams(options.vocabulary, batch=20), WordLSTM(options.vocabulary, options.hidden, rate=0.5)
     report = approximate(model, seed=0)  # before torch.compile
     forward = model if options.backend == "none" else torch.compile(model, backend=options.backend)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from approxdrop_lightning import ApproxDropout, ThroughputLogger
 
 
-class Classifier(LightningModule):
+class WideMLP(LightningModule):
     """784-1024-1024-10; independent of the callback."""
 
     def __init__(self, rate: float) -> None:
@@ -46,6 +46,6 @@ if __name__ == "__main__":
     dropout, speed = ApproxDropout(), ThroughputLogger(warmup_steps=2)  # the clock comes first, to include drawing
     callbacks = [speed] if options.conventional else [speed, dropout]
     trainer = Trainer(max_epochs=2, callbacks=callbacks, logger=False, enable_checkpointing=False)
-    trainer.fit(Classifier(options.rate), data(options.size))
+    trainer.fit(WideMLP(options.rate), data(options.size))
     print(dropout.report or "conventional dropout")
     print(f"{speed.summary['samples_per_sec']:,.0f} samples per second")

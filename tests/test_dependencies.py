@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 
 import pytest
 from packaging.requirements import Requirement
@@ -100,6 +101,27 @@ def test_no_module_imports_itself_indirectly():
     while leaves := {name for name, found in graph.items() if not found}:
         graph = {name: found - leaves for name, found in graph.items() if name not in leaves}
     assert not graph
+
+
+def test_no_name_of_a_class_has_two_meanings():
+    files = [
+        f
+        for folder in (PACKAGE, ROOT / "datamodules", ROOT / "examples", ROOT / "tests" / "support")
+        for f in folder.rglob("*.py")
+    ]
+    found = Counter(
+        node.name
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert len(found) > 100 and not [name for name, times in found.items() if times > 1]
+
+
+def test_tests_do_not_import_tests():
+    files = list((ROOT / "tests").rglob("*.py"))
+    assert len(files) > 100
+    assert not [f.name for f in files if any(name.rpartition(".")[2].startswith("test_") for name in imported(f))]
 
 
 def test_importing_the_library_imports_nothing_of_the_application():

@@ -10,7 +10,7 @@ from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.calls import calls_into_package
 from support.compiled import rewriting
-from support.gallery import GALLERY, LanguageModel
+from support.gallery import GALLERY, EmbeddedLSTM
 from support.skipping import assert_skips, set_thresholds
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -89,7 +89,7 @@ def test_small_networks_are_the_stock_ones(name):
             torch.randn(16, 64),
         ),
         (Attention, torch.randn(2, 8, 64)),
-        (LanguageModel, torch.randint(30, (7, 5))),
+        (EmbeddedLSTM, torch.randint(30, (7, 5))),
     ],
     ids=["mlp", "attention", "lstm"],
 )

@@ -9,8 +9,9 @@ import copy
 import pytest
 import torch
 from support.flops import Flops
-from support.gallery import Sums, Towers, twin
+from support.gallery import Sums, Towers
 from support.skipping import set_thresholds
+from support.twin import twin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from support.gallery import LanguageModel
+from support.gallery import EmbeddedLSTM
 from torch import nn
 
 from approxdrop_lightning import approximate, resample, restore
@@ -39,7 +39,7 @@ COPIES = {
 def test_a_copy_of_a_converted_model_is_the_stock_model(how, pattern):
     """It can be used, trained and converted; of the original nothing changes."""
     torch.manual_seed(0)
-    model, x = LanguageModel(), torch.randint(30, (4, 3))
+    model, x = EmbeddedLSTM(), torch.randint(30, (4, 3))
     stock = copy.deepcopy(model)
     options = {"min_gain": 0, "pattern_everywhere": True, "seed": 0, "pattern": pattern}
     report = approximate(model, **options)

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.gallery import GALLERY, twin
+from support.gallery import GALLERY
+from support.twin import twin
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

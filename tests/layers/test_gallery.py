@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import torchvision
-from support.gallery import GALLERY, twin
+from support.gallery import GALLERY
+from support.twin import twin
 from torch import nn
 
 from approxdrop_lightning import approximate, resample, restore

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from support.flops import Flops
-from support.gallery import GALLERY, twin
+from support.gallery import GALLERY
+from support.twin import twin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

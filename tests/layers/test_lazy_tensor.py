@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.gallery import twin
+from support.twin import twin
 from torch import nn
 
 from approxdrop_lightning import approximate, resample

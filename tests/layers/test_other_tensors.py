@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from support.gallery import twin
 from support.skipping import assert_skips
+from support.twin import twin
 from torch import Tensor, nn
 
 from approxdrop_lightning import approximate, resample

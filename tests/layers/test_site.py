@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.gallery import LanguageModel
+from support.gallery import EmbeddedLSTM
 from support.skipping import set_thresholds
 from torch import nn
 
@@ -21,7 +21,7 @@ def test_a_site_whose_width_changes_between_batches_draws_another_pattern():
 
 
 def test_the_global_generator_is_not_used():
-    model = LanguageModel()
+    model = EmbeddedLSTM()
     torch.manual_seed(0)
     before = torch.get_rng_state()
     approximate(model, pattern_everywhere=True)

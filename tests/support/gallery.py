@@ -1,4 +1,4 @@
-"""Models to convert, and their conventional twins with given masks: what a conversion must equal."""
+"""Models to convert."""
 
 from __future__ import annotations
 
@@ -10,117 +10,6 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import MLPBlock, VisionTransformer
 from torchvision.ops import MLP
-
-from approxdrop_lightning import RowPattern
-
-
-class Masks:
-    """Replays the patterns of a converted model's sites as masks, in order of use."""
-
-    def __init__(self, report) -> None:
-        self._uses: dict[str, list] = {row.name: list(row.site.last_patterns) for row in report if row.site}
-        self._scale = {row.name: row.site.scale for row in report if row.site}
-
-    def has(self, name: str) -> bool:
-        return name in self._uses
-
-    def __call__(self, name: str, x: Tensor) -> Tensor:
-        pattern = self._uses[name][0]
-        if isinstance(pattern, RowPattern):
-            return x * (self._uses[name].pop(0).mask(*x.shape[:-1]).to(x) * self._scale[name])
-        if (pattern.n_out, pattern.n_in) == (x.shape[:-1].numel(), x.shape[-1]):  # of units: no weight has this shape
-            return x * (self._uses[name].pop(0).mask().view(x.shape).to(x) / (1 - pattern.rate))
-        return Marked.of(x, self, name)
-
-    def weight(self, name: str, weight: Tensor) -> Tensor:
-        """A weight with the next pattern of a site applied."""
-        return weight * (self._uses[name].pop(0).mask().to(weight) * self._scale[name])
-
-
-class Marked(Tensor):
-    """Input of a layer that drops weights of its own."""
-
-    @staticmethod
-    def of(x: Tensor, masks: Masks, name: str) -> Tensor:
-        marked = x.as_subclass(Marked)
-        marked.masks, marked.site = masks, name
-        return marked
-
-    @property
-    def plain(self) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor)
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        kwargs, x = kwargs or {}, args[0]
-        if func is F.linear:
-            return F.linear(x.plain, x.masks.weight(x.site, args[1]), *args[2:], **kwargs)
-        if func.__name__ in ("view", "reshape", "flatten", "unsqueeze", "squeeze"):
-            return Marked.of(func(x.plain, *args[1:], **kwargs), x.masks, x.site)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-
-class MaskedDropout(nn.Module):
-    """In nn.Dropout's place in the twin."""
-
-    def __init__(self, masks: Masks, name: str) -> None:
-        super().__init__()
-        self.masks, self.name = masks, name
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.masks(self.name, x)
-
-
-class MaskedLSTM(nn.Module):
-    """In nn.LSTM's place in the twin: stock layers one after the other, masked in between."""
-
-    def __init__(self, masks: Masks, name: str, lstm: nn.LSTM) -> None:
-        super().__init__()
-        self.masks, self.name, self.lstm = masks, name, lstm
-
-    def forward(self, x: Tensor, hx=None):
-        lstm, states = self.lstm, []
-        if hx is None:
-            shape = (lstm.num_layers, x.shape[0 if lstm.batch_first else 1], lstm.hidden_size)
-            hx = (x.new_zeros(shape), x.new_zeros(shape)) if x.dim() == 3 else (x.new_zeros(shape[0], shape[2]),) * 2
-        batched = x.dim() == 3
-        if not batched:
-            dim = 0 if lstm.batch_first else 1
-            x, hx = x.unsqueeze(dim), tuple(h.unsqueeze(1) for h in hx)
-        for layer in range(lstm.num_layers):
-            if layer and lstm.dropout:
-                x = self.masks(f"{self.name} (after layer {layer - 1})", x)
-            names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if lstm.bias else [])]
-            weights = [getattr(lstm, f"{name}_l{layer}") for name in names]
-            state = tuple(h[layer : layer + 1].contiguous() for h in hx)
-            if self.masks.has(recurrent := f"{self.name} (recurrent, layer {layer})"):
-                # Masking the recurrent input of every step alike is masking the columns of its weight.
-                weights[1] = self.masks(recurrent, weights[1])
-            if isinstance(x, Marked):
-                weights[0], x = x.masks.weight(x.site, weights[0]), x.plain
-            x, h, c = torch._VF.lstm(x, state, weights, lstm.bias, 1, 0.0, False, False, lstm.batch_first)
-            states.append((h[0], c[0]))
-        h, c = (torch.stack(part) for part in zip(*states, strict=True))
-        return (x, (h, c)) if batched else (x.squeeze(dim), (h.squeeze(1), c.squeeze(1)))
-
-
-def twin(model: nn.Module, report) -> nn.Module:
-    """Put masks in the place of the dropout of an unconverted copy."""
-    masks = Masks(report)
-    names = {row.name for row in report if row.site}
-    for name, module in list(model.named_modules()):
-        if name in names and isinstance(module, nn.Dropout):
-            _replace(model, name, MaskedDropout(masks, name))
-        elif isinstance(module, nn.LSTM):
-            _replace(model, name, MaskedLSTM(masks, name, module))
-    return model
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 class Shared(nn.Module):
@@ -182,7 +71,7 @@ class InPlace(nn.Module):
         return self.down(hidden.reshape(*x.shape[:-1], 16) / 3.0)
 
 
-class Metric(nn.Module):
+class ReadByMetric(nn.Module):
     """Somebody looks at a pending output without gradients, then in place, before the loss does."""
 
     def __init__(self) -> None:
@@ -238,7 +127,7 @@ def _double_input_gradient(module, grad_input, grad_output):
     return tuple(None if g is None else 2 * g for g in grad_input)
 
 
-class LanguageModel(nn.Module):
+class EmbeddedLSTM(nn.Module):
     def __init__(self, tied: bool = False, **options) -> None:
         super().__init__()
         self.embedding = nn.Embedding(30, 12)
@@ -282,7 +171,7 @@ class Convolutional(nn.Module):
         return self.classifier(torch.flatten(self.features(x), 1))
 
 
-class Transformer(nn.Module):
+class EncoderDecoder(nn.Module):
     """Stock encoder and decoder layers; their attention's own dropout is random, so it is off."""
 
     def __init__(self, **options) -> None:
@@ -308,7 +197,7 @@ def mlp(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
     )
 
 
-def with_state(model: LanguageModel, *shape: int) -> LanguageModel:
+def with_state(model: EmbeddedLSTM, *shape: int) -> EmbeddedLSTM:
     model.state = (torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64))
     return model
 
@@ -373,14 +262,14 @@ GALLERY: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "one layer, two sites of different rates": (Reused, lambda: torch.randn(7, 12)),
     "residual": (Residual, lambda: torch.randn(4, 3, 12)),
     "in place": (InPlace, lambda: torch.randn(4, 3, 10)),
-    "metric under no_grad": (Metric, lambda: torch.randn(7, 10)),
+    "metric under no_grad": (ReadByMetric, lambda: torch.randn(7, 10)),
     "custom functions": (PastOverrides, lambda: torch.randn(6, 10)),
     "backward hooks": (lambda: PastOverrides(hooks=True), lambda: torch.randn(6, 10)),
     "query, key and value": (Attention, lambda: torch.randn(3, 5, 12)),
     "convolutions before a head": (Convolutional, lambda: torch.randn(3, 3, 8, 8)),
-    "transformer layers": (Transformer, lambda: torch.randn(5, 3, 12)),
+    "transformer layers": (EncoderDecoder, lambda: torch.randn(5, 3, 12)),
     "transformer layers, norm first, batch first": (
-        lambda: Transformer(norm_first=True, batch_first=True, activation="gelu"),
+        lambda: EncoderDecoder(norm_first=True, batch_first=True, activation="gelu"),
         lambda: torch.randn(3, 5, 12),
     ),
     "towers side by side": (Towers, lambda: torch.randn(7, 12)),
@@ -393,12 +282,12 @@ GALLERY: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: VisionTransformer(16, 8, 2, 2, 16, 32, dropout=0.3, num_classes=5),
         lambda: torch.randn(3, 3, 16, 16),
     ),
-    "lstm": (LanguageModel, lambda: words(7, 5)),
-    "lstm, tied decoder": (lambda: LanguageModel(tied=True), lambda: words(7, 5)),
-    "lstm, batch first": (lambda: LanguageModel(batch_first=True), lambda: words(5, 7)),
-    "lstm, no bias": (lambda: LanguageModel(bias=False), lambda: words(4, 3)),
-    "lstm, one step of one sample": (LanguageModel, lambda: words(1, 1)),
-    "lstm, initial state": (lambda: with_state(LanguageModel(), 2, 5, 12), lambda: words(7, 5)),
-    "lstm, no batch": (LanguageModel, lambda: words(7)),
-    "lstm, no batch, initial state": (lambda: with_state(LanguageModel(), 2, 12), lambda: words(7)),
+    "lstm": (EmbeddedLSTM, lambda: words(7, 5)),
+    "lstm, tied decoder": (lambda: EmbeddedLSTM(tied=True), lambda: words(7, 5)),
+    "lstm, batch first": (lambda: EmbeddedLSTM(batch_first=True), lambda: words(5, 7)),
+    "lstm, no bias": (lambda: EmbeddedLSTM(bias=False), lambda: words(4, 3)),
+    "lstm, one step of one sample": (EmbeddedLSTM, lambda: words(1, 1)),
+    "lstm, initial state": (lambda: with_state(EmbeddedLSTM(), 2, 5, 12), lambda: words(7, 5)),
+    "lstm, no batch": (EmbeddedLSTM, lambda: words(7)),
+    "lstm, no batch, initial state": (lambda: with_state(EmbeddedLSTM(), 2, 12), lambda: words(7)),
 }
