@@ -1,4 +1,4 @@
-"""The Lightning callback that runs whole training steps as CUDA graphs, with this package's dropout or without."""
+"""The Lightning callback that runs whole training steps as CUDA graphs, with or without this package's dropout."""
 
 from __future__ import annotations
 
@@ -18,39 +18,40 @@ from torch.utils._pytree import tree_map
 from approxdrop_lightning.conversion import check_replayable, replay_key
 from approxdrop_lightning.step_graphs import Capture, CudaCapture, StepGraphs, split_tensors
 
-#: Hooks within the step: Python that a replay would not run.
+#: Hooks within the step. They are Python code, which a replay does not run.
 _HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 _METHODS = (*_HOOKS, "backward", "optimizer_step", "optimizer_zero_grad")
 _REPLACED = ("training_step", "backward", "optimizer_step")
 
 
 class CudaGraphStep(Callback):
-    """Run whole training steps (forward, backward, clipping, optimizer) as CUDA graphs: one launch for the host.
+    """Run whole training steps (forward, backward, clipping, optimizer) as CUDA graphs, with a single launch each.
 
-    That gains where the host cannot launch as fast as the GPU computes: small networks and batches, recurrent layers.
+    This pays off where the host launches kernels more slowly than the GPU executes them: small networks and batches,
+    recurrent layers.
     Each combination of batch shape, ``(dp, keep)`` of :class:`.ApproxDropout` and hyperparameters of the optimizer is
     captured once, after some eager steps. Whatever cannot be captured runs eagerly, as does a smaller last batch in
     the first epochs; :attr:`report` says how many steps did and why. Conventional dropout is captured as well, with
     fresh masks in each replay.
 
-    A replay runs no Python, so ``training_step`` must not depend on ``batch_idx`` or change attributes, and it must
-    not wait for the device (``loss.item()``). What it logs by ``self.log`` is logged for each step, as long as the
-    values are tensors. Gradients are not kept after the step. With :class:`.ApproxDropout` the model must be compiled
+    A replay runs no Python code, so ``training_step`` must not depend on ``batch_idx``, change attributes, or wait for
+    the device (``loss.item()``). Values passed to ``self.log`` are logged for each step if they are
+    tensors. Gradients are not kept after the step. With :class:`.ApproxDropout` the model must be compiled
     (``torch.compile``, in a mode without CUDA graphs of its own), since eager layers draw patterns in Python.
 
-    Learning rates become tensors on the device where the optimizer can read them there (those with ``capturable``,
-    and fused SGD), so a schedule costs nothing; with others each new value is a new combination. Checkpoints hold
+    Learning rates become tensors on the device if the optimizer can read them there (optimizers with ``capturable``,
+    and fused SGD), so a schedule costs nothing; with others, each new value is a new combination. Checkpoints contain
     ordinary numbers.
 
     Args:
         warmup: Eager steps of a combination before it is captured, >= 1.
-        max_graphs: Most graphs, >= 1. Each holds a batch, and all of them share the memory of one step.
+        max_graphs: Maximum number of graphs, >= 1. Each holds a batch; all of them share the memory of one step.
 
     Attributes:
-        report: What was captured, and why what was not; None before training.
+        report: How many steps were captured, and why others were not; None before training.
 
     Raises:
-        MisconfigurationException: An argument is outside of its range.
+        MisconfigurationException: An argument is out of range.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -70,7 +71,7 @@ class CudaGraphStep(Callback):
 
     @property
     def report(self) -> str | None:
-        """What was captured, and why what was not."""
+        """How many steps were captured, and why others were not."""
         if self._why_not is not None:
             return f"all steps ran eagerly: {self._why_not}"
         if self._graphs is None:
@@ -78,7 +79,7 @@ class CudaGraphStep(Callback):
         return f"{len(self._graphs)} graphs; {self._graphs.counts}"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the step over, if it can be captured at all."""
+        """Replace the training step, if it can be captured."""
         self._why_not = _why_not(trainer, pl_module)
         capture = None if self._why_not else self._capture_for(pl_module, trainer.optimizers[0])
         if self._why_not is None and capture is None:
@@ -97,16 +98,16 @@ class CudaGraphStep(Callback):
         attributes["optimizer_step"] = _only_the_closure
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the step back, and say what was captured."""
+        """Restore the training step, and print the report."""
         if self._give_back(trainer, pl_module):
             rank_zero_info(f"CudaGraphStep: {self.report}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the step back."""
+        """Restore the training step."""
         self._give_back(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Ordinary numbers in place of tensors: whoever resumes may not have a GPU."""
+        """Save ordinary numbers instead of tensors, since the run may be resumed without a GPU."""
         if not self._groups:
             return
         for state in checkpoint.get("optimizer_states", ()):
@@ -143,7 +144,7 @@ def _only_the_closure(
 
 
 class _WholeStep:
-    """Stands in ``training_step``'s place; within it the whole step happens, from a graph if there is one."""
+    """Replaces ``training_step``, and runs the whole step, from a graph if there is one."""
 
     def __init__(self, trainer: Trainer, module: LightningModule, graphs: StepGraphs, capture: Capture) -> None:
         self._trainer, self._module, self._graphs, self._capture = trainer, module, graphs, capture
@@ -154,7 +155,7 @@ class _WholeStep:
         try:
             tensors, other, put = split_tensors(batch)
         except TypeError as error:
-            self._refused = f"batches hold what cannot be compared: {error}"
+            self._refused = f"batches contain values that cannot be compared: {error}"
         if self._refused is not None:
             self._graphs.count_eager(self._refused)
             output, logs = self._run(batch, rest)
@@ -166,7 +167,7 @@ class _WholeStep:
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)
 
     def _run(self, batch: Any, rest: Sequence[Any]) -> tuple[Any, list[Any]]:
-        """The step as Lightning's automatic optimization has it; returns what it returns, and what it logs."""
+        """Run the step as Lightning's automatic optimization does; return its output and the logged values."""
         trainer, module = self._trainer, self._module
         optimizer = trainer.optimizers[0]
         logs: list[Any] = []
@@ -189,14 +190,14 @@ class _WholeStep:
         except RuntimeError as error:
             if self._capture.recording:
                 raise
-            # Known before anything is captured: an attempt that fails would take patterns out of the sequence.
+            # Checked before anything is captured: a failed attempt would consume patterns of the sequence.
             self._refused = str(error)
         loss: Tensor | None = output["loss"] if isinstance(output, Mapping) else output
         if loss is None:
             if self._capture.recording:
                 raise RuntimeError("training_step returns None")
             return output, logs
-        # Lightning's context of a training step is still open: autocast is not for what follows.
+        # Lightning's autocast context of the training step is still active, but must not apply here.
         with torch.autocast(module.device.type, enabled=False):
             optimizer.zero_grad()
             loss.backward()
@@ -210,7 +211,7 @@ class _WholeStep:
 
 
 def _why_not(trainer: Trainer, module: LightningModule) -> str | None:
-    """Why no step of this training can be captured; None if some may be."""
+    """Why no step of this training can be captured; None if it may be possible."""
     strategy = type(trainer.strategy).__name__
     if strategy != "SingleDeviceStrategy":
         return f"{strategy} is not SingleDeviceStrategy"
@@ -239,7 +240,7 @@ def _why_not(trainer: Trainer, module: LightningModule) -> str | None:
 
 
 def _hyperparameters(optimizer: Optimizer) -> Hashable:
-    """Numbers that a captured step would repeat; tensors it reads anew, as long as they are the same tensors."""
+    """Hyperparameters that are constants in a graph: values of numbers, and identities of tensors."""
     return tuple(
         (name, id(value) if isinstance(value, Tensor) else repr(value))
         for group in optimizer.param_groups
@@ -249,14 +250,14 @@ def _hyperparameters(optimizer: Optimizer) -> Hashable:
 
 
 def make_capturable(optimizer: Optimizer, device: torch.device) -> list[dict[str, Any]]:
-    """Let an optimizer read learning rates and step counts on the device, where it can.
+    """Let an optimizer read learning rates and step counts on the device, if it can.
 
     Args:
-        optimizer: Changed in place: ``capturable`` is set, ``lr`` becomes a tensor, step counts move there.
-        device: That of the parameters.
+        optimizer: Changed in place: ``capturable`` is set, ``lr`` becomes a tensor, step counts are moved.
+        device: The device of the parameters.
 
     Returns:
-        What each group was before.
+        The previous values of each group.
     """
     before: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
@@ -275,7 +276,7 @@ def make_capturable(optimizer: Optimizer, device: torch.device) -> list[dict[str
 
 
 def _as_before(group: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`make_capturable` has changed of a group, as it was; the learning rate with its value of now."""
+    """The previous values of what :func:`make_capturable` changed in a group, with the current learning rate."""
     changed = {name: value for name, value in before.items() if name == "capturable"}
     if isinstance(group["lr"], Tensor) and not isinstance(before["lr"], Tensor):
         changed["lr"] = float(group["lr"])

@@ -1,4 +1,4 @@
-"""Calls of functional dropout in a model's own code: nothing can replace them, so the report names them."""
+"""Calls of functional dropout in the code of a model. They cannot be replaced, so the report lists them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _FUNCTIONS = {
 def functional_dropouts(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Find calls such as ``F.dropout(x)``, or attention with a ``dropout_p``, in the classes of a model's modules.
 
-    Read from the source, so a call is found before anything runs; code without source, and functions that
-    the classes call, are not looked into.
+    They are found in the source code, before anything runs. Classes without source code, and functions called by the
+    classes, are not searched.
 
     Args:
-        model: The model. Classes of PyTorch itself are left out.
+        model: The model. PyTorch's own classes are not searched.
 
     Yields:
-        Name of the module (the first one of its class), ``"file:line"`` of the call, and why it is left as it is.
+        Name of the first module of the class, ``"file:line"`` of the call, and why it is left as it is.
     """
     seen: set[type] = set()
     for name, module in model.named_modules():
@@ -43,7 +43,7 @@ def functional_dropouts(model: nn.Module) -> Iterator[tuple[str, str, str]]:
         try:
             lines, first = inspect.getsourcelines(cls)
             tree = ast.parse(textwrap.dedent("".join(lines)))
-        except (OSError, TypeError, SyntaxError):  # no source, as in a notebook's deleted cell
+        except (OSError, TypeError, SyntaxError):  # no source code, as for a deleted cell of a notebook
             continue
         scope = vars(sys.modules.get(cls.__module__, object()))
         file = (inspect.getsourcefile(cls) or "?").rsplit("/", 1)[-1]
@@ -59,7 +59,7 @@ def functional_dropouts(model: nn.Module) -> Iterator[tuple[str, str, str]]:
 
 
 def _drops(call: ast.Call, function: Any) -> bool:
-    """Whether a call is one of dropout, or of attention with a rate of dropout."""
+    """Whether a call is one of a dropout function, or of attention with a dropout rate."""
     if function is _ATTENTION:
         rates = [k.value for k in call.keywords if k.arg == "dropout_p"] + call.args[4:5]
         return any(not (isinstance(rate, ast.Constant) and not rate.value) for rate in rates)
@@ -67,7 +67,7 @@ def _drops(call: ast.Call, function: Any) -> bool:
 
 
 def _resolve(node: ast.expr, scope: dict[str, Any]) -> Any:
-    """What a dotted name means in a module; None if it cannot be told. Nothing is evaluated but names."""
+    """The module or function that a dotted name refers to; None if unknown. Only names are evaluated."""
     if isinstance(node, ast.Name):
         found = scope.get(node.id)
         return found if isinstance(found, ModuleType) or inspect.isroutine(found) else None

@@ -1,4 +1,4 @@
-"""What a conversion found and did, one row per dropout."""
+"""The report of a conversion: what was found and what is skipped, one row per dropout."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Row:
 
     Attributes:
         name: Its name in the model.
-        rate: Its rate; None if it is not known.
-        own_rate: The model's rate, if another one was asked for.
-        reason: Why nothing is skipped, known before training; None if the dropout became a site.
-        site: The site, if it became one.
+        rate: Its rate; None if unknown.
+        reason: Why it was not converted; None if it was.
+        site: Its site, if it was converted.
+        own_rate: The model's own rate, if a different one was requested.
     """
 
     name: str
@@ -34,19 +34,19 @@ class Row:
 
     @property
     def producer(self) -> str | None:
-        """Layers whose outputs are dropped here and computed for kept units only; None if not seen (yet)."""
+        """Layers before the dropout that compute kept units only; None if there are none, or not yet."""
         return ", ".join(sorted(self.site.producers)) or None if self.site else None
 
     @property
     def whole(self) -> str | None:
-        """Why there is no producer although a layer was seen before the dropout: what reads its output whole."""
+        """What reads the layer before the dropout whole, which is then no producer; None if nothing does."""
         if self.site is None or self.site.producers or not self.site.whole:
             return None
         return f"read whole by {', '.join(sorted(set(self.site.whole.values())))}"
 
     @property
     def consumers(self) -> tuple[str, ...]:
-        """Layers that have read the output so far: its kept units, or by their kept weights."""
+        """Layers after the dropout that have so far read kept units only, or with kept weights only."""
         return tuple(sorted(self.site.consumers)) if self.site else ()
 
     @property
@@ -62,7 +62,7 @@ class Row:
             return f"nothing: {self.site.reason}"
         if self.site.too_small and not self.site.skips:
             return f"nothing: {self.site.too_small}"
-        if self.site.conventional and not self.site.skips:
+        if self.site.conventional and not self.site.skips:  # in all calls
             return f"nothing: {self.site.conventional}"
         if self.is_unseen:
             if self.site.steps:
@@ -73,13 +73,13 @@ class Row:
                 )
             return "not known before the first training batch"
         skipped, remarks = " and ".join(self.site.skips), self.site.remarks
-        if self.site.conventional:  # some of the calls
+        if self.site.conventional:  # in some calls
             remarks = [*remarks, self.site.conventional]
         return "; ".join([skipped, *remarks]) if skipped else f"nothing: {'; '.join(remarks)}"
 
     @property
     def is_unseen(self) -> bool:
-        """Whether it became a site that has dropped nothing so far."""
+        """Whether it was converted but has not dropped anything yet."""
         site = self.site
         return site is not None and not (
             site.uses or site.last_patterns or site.producers | site.consumers | site.dense_readers
@@ -88,10 +88,10 @@ class Row:
 
 @dataclass
 class Report:
-    """One row per dropout found. ``str(report)`` is a table.
+    """One row per dropout. ``str(report)`` is a table.
 
-    Producers and consumers are found by the data's own way, so they are filled in by the first training
-    forward; before it a row says so.
+    Producers and consumers are found by following the data, so they are known after the first forward pass in
+    training mode; until then the rows say so.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -103,21 +103,21 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def left(self, name: str, rate: float | None, reason: str) -> None:
-        """Add a dropout that stays as it is, unless the very call, of this place in the code, has a row."""
+        """Add a dropout that is left as it is, unless there is a row for the same call (line of code) already."""
         place = name.rpartition(" (")[2] if ":" in name else None
         if place is None or not any(row.name.endswith(f" ({place}") for row in self.rows):
             self.rows.append(Row(name, rate, reason))
 
     def _products(self) -> list[tuple[int, float]]:
-        """Multiplies and expected executed share of each product of the last step."""
+        """Multiplies of each product of the last step, and the share that is executed in expectation."""
         return [(n, _executed(*sites)) for work in self.work for sites, n in work.items()]
 
     @property
     def saved(self) -> float:
         """Share of the model's multiplies that is saved in expectation, in [0, 1).
 
-        Counted are linear, convolutional, recurrent and attention layers; products that the model's own
-        code forms by functions of PyTorch are not.
+        Linear, convolutional, recurrent and attention layers count; products that the model's own code computes with
+        PyTorch functions do not.
         """
         return sum(n * (1 - share) for n, share in self._products()) / self.multiplies if self.multiplies else 0.0
 
@@ -125,9 +125,9 @@ class Report:
     def saved_time(self) -> float:
         """Share of the time of the model's products that is saved in expectation on this device, in [0, 1).
 
-        What each product saves of its multiplies, as far as it exceeds what skipping costs by the measure of the
-        policy (:data:`.policy.THRESHOLDS`). All other work takes the time it takes: normalisation,
-        activations, the loss, the optimizer.
+        The multiplies that each product saves, minus the overhead of skipping that the policy assumes
+        (:data:`.policy.THRESHOLDS`). All other work (normalisation, activations, the loss, the optimizer) takes as
+        long as before.
         """
         net = 0.0
         for work in self.work:
@@ -139,11 +139,11 @@ class Report:
 
     @property
     def multiplies(self) -> int:
-        """Multiplies of one training forward of the unconverted model, as far as they are counted."""
+        """Multiplies of one forward pass of the unconverted model, as far as they are counted."""
         return self.elsewhere + sum(n for n, _ in self._products())
 
     def saved_by(self, row: Row) -> float:
-        """What one dropout alone would save of them. Shares overlap: two dropouts may skip the same multiply."""
+        """Share of them that one dropout alone would save. Shares overlap: two dropouts can skip one multiply."""
         if row.site is None:
             return 0.0
         own = sum(n for work in self.work for sites, n in work.items() if row.site in sites)
@@ -156,7 +156,7 @@ class Report:
         return iter(self.rows)
 
     def __getitem__(self, name: str | int) -> Row:
-        """Row by position or by the dropout's name."""
+        """The row at a position or of a name."""
         return self.rows[name] if isinstance(name, int) else next(r for r in self.rows if r.name == name)
 
     @property
@@ -188,7 +188,7 @@ class Report:
         return "\n".join([text_table(_COLUMNS, self._cells()), *self.notes, self._total])
 
     def _repr_html_(self) -> str:
-        """The table as a notebook shows it."""
+        """The table for notebooks."""
         lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in _COLUMNS)}</tr>"]
         for row in self._cells():
             lines.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>")
@@ -197,7 +197,7 @@ class Report:
 
 
 def _executed(before: Site | None, after: Site | None) -> float:
-    """Expected share of a product that is executed between two sites."""
+    """Share of a product between two sites that is executed in expectation."""
     sites = [site for site in (before, after) if site is not None]
     if len(sites) == 2 and sites[0].sampler is sites[1].sampler:
         # One (dp, keep) for both: the mean of the square, not the square of the mean.

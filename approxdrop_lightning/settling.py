@@ -1,8 +1,8 @@
-"""When it is decided where nothing is skipped, and which converted layers are stock from then on.
+"""Decides where nothing is skipped, and makes the converted layers there stock layers.
 
-A step is *watched* if its batch may show shapes that were not seen: then all layers are converted, and who reads what
-is noted. After it each use of a dropout is decided. Layers beside which nothing is skipped are stock layers, with
-nothing of this package in them, until the next watched step.
+A step is *watched* if its batch may have shapes not seen before. All layers are then converted, and it is recorded
+which layer reads what; after the step, it is decided for each use of a dropout whether to skip. Layers next to which
+nothing is skipped are stock layers, without any code of this package, until the next watched step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from approxdrop_lightning.patterns.sampler import PatternSampler
     from approxdrop_lightning.report import Report
 
-#: Shapes of the tensors of a batch; None: it has none that can be found.
+#: Shapes of the tensors in a batch; None if there are none, or they cannot be compared.
 Shapes = tuple[tuple[int, ...], ...] | None
 
 
@@ -36,11 +36,11 @@ class Layer:
     Attributes:
         name: Its name in the model.
         ref: The layer.
-        cls: Its class in training.
-        attributes: What it has beside the stock layer, while it is one; else nothing.
-        sites: The dropouts that it is, or has between its layers.
-        compiled: Whether it is in a part that ``torch.compile`` has taken, where another class means another graph.
-        stock: Whether nothing is skipped beside it, so that it stays a stock layer in training, too.
+        cls: Its class while it is converted.
+        attributes: The attributes that it has in addition while it is converted; empty as long as it is.
+        sites: The dropouts that it is or contains.
+        compiled: Whether it is in a part compiled by ``torch.compile``, where a different class means a new graph.
+        stock: Whether nothing is skipped next to it, so that it stays a stock layer in training as well.
     """
 
     name: str
@@ -52,18 +52,18 @@ class Layer:
     stock: bool = False
 
     def wake(self) -> None:
-        """Convert it, if it is in training mode and nobody else has changed its class."""
+        """Convert it, if it is in training mode and its class has not been changed by others."""
         module = self.ref() if self.attributes else None
         if module is None or not module.training or type(module) is not vars(self.cls)["stock"]:
             return
         module.__class__ = self.cls
         for name, value in self.attributes.items():
-            # Past nn.Module.__setattr__: nothing of ours may be registered or saved.
+            # Bypasses nn.Module.__setattr__: these attributes must not be registered or saved.
             object.__setattr__(module, name, value)
         self.attributes = {}
 
     def rest(self) -> None:
-        """Make it the stock layer."""
+        """Make it a stock layer."""
         module = self.ref()
         if module is None or type(module) is not self.cls:
             return
@@ -72,19 +72,19 @@ class Layer:
         give_back(module)
 
     def put(self, **values: Any) -> None:
-        """Set attributes, wherever they are at the time."""
+        """Set attributes, whether or not it is converted at the moment."""
         if self.attributes:
             self.attributes.update(values)
         elif (module := self.ref()) is not None:
             vars(module).update(values)
 
     def get(self, name: str) -> Any:
-        """An attribute, wherever it is; None if it is gone."""
+        """The value of an attribute, whether or not it is converted at the moment; None if it is missing."""
         module = self.ref()
         return self.attributes.get(name) if self.attributes else getattr(module, name, None)
 
     def may_be_stock(self, busy: set[str]) -> bool:
-        """Whether nothing is skipped beside it.
+        """Whether nothing is skipped in it or next to it.
 
         Args:
             busy: Names of the layers in which something is skipped.
@@ -107,13 +107,13 @@ class Layer:
 
 @dataclass
 class Settling:
-    """Decides, between steps, for the sites of one model.
+    """Makes the decisions for one model, between steps.
 
     Attributes:
-        report: Of the model, with its sites.
-        layers: Its converted layers.
-        watching: Whether the step is watched.
-        version: Number of times that layers have become other ones.
+        report: The report of the model, which has its sites.
+        layers: The converted layers by id.
+        watching: Whether the current step is watched.
+        version: Number of times that classes of layers have changed.
         is_idle: Whether all layers are stock.
     """
 
@@ -122,19 +122,18 @@ class Settling:
     watching: bool = True
     version: int = 0
     is_idle: bool = False
-    _known: list[Shapes] = field(
-        default_factory=list
-    )  # the largest batches watched, of which smaller ones say no more
+    #: Shapes of the largest batches watched; smaller ones show nothing new.
+    _known: list[Shapes] = field(default_factory=list)
     _shapes: Shapes = None
     _steps: int = 0
-    _again: bool = False  # the next step is watched, whatever it reads
+    _again: bool = False  # the next step is watched, whatever its batch
 
     @property
     def _sites(self) -> list[Site]:
         return [site for site in self.report.sites if site.rate and site.decides]
 
     def goes_on(self, batch: Any) -> bool:
-        """Whether all layers stay stock in a step: nothing is to be done for it, and nothing is here."""
+        """Whether all layers stay stock in a step with this batch, so that there is nothing to do."""
         if not self.is_idle:
             return False
         shapes = shapes_of(batch)
@@ -144,7 +143,7 @@ class Settling:
         return shapes is not None and shapes == self._shapes
 
     def begin(self, batch: Any) -> None:
-        """Begin a step of a batch; of one of which nothing is known steps 1, 2, 4, 8, ... are watched."""
+        """Begin a step. If nothing is known of its batch, steps 1, 2, 4, 8, ... are watched."""
         self._shapes = shapes_of(batch)
         self._steps += 1
         known = any(_covers(large, self._shapes) for large in self._known)
@@ -156,7 +155,7 @@ class Settling:
             self._arrange()
 
     def end(self) -> None:
-        """Decide by what was seen in the step."""
+        """Decide according to what the step has shown."""
         sites = self._sites
         if not self.watching and not any(site.opened for site in sites):
             return
@@ -178,12 +177,12 @@ class Settling:
                 if use.seen and complete:
                     use.settle(whole)
                     settled.append(use)
-                elif use.seen or use.unseen:  # by a step that dropped nothing, or beside layers that were stock
+                elif use.seen or use.unseen:  # in a step that dropped nothing, or next to layers that were stock
                     use.reopen()
                     self._again = True
         for use in settled:
             if use.skips and any(other.is_stock for other in use.beside):
-                use.reopen()  # what was side by side with it is stock now: look at it once more
+                use.reopen()  # a tensor that was concatenated with it is stock now
                 self._again = True
         nothing = {site for site in sites if site.reason is not None}
         for site in sites:
@@ -201,12 +200,12 @@ class Settling:
         self.watching = False
 
     def _read_whole_too(self) -> set[str]:
-        """Names of layers whose outputs were read whole after kept units of them had been computed."""
+        """Names of layers whose outputs were read whole although kept units had been computed separately."""
         linear = (layer for layer in self.layers.values() if issubclass(layer.cls, ApproxLinear))
         return {layer.name for layer in linear if layer.get("read_whole_too")}
 
     def _arrange(self) -> None:
-        """Make each layer what it is to be in the next step."""
+        """Give each layer the class that it has in the next step."""
         self.version += 1
         uses = [use for site in self._sites for use in site.uses.values() if use.skips is not False]
         busy = {name for use in uses for name in use.layers}
@@ -230,16 +229,16 @@ class Settling:
 
     @property
     def has_stock(self) -> bool:
-        """Whether stock dropout runs anywhere."""
+        """Whether stock dropout runs in place of any site."""
         return any(False in site.in_graphs or any(use.is_stock for use in site.uses.values()) for site in self._sites)
 
     def samplers(self) -> list[PatternSampler]:
-        """Those from which something is drawn in the step."""
+        """The samplers that patterns are drawn from in the current step."""
         drawing = (site for site in self.report.sites if not (site.resting or site.is_native))
         return list({id(site.sampler): site.sampler for site in drawing}.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """All decisions, of plain values."""
+        """All decisions, as plain values."""
         return {
             "uses": {
                 site.name: [use.state() for use in site.uses.values() if use.skips is not None]
@@ -253,7 +252,7 @@ class Settling:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take decisions over; those of sites that the model does not have are left out."""
+        """Restore saved decisions, except those for sites that the model does not have."""
         for site in self._sites:
             site.uses.clear()
             for saved in state["uses"].get(site.name, []):
@@ -272,20 +271,20 @@ class Settling:
 
 
 def shapes_of(batch: Any) -> Shapes:
-    """Shapes of the tensors of a batch, in whatever containers; None if there are none, or a tensor is nested."""
+    """Shapes of the tensors in a batch; None if there are none, or if a tensor is nested."""
     flat = type(batch) in (tuple, list) and all(type(leaf) is Tensor for leaf in batch)
     try:
-        leaves = batch if flat else tree_leaves(batch)  # which takes longer than some steps would like
+        leaves = batch if flat else tree_leaves(batch)  # which takes a while
     except RecursionError:  # a container that contains itself
         return None
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if any(tensor.is_nested for tensor in tensors):  # it has no shape, or one that compares with no other batch's
+    if any(tensor.is_nested for tensor in tensors):  # their shapes cannot be compared
         return None
     return tuple(tuple(tensor.shape) for tensor in tensors) or None
 
 
 def _covers(large: Shapes, small: Shapes) -> bool:
-    """Whether a batch shows all that one of other shapes would show: no size of it is smaller."""
+    """Whether no size of the second batch exceeds that of the first, so that it shows nothing new."""
     if large is None or small is None or large == small:
         return large == small
     return len(large) == len(small) and all(map(_shape_covers, large, small))
