@@ -26,9 +26,9 @@ _TESTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 class ApproxDropout(Callback):
     """Make the dropout of a model skip the work that it drops.
 
-    When training starts, ``nn.Dropout`` layers and the ``nn.Linear`` and ``nn.LSTM`` layers next to them are converted
-    in place. Patterns are drawn for each batch, and when training ends, the stock layers are restored. Validation,
-    test and prediction are those of the unconverted model, and so is the ``state_dict`` at any time.
+    When training starts, ``nn.Dropout`` layers and the ``nn.Linear`` and ``nn.LSTM`` layers next to them are
+    converted in place. Patterns are drawn for each batch, and when training ends, the stock layers are restored.
+    Validation, test and prediction are those of the unconverted model, and so is the ``state_dict`` at any time.
 
     One callback can be used for several fits. A model with the same sites (names and rates) continues the sequence of
     patterns and the realised rate; any other model starts a new one.

@@ -34,8 +34,8 @@ class CudaGraphStep(Callback):
     the first epochs; :attr:`report` says how many steps did and why. Conventional dropout is captured as well, with
     fresh masks in each replay.
 
-    A replay runs no Python code, so ``training_step`` must not depend on ``batch_idx``, change attributes, or wait for
-    the device (``loss.item()``). Values passed to ``self.log`` are logged for each step if they are
+    A replay runs no Python code, so ``training_step`` must not depend on ``batch_idx``, change attributes, or wait
+    for the device (``loss.item()``). Values passed to ``self.log`` are logged for each step if they are
     tensors. Gradients are not kept after the step. With :class:`.ApproxDropout` the model must be compiled
     (``torch.compile``, in a mode without CUDA graphs of its own), since eager layers draw patterns in Python.
 

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
+_KINDS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 _FUNCTIONS = {
     getattr(home, name)
     for home in (torch, torch.nn.functional)
-    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+    for kind in _KINDS
+    for name in (kind, f"{kind}_", f"native_{kind}")
     if hasattr(home, name)
 }
 
