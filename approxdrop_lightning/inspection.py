@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
-_KINDS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+_KINDS = (
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout",
+)  # fmt: skip
 _FUNCTIONS = {
     getattr(home, name)
     for home in (torch, torch.nn.functional)
