@@ -17,7 +17,7 @@ from approxdrop_lightning.graph.frames import Callers
 from approxdrop_lightning.layers import ApproxDropoutSite, ApproxLSTM, Site, TileSite
 from approxdrop_lightning.layers.converted import Converted, class_for, give_back
 from approxdrop_lightning.layers.entrances import Entrances, compiled_parts
-from approxdrop_lightning.layers.lazy_tensor import remove_hooks, settle
+from approxdrop_lightning.layers.waiting import remove_hooks, settle
 from approxdrop_lightning.multiplies import Count
 from approxdrop_lightning.options import Options
 from approxdrop_lightning.patterns.sampler import PatternSampler

@@ -10,25 +10,15 @@ import torch
 from torch import Tensor
 
 from approxdrop_lightning import functional
-from approxdrop_lightning.layers.compact_tensor import Combine, CompactTensor, Kept, Seen
-from approxdrop_lightning.layers.lazy_tensor import (
-    COMBINATIONS,
-    Autocast,
-    LazyTensor,
-    as_dense,
-    is_pointwise,
-    settle,
-    shape_of,
-)
-from approxdrop_lightning.layers.linear import (
-    ApproxLinear,
-    PendingLinear,
-    dense_again,
-    run_chain,
-    tensors_of,
-    with_tensors,
-)
+from approxdrop_lightning.layers.compact_tensor import Combine, CompactTensor
+from approxdrop_lightning.layers.contexts import Autocast
+from approxdrop_lightning.layers.functions import Chain, run_chain, tensors_of, with_tensors
+from approxdrop_lightning.layers.kept import Kept, Seen
+from approxdrop_lightning.layers.lazy_tensor import COMBINATIONS, LazyTensor, as_dense, is_pointwise, shape_of
+from approxdrop_lightning.layers.linear import ApproxLinear
+from approxdrop_lightning.layers.pending import PendingLinear, dense_again
 from approxdrop_lightning.layers.use import Use
+from approxdrop_lightning.layers.waiting import settle
 from approxdrop_lightning.ops.derivative import vjp
 from approxdrop_lightning.ops.row_linear import joined
 from approxdrop_lightning.patterns.joined import JoinedPattern, join
@@ -56,8 +46,8 @@ class Combination:
         self.widths = () if adds else tuple(shape_of(part)[-1] for part in parts)
         self.shape = (*rows, n if adds else sum(self.widths))
         #: Elementwise functions put down so far, as ``(function, arguments, keywords)``, and of these the newest one.
-        self.chain: tuple[Any, ...] = ()
-        self.own: tuple[Any, ...] = ()
+        self.chain: Chain = ()
+        self.own: Chain = ()
         self.pending = [part for part in parts if isinstance(part, PendingLinear)]
         first = self.pending[0].held
         self.dtype, self.device, self.backend = first.dtype, first.device, first.backend

@@ -8,7 +8,6 @@ that do the same in several nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from approxdrop_lightning import functional
-from approxdrop_lightning.layers.lazy_tensor import LazyTensor, settle
-from approxdrop_lightning.layers.packing import Packing, unpacked
+from approxdrop_lightning.layers.kept import Packing, unpacked
+from approxdrop_lightning.layers.lazy_tensor import LazyTensor
+from approxdrop_lightning.layers.waiting import settle
 from approxdrop_lightning.ops.backend import choose_backend
 from approxdrop_lightning.ops.derivative import must_be_differentiable, vjp
 from approxdrop_lightning.ops.row_linear.groups import GroupedLinear
 
-_RELUS = (F.relu, torch.relu, Tensor.relu)
 _relu_backward = torch.ops.aten.threshold_backward.default
 
 
@@ -37,14 +36,6 @@ def is_one_node(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) ->
         and x.is_floating_point()
         and choose_backend(backend) == "compact"
     )
-
-
-def activation_of(chain: tuple[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], ...]) -> str | None:
-    """``"identity"`` or ``"relu"``, if a chain of elementwise functions is that; otherwise None."""
-    if not chain:
-        return "identity"
-    (func, args, kwargs), *more = chain
-    return "relu" if func in _RELUS and not (more or args or any(kwargs.values())) else None
 
 
 class KeptLinear(torch.autograd.Function):

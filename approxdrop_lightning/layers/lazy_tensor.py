@@ -7,118 +7,17 @@ subclass knows is computed on what it holds; to every other function it is the d
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map
-from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from approxdrop_lightning.graph.frames import never_alone
-
-
-def _overloads(*names: str) -> frozenset[Callable[..., Any]]:
-    """The forms of each function that PyTorch hands to ``__torch_function__``."""
-    homes = (F, torch, Tensor)
-    return frozenset(getattr(home, name) for name in names for home in homes if hasattr(home, name))
-
-
-#: Functions of one value with f(0) = 0: they may act on kept values alone, before or after dropout.
-KEEPS_ZERO = _overloads(
-    "relu", "relu6", "gelu", "tanh", "silu", "leaky_relu", "elu", "selu", "celu", "hardswish", "mish", "softsign",
-    "tanhshrink", "abs", "neg", "square", "sin",
-)  # fmt: skip
-#: Functions of one value: they may act on kept values alone as long as the dropout is yet to come.
-POINTWISE = KEEPS_ZERO | _overloads(
-    "sigmoid", "logsigmoid", "softplus", "hardsigmoid", "hardtanh", "exp", "cos", "add", "sub", "mul", "div", "clamp",
-)  # fmt: skip
-#: ``f(x, weight)``; of one weight it is a function of one value with f(0) = 0, whose weight has a gradient.
-PRELU = _overloads("prelu")
-#: They rearrange the leading dimensions, or everything; which of both their result's shape tells.
-RESHAPES = _overloads("view", "reshape", "flatten", "unsqueeze", "squeeze")
-#: Answered from the shape, dtype and device, without computing anything.
-_METADATA = frozenset(
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_leaf", "is_sparse",
-                 "is_quantized", "is_meta", "is_nested")
-) | {Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__,
-     Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel}  # fmt: skip
-#: About the gradient of the tensor, or about its node.
-_OF_THE_GRAPH = {Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook} | {
-    getter
-    for name in ("grad", "grad_fn", "retains_grad", "output_nr", "_backward_hooks")
-    for getter in (getattr(Tensor, name).__get__, getattr(Tensor, name).__set__)
-}
-#: They go back to inputs, which are the argument of this position or of the name.
-_BACKWARD = {torch.autograd.grad: 1, torch.autograd.backward: 5, Tensor.backward: 4}
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def run_eagerly(function: _Function) -> _Function:
-    """Let a function run eagerly under ``torch.compile``: a visible graph break.
-
-    Tracing would make constants of the patterns, hence a new graph for each until the limit, and then silence.
-    """
-    disabled = torch.compiler.disable(function, reason="patterns change with every batch")
-
-    @functools.wraps(function)
-    @never_alone
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # Where no compiler is about, its detour of some microseconds is saved.
-        if torch.compiler.is_dynamo_compiling() or get_eval_frame_callback() is not None:
-            return disabled(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call  # type: ignore[return-value]  # of the same signature
-
-
-def saving_hooks() -> Any:
-    """Who packs the tensors that autograd saves at this point; None: nobody."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def saving_as_where(hooks: Any) -> contextlib.AbstractContextManager[None]:
-    """Save past hooks that were not there when what is computed now was called for.
-
-    Non-reentrant checkpointing counts what is saved between the ends of a segment, and must find the same when it
-    computes the segment again: what began to wait before the segment is none of its.
-    """
-    if saving_hooks() == hooks:
-        return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
-
-
-def _identity(x: Any) -> Any:
-    return x
-
-
-class Autocast:
-    """The state of ``torch.autocast`` for a device, as it is when this is made."""
-
-    __slots__ = ("dtype", "enabled", "kind")
-
-    def __init__(self, kind: str) -> None:
-        self.kind, self.dtype, self.enabled = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-
-    @property
-    def is_current(self) -> bool:
-        """Whether it is so still, or again."""
-        return (torch.get_autocast_dtype(self.kind), torch.is_autocast_enabled(self.kind)) == (
-            self.dtype,
-            self.enabled,
-        )
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """For the duration it is so again."""
-        return contextlib.nullcontext() if self.is_current else torch.autocast(self.kind, self.dtype, self.enabled)
+from approxdrop_lightning.layers.contexts import run_eagerly
+from approxdrop_lightning.layers.functions import BACKWARD, METADATA, OF_THE_GRAPH, POINTWISE, PRELU, has_tensor
+from approxdrop_lightning.layers.waiting import wait
 
 
 class Held(Protocol):
@@ -230,91 +129,6 @@ class _Storage:
         return self.dense is not None and self.dense._version != self.version
 
 
-#: Lazy tensors whose values a change elsewhere might change, as long as somebody holds them.
-_waiting: list[weakref.ref[LazyTensor]] = []
-#: Hook on the steps of all optimizers, from the first tensor that waits on.
-_optimizers: RemovableHandle | None = None
-#: Weights whose gradients have a hook, by id; a backward pass need not meet any node of a lazy tensor.
-_weights: dict[int, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
-_passes = 0
-_last_pass = -1
-_MANY = 4096
-
-
-def settle() -> None:
-    """Compute the values that are still waiting and that somebody holds: parameters are about to change.
-
-    Called when a backward pass begins, or computes the gradient of a weight, and when a step ends. Most often nobody
-    holds any.
-    """
-    global _waiting, _passes, _last_pass
-    backward_pass = torch._C._current_graph_task_id()
-    if backward_pass not in (-1, _last_pass):
-        _passes, _last_pass = _passes + 1, backward_pass
-    if not _waiting:
-        return
-    refs, _waiting = _waiting, []
-    for ref in refs:
-        tensor = ref()
-        if tensor is not None and tensor.is_lazy and tensor.held.may_change and not tensor.held.has_changed:
-            tensor.dense()
-
-
-def _before_update(*_: Any) -> None:
-    """A hook by which an optimizer that updates ``p.data``, which nothing tracks, finds nothing waiting."""
-    if not torch.compiler.is_compiling():
-        settle()
-
-
-def watch_gradient(parameter: Tensor | None) -> None:
-    """Let a backward pass that computes the gradient of a parameter compute the values that are still waiting.
-
-    An update of the parameter comes next, and nothing else tells when: what waits may be no part of that pass.
-    """
-    if parameter is None or not parameter.requires_grad or not parameter.is_leaf:
-        return
-    key = id(parameter)
-    known = _weights.get(key)
-    if known is None or known[0]() is not parameter:
-        _weights[key] = (
-            weakref.ref(parameter, lambda _: _weights.pop(key, None)),
-            parameter.register_hook(note_backward),
-        )
-
-
-def remove_hooks() -> None:
-    """Remove the hooks on optimizers and weights: nothing waits in the steps to come, or they will be set again.
-
-    Not after each step: compiled steps of optimizers are compiled anew if it changes.
-    """
-    global _optimizers
-    if _optimizers is not None:
-        _optimizers.remove()
-        _optimizers = None
-    while _weights:
-        _weights.popitem()[1][1].remove()
-
-
-def backward_passes() -> int:
-    """How many backward passes have gone by a site so far."""
-    return _passes
-
-
-@unserializable_hook  # type: ignore[untyped-decorator]  # parameters with it are pickled without a warning
-def note_backward(grad: Tensor) -> None:
-    """A hook by which those notice a backward pass that have no node in it."""
-    settle()
-
-
-def _wait(ref: weakref.ref[LazyTensor]) -> None:
-    global _waiting, _optimizers
-    if len(_waiting) > _MANY:  # no backward pass, no step: somebody only evaluates
-        _waiting = [ref for ref in _waiting if ref() is not None]
-    if _optimizers is None:
-        _optimizers = register_optimizer_step_pre_hook(_before_update)
-    _waiting.append(ref)
-
-
 #: Functions of several tensors, and what makes a lazy tensor of lazy ones in their place, or NotImplemented.
 COMBINATIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
@@ -349,7 +163,7 @@ class LazyTensor(torch.Tensor):
         self._own_dense = None
         self._view_of = None if view_of is None else view_of.place._tensor
         if held.may_change:
-            _wait(self.place._tensor)
+            wait(self.place._tensor)
 
     @property
     def is_lazy(self) -> bool:
@@ -416,10 +230,10 @@ class LazyTensor(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _OF_THE_GRAPH or func in _BACKWARD:
+        if func in OF_THE_GRAPH or func in BACKWARD:
             return cls._ask_the_graph(func, args, kwargs)
         combine = COMBINATIONS.get(func)
         if combine is not None and torch.is_grad_enabled():
@@ -446,7 +260,7 @@ class LazyTensor(torch.Tensor):
         def node(x: Any) -> Any:
             return x.in_graph() if isinstance(x, LazyTensor) else x
 
-        inputs = _BACKWARD.get(func)
+        inputs = BACKWARD.get(func)
         args = tuple(
             tree_map(node if inputs is None or inputs == i else as_dense, argument) for i, argument in enumerate(args)
         )
@@ -501,18 +315,3 @@ def is_pointwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         weight = args[0] if args else kwargs.get("weight")
         return isinstance(weight, Tensor) and not isinstance(weight, LazyTensor) and weight.numel() == 1
     return func in POINTWISE and not has_tensor((*args, *kwargs.values()))
-
-
-def has_tensor(args: Any) -> bool:
-    """Whether a tensor is among the arguments: then the function is not one of a single value."""
-    return any(isinstance(a, Tensor) for a in args)
-
-
-def reshaped_leading(
-    func: Callable[..., Any], shape: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[int, ...] | None:
-    """New shape, if a reshaping leaves the last dimension (and so each row) as it is; else None."""
-    if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
-        return None
-    out = tuple(func(torch.empty(shape, device="meta"), *args, **kwargs).shape)
-    return out if out and shape and out[-1] == shape[-1] else None

@@ -13,9 +13,11 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from approxdrop_lightning import functional
-from approxdrop_lightning.layers.compact_tensor import CompactTensor, Seen, past
+from approxdrop_lightning.layers.compact_tensor import CompactTensor, past
+from approxdrop_lightning.layers.contexts import run_eagerly
 from approxdrop_lightning.layers.converted import Converted
-from approxdrop_lightning.layers.lazy_tensor import LazyTensor, as_dense, run_eagerly
+from approxdrop_lightning.layers.kept import Seen
+from approxdrop_lightning.layers.lazy_tensor import LazyTensor, as_dense
 from approxdrop_lightning.layers.site import Site
 from approxdrop_lightning.layers.use import Use
 from approxdrop_lightning.ops.derivative import is_transformed, outside_of_transforms

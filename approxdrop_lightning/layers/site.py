@@ -10,25 +10,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.fx import Proxy
+from torch import Tensor
 
-from approxdrop_lightning.graph import limit
 from approxdrop_lightning.graph.book import Book, Drawn
-from approxdrop_lightning.graph.frames import never_alone
 from approxdrop_lightning.layers.combined import Combination, PendingCombination
-from approxdrop_lightning.layers.compact_tensor import CompactTensor, Kept
-from approxdrop_lightning.layers.converted import Converted
-from approxdrop_lightning.layers.lazy_tensor import (
-    as_dense,
-    backward_passes,
-    is_ordinary,
-    note_backward,
-    run_eagerly,
-    shape_of,
-)
-from approxdrop_lightning.layers.linear import Pending, PendingLinear, read_whole_before
+from approxdrop_lightning.layers.compact_tensor import CompactTensor
+from approxdrop_lightning.layers.kept import Kept
+from approxdrop_lightning.layers.lazy_tensor import as_dense, is_ordinary, shape_of
+from approxdrop_lightning.layers.pending import Pending, PendingLinear, read_whole_before
 from approxdrop_lightning.layers.use import Key, Use
+from approxdrop_lightning.layers.waiting import backward_passes, note_backward
 from approxdrop_lightning.ops.derivative import batch_of_transforms, is_transformed, outside_of_transforms
 from approxdrop_lightning.patterns.joined import join, of_as_many_orders
 from approxdrop_lightning.patterns.row import RowPattern
@@ -397,53 +388,3 @@ class Site:
             pattern = self.pattern(x.shape[-1], leading_shape=leading)
             mask = pattern.mask(*leading, dtype=x.dtype, value=self.scale, device=x.device)
         return x * of_the_level(mask)
-
-
-class ApproxDropoutSite(Converted, nn.Dropout):
-    """Stands in ``nn.Dropout``'s place; in evaluation it is ``nn.Dropout``.
-
-    Attributes:
-        site: The site.
-    """
-
-    stock = nn.Dropout
-    site: Site
-    #: What compiled graphs read of it (:mod:`approxdrop_lightning.graph`); no key: it runs eagerly.
-    graph_key: str | None = None
-    graph_table: Tensor
-    graph_dp: int
-    graph_keep: int
-
-    @property
-    def last_patterns(self) -> tuple[Pattern, ...]:
-        """Patterns of the last training forward, in order of use."""
-        return self.site.last_patterns
-
-    @property
-    def scale(self) -> float:
-        """Factor of the kept values in this step."""
-        return self.site.scale
-
-    @never_alone
-    def forward(self, input: Tensor) -> Tensor:
-        """``[..., n]`` to ``[..., n]``."""
-        if not isinstance(self, ApproxDropoutSite):  # this bound method outlived the conversion, in a wrapper
-            return nn.Dropout.forward(self, input)
-        # Both are constants to Dynamo; so are the pair and the key, by which each pair has a graph of its own.
-        # A layer that evaluates is of the stock class: no need to read `training`, a property, which PyTorch 2.11
-        # cannot trace.
-        if torch.compiler.is_dynamo_compiling() and self.graph_key is not None:
-            return torch.ops.approxdrop.drop(input, self.graph_table, self.graph_key, self.graph_dp, self.graph_keep)
-        if self.graph_key is not None and limit.is_reached() and self.drops:
-            limit.warn(self.site)
-        return self._run(input)
-
-    @run_eagerly
-    def _run(self, input: Tensor) -> Tensor:
-        if not (self.training and self.drops) or isinstance(input, Proxy):
-            return super().forward(input)
-        dropped = self.site.drop(input, self.inplace)
-        if isinstance(dropped, CompactTensor) and not torch.is_grad_enabled():
-            # Training mode without gradients: nothing waits, so the product exists already.
-            return as_dense(dropped)
-        return dropped

@@ -11,16 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from approxdrop_lightning import functional
-from approxdrop_lightning.layers.lazy_tensor import (
-    RESHAPES,
-    LazyTensor,
-    reshaped_leading,
-    saving_as_where,
-    saving_hooks,
-    settle,
-    version_of,
-)
+from approxdrop_lightning.layers.contexts import saving_as_where, saving_hooks
+from approxdrop_lightning.layers.functions import RESHAPES, reshaped_leading
+from approxdrop_lightning.layers.lazy_tensor import LazyTensor, version_of
 from approxdrop_lightning.layers.use import Use
+from approxdrop_lightning.layers.waiting import settle
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 from approxdrop_lightning.work import Ledger
 

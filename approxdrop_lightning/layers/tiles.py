@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from approxdrop_lightning.layers.contexts import run_eagerly
 from approxdrop_lightning.layers.converted import Converted
-from approxdrop_lightning.layers.lazy_tensor import as_dense, is_ordinary, run_eagerly
+from approxdrop_lightning.layers.lazy_tensor import as_dense, is_ordinary
 from approxdrop_lightning.layers.lstm import ApproxLSTM
 from approxdrop_lightning.layers.tiled_tensor import TiledTensor
 from approxdrop_lightning.work import Ledger

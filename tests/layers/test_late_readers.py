@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from approxdrop_lightning import approximate, resample, restore
-from approxdrop_lightning.layers import lazy_tensor
+from approxdrop_lightning.layers import waiting
 from approxdrop_lightning.layers.lazy_tensor import LazyTensor
 
 ALL = {"min_gain": 0, "pattern_everywhere": True}
@@ -220,9 +220,9 @@ def test_what_is_held_over_the_step_of_an_optimizer_keeps_its_value(optimizer):
         expected = nn.functional.linear(x, model[0].weight, model[0].bias).detach().clone()
         updates.step()
         assert_same("hidden", hidden, expected)
-    assert lazy_tensor._optimizers is not None
+    assert waiting._optimizers is not None
     restore(model)
-    assert lazy_tensor._optimizers is None  # nothing is left on other people's optimizers
+    assert waiting._optimizers is None  # nothing is left on other people's optimizers
 
 
 def test_a_hook_may_change_the_gradient_of_dropped_units_too():

@@ -10,7 +10,7 @@ from torch import nn
 
 from approxdrop_lightning import ApproxLinear, approximate, resample
 from approxdrop_lightning.layers import ApproxDropoutSite
-from approxdrop_lightning.layers.linear import PendingLinear
+from approxdrop_lightning.layers.pending import PendingLinear
 
 
 def test_a_product_too_small_to_gain_is_that_of_stock_layers():
