@@ -1,4 +1,4 @@
-"""Contexts of deferred work: outside of compilers, with the saved-tensor hooks and the autocast of the original call."""
+"""Contexts of deferred work: no compiler, and the saved-tensor hooks and the autocast of the original call."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from approxdrop_lightning.graph.frames import never_alone
+
 #: Arguments of some instance of each stock class, which takes its state later: without memory and random numbers.
 _ANY: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.Dropout: (),
@@ -38,6 +40,27 @@ class Converted:
     stock: ClassVar[type[nn.Module]]
     #: The layer and its conversion. Weak, so that nothing lives longer for it; the former tells a copy.
     owner: tuple[weakref.ref[Any], weakref.ref[Any]] | None = None
+
+    @never_alone
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the stock layer."""
+        if not isinstance(self, Converted):  # a bound method that outlived the conversion, in somebody's wrapper
+            return type(self).forward(self, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return self._captured(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer computes while it is converted, in eager mode."""
+        raise NotImplementedError
+
+    def _captured(self, *args: Any, **kwargs: Any) -> Any:
+        """The same in code that Dynamo captures: unless a layer says otherwise, a visible graph break."""
+        return self._run(*args, **kwargs)
+
+    def _as_stock(self, *args: Any, **kwargs: Any) -> Any:
+        """What the stock layer computes."""
+        return super().forward(*args, **kwargs)  # type: ignore[misc]  # the stock class comes next
 
     @property
     def is_live(self) -> bool:

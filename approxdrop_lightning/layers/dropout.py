@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from approxdrop_lightning.graph import limit
-from approxdrop_lightning.graph.frames import never_alone
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.layers.contexts import run_eagerly
 from approxdrop_lightning.layers.converted import Converted
@@ -40,24 +39,23 @@ class ApproxDropoutSite(Converted, nn.Dropout):
         """Factor of the kept values in this step."""
         return self.site.scale
 
-    @never_alone
-    def forward(self, input: Tensor) -> Tensor:
+    def _captured(self, input: Tensor) -> Tensor:
+        if self.graph_key is None:
+            return self._run(input)
+        # Key and pair are constants to Dynamo, so that each pair has a graph of its own. A layer that evaluates is of
+        # the stock class, so `training` need not be read: it is a property, which PyTorch 2.11 cannot trace.
+        return torch.ops.approxdrop.drop(input, self.graph_table, self.graph_key, self.graph_dp, self.graph_keep)
+
+    def _run(self, input: Tensor) -> Tensor:
         """``[..., n]`` to ``[..., n]``."""
-        if not isinstance(self, ApproxDropoutSite):  # this bound method outlived the conversion, in a wrapper
-            return nn.Dropout.forward(self, input)
-        # Both are constants to Dynamo; so are the pair and the key, by which each pair has a graph of its own.
-        # A layer that evaluates is of the stock class: no need to read `training`, a property, which PyTorch 2.11
-        # cannot trace.
-        if torch.compiler.is_dynamo_compiling() and self.graph_key is not None:
-            return torch.ops.approxdrop.drop(input, self.graph_table, self.graph_key, self.graph_dp, self.graph_keep)
         if self.graph_key is not None and limit.is_reached() and self.drops:
             limit.warn(self.site)
-        return self._run(input)
+        return self._drop(input)
 
     @run_eagerly
-    def _run(self, input: Tensor) -> Tensor:
+    def _drop(self, input: Tensor) -> Tensor:
         if not (self.training and self.drops) or isinstance(input, Proxy):
-            return super().forward(input)
+            return self._as_stock(input)
         dropped = self.site.drop(input, self.inplace)
         if isinstance(dropped, CompactTensor) and not torch.is_grad_enabled():
             # Training mode without gradients: nothing waits, so the product exists already.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from approxdrop_lightning.graph.frames import never_alone
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.layers.contexts import run_eagerly
 from approxdrop_lightning.layers.converted import Converted
@@ -18,15 +16,6 @@ from approxdrop_lightning.layers.pending import Pending, PendingLinear
 from approxdrop_lightning.layers.waiting import watch_gradient
 from approxdrop_lightning.ops.derivative import is_transformed
 from approxdrop_lightning.work import Ledger
-
-if TYPE_CHECKING:
-    pass
-
-#: Key of the metadata of a node that computes the whole output of a layer: that layer.
-_MADE_BY = "approxdrop_lightning"
-#: A dropout is after a layer if so many nodes lie between them at most, none of which is a product of others.
-_MOST_NODES = 16
-_PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "ScaledDotProduct", "Embedding")
 
 
 class ApproxLinear(Converted, nn.Linear):
@@ -55,25 +44,20 @@ class ApproxLinear(Converted, nn.Linear):
     read_whole_by: str | None
     work: Ledger
 
-    @never_alone
-    def forward(self, input: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
-        if not isinstance(self, ApproxLinear):  # this bound method outlived the conversion, in a wrapper
-            return nn.Linear.forward(self, input)
-        if torch.compiler.is_dynamo_compiling():  # the graph's pass makes of it what is to be made
-            return super().forward(input)
-        return self._run(input)
+    def _captured(self, input: Tensor) -> Tensor:
+        return self._as_stock(input)  # the pass over the graph makes of it what is to be made
 
     @run_eagerly
     def _run(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
         x = input  # the name by which nn.Linear may be called
         if not (torch.is_grad_enabled() and self.drops) or is_transformed() or isinstance(x, Proxy):
-            return super().forward(as_dense(x))
+            return self._as_stock(as_dense(x))
         if not is_ordinary(x):
-            return super().forward(x)
+            return self._as_stock(x)
         shape = shape_of(x)
         if shape[-1:] != (self.in_features,):
-            return super().forward(as_dense(x))  # it raises nn.Linear's own error
+            return self._as_stock(as_dense(x))  # it raises nn.Linear's own error
         multiplies = math.prod(shape) * self.out_features
         if isinstance(x, LazyTensor) and not (isinstance(x, CompactTensor) and x.serves(multiplies)):
             x = x.dense()
@@ -85,5 +69,5 @@ class ApproxLinear(Converted, nn.Linear):
                     self.work.note(site, None, share)
                 return x.linear(self.weight, self.bias, self.name)
             self.work.note(None, None, multiplies)
-            return super().forward(x)
+            return self._as_stock(x)
         return PendingLinear(Pending(self, x, (*shape[:-1], self.out_features)))

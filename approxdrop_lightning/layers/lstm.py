@@ -64,10 +64,8 @@ class ApproxLSTM(Converted, nn.LSTM):
         return None
 
     @run_eagerly
-    def forward(self, input: Tensor | PackedSequence, hx: _State | None = None) -> tuple[Any, _State]:
+    def _run(self, input: Tensor | PackedSequence, hx: _State | None = None) -> tuple[Any, _State]:
         """As ``nn.LSTM``: ``[T, B, input]`` (``[B, T, input]`` if ``batch_first``, ``[T, input]`` unbatched)."""
-        if not isinstance(self, ApproxLSTM):  # this bound method outlived the conversion, in a wrapper
-            return nn.LSTM.forward(self, input, hx)
         if isinstance(input, Proxy):
             raise RuntimeError(
                 f"{self.name}: torch.fx does not trace a converted nn.LSTM in training mode; trace the model in "
@@ -77,7 +75,7 @@ class ApproxLSTM(Converted, nn.LSTM):
             return self._stock(input, hx)
         x, given = input, hx  # the name by which nn.LSTM may be called
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
-            return super().forward(as_dense(x), hx)  # it raises nn.LSTM's own error
+            return self._as_stock(as_dense(x), hx)  # it raises nn.LSTM's own error
         batched = x.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if not batched:
@@ -104,7 +102,7 @@ class ApproxLSTM(Converted, nn.LSTM):
     def _stock(self, input: Tensor | PackedSequence, hx: _State | None) -> tuple[Any, _State]:
         """As the stock layer; in training with the rate that was asked for."""
         if not (self.drops and isinstance(input, PackedSequence)):
-            return super().forward(as_dense(input), hx)
+            return self._as_stock(as_dense(input), hx)
         for site in self.sites:
             site.conventional = f"nn.LSTM runs packed sequences, with conventional dropout of {site.rate:g}"
         for site in self.recurrent_sites:
@@ -118,7 +116,7 @@ class ApproxLSTM(Converted, nn.LSTM):
         """The stock layer with the rate that was asked for."""
         own, self.dropout = self.dropout, self.sites[0].rate if self.sites else self.dropout
         try:
-            return super().forward(input, hx)
+            return self._as_stock(input, hx)
         finally:
             self.dropout = own
 

@@ -35,18 +35,16 @@ class TileLinear(Converted, nn.Linear):
     work: Ledger
 
     @run_eagerly
-    def forward(self, input: Tensor) -> Tensor:
+    def _run(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        if not isinstance(self, TileLinear):  # this bound method outlived the conversion, in a wrapper
-            return nn.Linear.forward(self, input)
         x = input  # the name by which nn.Linear may be called
         if isinstance(x, Proxy):
-            return super().forward(x)
+            return self._as_stock(x)
         training = self.drops
         if training and _is_marked(x) and x.shape[-1] == self.in_features:
             return x.linear(self.weight, self.bias, self.name, self.work)
         x = as_dense(x)
-        y = super().forward(x)
+        y = self._as_stock(x)
         if training and torch.is_grad_enabled() and is_ordinary(x):
             self.work.note(None, None, x.numel() * self.out_features)
         return y
