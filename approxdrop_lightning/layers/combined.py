@@ -108,7 +108,7 @@ class Combination:
     def dropped(self, pattern: RowPattern, use: Use, scale: float, source: LazyTensor) -> CompactTensor:
         """The dropped-out tensor of a site's pattern: the units that it drops are not computed."""
         values = self.kept_values(pattern, use)
-        return CompactTensor(Kept(self.shape, pattern, self.shape[:-1], use, values, scale=scale), source=source)
+        return CompactTensor.kept_of(source, values, (pattern, self.shape[:-1], self.shape), use, scale)
 
     def kept_values(self, pattern: RowPattern, use: Use) -> Tensor:
         """Values of the units that a site's pattern keeps, packed; of pending outputs the others are not computed."""

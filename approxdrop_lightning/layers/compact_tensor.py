@@ -13,8 +13,8 @@ from torch import Tensor
 from approxdrop_lightning import functional
 from approxdrop_lightning.layers.contexts import Autocast
 from approxdrop_lightning.layers.functions import KEEPS_ZERO, RESHAPES, has_tensor, reshaped_leading
-from approxdrop_lightning.layers.kept import Kept, masked, unpacked
-from approxdrop_lightning.layers.kept_linear import KeptInputs, is_one_node
+from approxdrop_lightning.layers.kept import Kept, Packing, Seen, masked, unpacked
+from approxdrop_lightning.layers.kept_linear import Keep, KeptInputs, is_one_node
 from approxdrop_lightning.layers.lazy_tensor import LazyTensor, shape_of
 from approxdrop_lightning.layers.waiting import note_backward, settle
 from approxdrop_lightning.ops.derivative import must_be_differentiable, vjp
@@ -41,38 +41,11 @@ class _Mask(torch.autograd.Function):
         return None, None, None if grad is None else masked(grad, *ctx.mask)
 
 
-class _Keep(torch.autograd.Function):
-    """A dropped-out tensor in the graph, and its values: of those of a pending output, and of that output itself.
-
-    Gradients go back to the values; where somebody wants that of the pending output, or derivatives of them, to that.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, cls: type, held: Kept, values: Tensor, source: LazyTensor) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.packing, ctx.scale, ctx.source = held.packing, held.scale, source.place
-        shown: Tensor = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
-        return shown, values * held.scale
-
-    @staticmethod
-    def backward(ctx: Any, dense: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        settle()
-        if dense is not None:
-            packed = functional.pack(dense, ctx.packing[0], "reference")
-            grad = packed if grad is None else grad + packed.view(grad.shape)
-        if grad is None:
-            return None, None, None, None
-        grad = grad * ctx.scale
-        if must_be_differentiable(grad) or ctx.source.is_wanted:
-            return None, None, None, unpacked(grad, ctx.packing)
-        return None, None, grad, None
-
-
 class _Derive(torch.autograd.Function):
     """A dropped-out tensor in the graph: a function of another one, or its values in another shape."""
 
     @staticmethod
-    def forward(ctx: Any, cls: type, held: Kept, function: Any, source: LazyTensor) -> Tensor:
+    def forward(ctx: Any, cls: type, held: Kept, function: Any, source: CompactTensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.function, ctx.packing = function, source.held.packing
         if function is not None:
@@ -181,9 +154,8 @@ class CompactTensor(LazyTensor):
         view_of: As of :class:`.LazyTensor`.
         made_of: Likewise.
         function: What it was derived by, as ``(function, arguments, keywords)``.
-        source: The pending output that it was dropped from; what is held are its kept values, yet to be scaled.
         parts: The dropped-out tensors that it shows side by side.
-        node: The tensor itself, if :class:`.KeptLinear` has made it.
+        node: The tensor itself, if a node of the graph has made it along with its values.
     """
 
     held: Kept
@@ -192,10 +164,9 @@ class CompactTensor(LazyTensor):
     def __new__(
         cls,
         held: Kept,
-        view_of: LazyTensor | None = None,
-        made_of: LazyTensor | None = None,
+        view_of: CompactTensor | None = None,
+        made_of: CompactTensor | None = None,
         function: Any = None,
-        source: LazyTensor | None = None,
         parts: tuple[CompactTensor, ...] = (),
         node: CompactTensor | None = None,
     ) -> CompactTensor:
@@ -206,12 +177,23 @@ class CompactTensor(LazyTensor):
         above = view_of if made_of is None else made_of
         if above is not None:
             return _Derive.apply(cls, held, function, above)
-        if source is None:
-            return _Mask.apply(cls, held, held.given)
+        return _Mask.apply(cls, held, held.given)
+
+    @classmethod
+    def kept_of(cls, source: LazyTensor, values: Tensor, packing: Packing, use: Seen, scale: float) -> CompactTensor:
+        """The dropped-out tensor of a pending output.
+
+        Args:
+            source: The pending output.
+            values: Its kept values, yet to be scaled.
+            packing: How they are packed.
+            use: What is told who reads.
+            scale: Factor of kept values.
+        """
         source.place.use()
-        shown, held._values = _Keep.apply(cls, held, held.given, source)
-        held.given, held.scale = held._values, 1.0
-        return shown
+        node, values = Keep.apply(cls, packing, scale, values, source)
+        pattern, rows, shape = packing
+        return cls(Kept(shape, pattern, rows, use, values), node=node)
 
     def _dense_from_above(self) -> Tensor:
         place = self.place.above

@@ -119,3 +119,32 @@ class KeptInputs(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2], *ctx.needs_input_grad[4:]
         dx, dw, db = vjp(dense, (unpacked(values, ctx.packing), weight, bias), wanted, grad)
         return None, None, dx, None, dw, db
+
+
+class Keep(torch.autograd.Function):
+    """The dropout alone: a dropped-out tensor and its values, of the kept values of a pending output.
+
+    Gradients go back to the values; where somebody wants that of the pending output, or derivatives of them, to that.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, cls: type, packing: Packing, scale: float, values: Tensor, source: LazyTensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.packing, ctx.scale, ctx.source = packing, scale, source.place
+        shown: Tensor = torch.Tensor._make_wrapper_subclass(cls, packing[2], dtype=values.dtype, device=values.device)
+        return shown, values * scale
+
+    @staticmethod
+    def backward(ctx: Any, dense: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        settle()
+        if dense is not None:
+            packed = functional.pack(dense, ctx.packing[0], "reference")
+            grad = packed if grad is None else grad + packed.view(grad.shape)
+        if grad is None:
+            return None, None, None, None, None
+        grad = grad * ctx.scale
+        if must_be_differentiable(grad) or ctx.source.is_wanted:
+            return None, None, None, None, unpacked(grad, ctx.packing)
+        return None, None, None, grad, None

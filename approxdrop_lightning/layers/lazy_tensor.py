@@ -146,7 +146,7 @@ class LazyTensor(torch.Tensor):
         **how: For the subclass.
     """
 
-    held: Any
+    held: Held
     place: Place
     _storage: _Storage
     _own_dense: Tensor | None

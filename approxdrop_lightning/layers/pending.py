@@ -258,7 +258,7 @@ class Pending:
         fits = self._one_grouping(compact, pattern) if compact is not None else self.x.shape[:-1] == rows
         if activation is None or not fits or not is_one_node(x, self.weight, self.bias, self.backend):
             values = self.kept_values(pattern, use)
-            return CompactTensor(Kept(self.shape, pattern, rows, use, values, scale=scale), source=source)
+            return CompactTensor.kept_of(source, values, (pattern, rows, self.shape), use, scale)
         source.place.use()
         with self._begin(compact, use):
             layer = linear_between(None if compact is None else compact.pattern, pattern, rows, self.weight)

@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor
 from approxdrop_lightning.graph.book import Book, Drawn
 from approxdrop_lightning.layers.combined import Combination, PendingCombination
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
+from approxdrop_lightning.layers.draws import Draws
 from approxdrop_lightning.layers.kept import Kept
 from approxdrop_lightning.layers.lazy_tensor import as_dense, is_ordinary, shape_of
 from approxdrop_lightning.layers.pending import Pending, PendingLinear, read_whole_before
@@ -27,11 +28,15 @@ from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 from approxdrop_lightning.policy import Policy, Thresholds, measured, product_dtype
 
+if TYPE_CHECKING:
+    from approxdrop_lightning.layers.tiled_tensor import Patterns
+
 Pattern = RowPattern | TilePattern | BernoulliPattern | Drawn
 
-#: Patterns, and shapes, that a site holds at most; backward passes of one step at which it says that there are too
-#: many.
+_Draw = TypeVar("_Draw")
+#: Shapes of inputs that a site holds decisions for at most.
 _MOST_HELD = 1024
+#: Backward passes of one step at which it says that there are too many.
 _MANY_PASSES = 100
 _WARNED: weakref.WeakSet[PatternSampler] = weakref.WeakSet()
 
@@ -91,18 +96,19 @@ class Site:
         #: Patterns of compiled graphs.
         self.book: weakref.ref[Book] | None = None
         self.steps = 0
-        self._patterns: list[Any] = []
-        self._uses = self._forgotten = 0
+        self._patterns: Draws[RowPattern] = Draws(name)
         self._passes, self._pass_of_last_draw = 0, backward_passes()
 
     @property
     def last_patterns(self) -> tuple[Pattern, ...]:
         """Patterns of the last training forward, in order of use."""
-        eager, book = (
-            tuple(self._patterns[: self._uses - self._forgotten]),
-            None if self.book is None else self.book(),
-        )
+        eager, book = self._patterns.used(), None if self.book is None else self.book()
         return eager if eager or book is None else book.drawn(self)
+
+    @property
+    def draws(self) -> Draws[RowPattern] | Draws[Patterns]:
+        """What it has drawn in this step."""
+        return self._patterns
 
     @property
     def scale(self) -> float:
@@ -114,20 +120,17 @@ class Site:
     @property
     def drew_on_host(self) -> bool:
         """Whether an eager layer has used a pattern since the step began."""
-        return self._uses > 0
+        return self.draws.uses > 0
 
     def begin(self, fresh: bool = True) -> None:
         """Begin a forward pass: with fresh patterns, or with those of the last one again."""
-        if fresh or self._forgotten:
-            self._patterns.clear()
-        self._uses = self._forgotten = 0
+        self.draws.begin(fresh)
         self._passes, self._pass_of_last_draw = 0, backward_passes()
         self.steps += 1
 
     def forget_patterns(self) -> None:
         """Stock dropout takes its place: there are none."""
-        self._patterns.clear()
-        self._uses = self._forgotten = 0
+        self.draws.begin()
 
     @property
     def skips(self) -> list[str]:
@@ -256,27 +259,16 @@ class Site:
                     return found
             return self.sampler.pattern(n, shared, leading_shape, group_rows)
 
-        return self._next(draw, lambda pattern: pattern.n == n)
+        return self._next(self._patterns, draw, lambda pattern: pattern.n == n)
 
-    def _next(self, draw: Callable[[], Any], fits: Callable[[Any], bool]) -> Any:
+    def _next(self, draws: Draws[_Draw], draw: Callable[[], _Draw], fits: Callable[[_Draw], bool]) -> _Draw:
         """What is drawn for the next use: anew, or again if the step is one and it still fits."""
-        if torch._C._current_graph_task_id() != -1:  # within a backward pass: activations are computed again
-            if self._uses != 1:
-                raise RuntimeError(
-                    f"{self.name}: activation checkpointing recomputes a dropout that was used {self._uses} times in "
-                    "this forward; which pattern is meant cannot be told"
-                )
-            return self._patterns[0]
-        place = self._uses - self._forgotten
-        if place == len(self._patterns) or not fits(self._patterns[place]):
-            del self._patterns[place:]
+
+        def checked() -> _Draw:
             self._check_resampled()
-            if place == _MOST_HELD:
-                del self._patterns[: place // 2]
-                self._forgotten += place // 2
-            self._patterns.append(draw())
-        self._uses += 1
-        return self._patterns[self._uses - self._forgotten - 1]
+            return draw()
+
+        return draws.next(checked, fits)
 
     def watch_passes(self, y: Tensor) -> None:
         """Notice the backward pass of a tensor that has no node of ours."""
@@ -295,7 +287,7 @@ class Site:
         Its layers are stock ones then, until somebody does. One backward pass may have been a trial.
         """
         self._count_passes()
-        if self._uses and self._passes >= (_MANY_PASSES if self.steps else 2):
+        if self.drew_on_host and self._passes >= (_MANY_PASSES if self.steps else 2):
             self._warn_of_passes("and the model evaluates: its layers are stock ones until it is called")
 
     def _count_passes(self) -> None:
@@ -304,7 +296,7 @@ class Site:
         Passes between which nothing is drawn are those of other models.
         """
         last = backward_passes()
-        self._passes += self._uses > 0 and last != self._pass_of_last_draw
+        self._passes += self.drew_on_host and last != self._pass_of_last_draw
         self._pass_of_last_draw = last
 
     def _warn_of_passes(self, what: str) -> None:
@@ -335,7 +327,7 @@ class Site:
         if not shape or 0 in shape or self.rate == 0:
             return F.dropout(as_dense(x), self.rate, True, inplace)
         source = x if isinstance(x, (PendingLinear, PendingCombination)) and x.is_lazy else None
-        pending: Pending | Combination | None = None if source is None else source.held
+        pending = None if source is None else source.held
         kind = (x.device, x.dtype) if pending is None else (pending.device, pending.dtype)
         use = self.use(shape, *kind)
         if use.is_stock:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from approxdrop_lightning.layers.draws import Draws
 from approxdrop_lightning.layers.lazy_tensor import as_dense, is_ordinary
 from approxdrop_lightning.layers.site import Site
 from approxdrop_lightning.layers.tiled_tensor import Marked, Patterns, TiledTensor
@@ -34,13 +35,19 @@ class TileSite(Site):
     def __init__(self, *args: Any, independent: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.independent = independent
+        self._tiles: Draws[Patterns] = Draws(self.name)
         #: Layers that multiply densely with a masked weight, and why.
         self.masked: dict[str, str] = {}
 
     @property
     def last_patterns(self) -> tuple[TilePattern | BernoulliPattern, ...]:
         """Patterns of the last training forward, in the order in which the site was used and its output read."""
-        return tuple(pattern for use in self._patterns[: self._uses] for pattern in use.values())
+        return tuple(pattern for use in self._tiles.used() for pattern in use.values())
+
+    @property
+    def draws(self) -> Draws[Patterns]:
+        """What it has drawn in this step."""
+        return self._tiles
 
     @property
     def skips(self) -> list[str]:
@@ -67,14 +74,14 @@ class TileSite(Site):
             batch, of_the_level = batch_of_transforms()
             shape = (*batch, *x.shape)
             with outside_of_transforms():
-                units = self.units(self._next(dict, lambda drawn: True), math.prod(shape[:-1]), shape[-1])
+                units = self.units(self._drawn(), math.prod(shape[:-1]), shape[-1])
                 mask = units.mask(x.device).view(shape).to(x.dtype) / (1 - self.rate)
             return as_dense(x) * of_the_level(mask)
         if self.sampler.keep < self.sampler.dp or self.independent:
             use.seen |= torch.is_grad_enabled()
         else:
             use.unseen = True
-        return TiledTensor(Marked(as_dense(x), self, self._next(dict, lambda drawn: True), use))
+        return TiledTensor(Marked(as_dense(x), self, self._drawn(), use))
 
     @property
     def decides(self) -> bool:
@@ -90,6 +97,10 @@ class TileSite(Site):
         if self.largest is None:
             return None
         return ask.any_product(int(self.largest * math.prod(shape[:-1]) * self.rate), self.beside_lstm, tiles=True)
+
+    def _drawn(self) -> Patterns:
+        """Patterns of the next use, which are drawn when weights are known."""
+        return self._next(self._tiles, dict, lambda patterns: True)
 
     def weights(self, patterns: Patterns, reader: str, weight: Tensor) -> TilePattern | BernoulliPattern:
         """The pattern of a reader's weight ``[n_out, n_in]``, drawn when it reads for the first time."""
