@@ -2,13 +2,16 @@
 
 import gc
 import importlib.metadata
+import tomllib
 
 import pytest
 import torch
 import torch._inductor.config as inductor
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from support import ROOT
 from support.compiled import masking, results, rewriting, worst
 from torch import nn
+from torch._dynamo.backends import registry
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from torch.utils.data import DataLoader, TensorDataset
@@ -125,17 +128,33 @@ def test_settings_are_put_back():
     assert (inductor.pre_grad_custom_pass, torch._dynamo.config.recompile_limit) == before
 
 
-def test_backend_approxdrop():
+def test_backend_approxdrop(monkeypatch):
+    """By its name, as an installed package registers it, with options of inductor."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
+        "torch_dynamo_backends"
+    ]
+    entry = importlib.metadata.EntryPoint("approxdrop", declared["approxdrop"], "torch_dynamo_backends")
+    assert entry.load() is doors.approxdrop
+    torch._dynamo.list_backends()  # which looks for entry points once
+    monkeypatch.setitem(registry._BACKENDS, "approxdrop", entry)
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
     approximate(model, seed=0, **ALL)
     resample(model)
     with inductor.patch(pre_grad_custom_pass=None):  # without the hook
-        torch.compile(model, backend=doors.approxdrop)(torch.randn(5, 8)).sum().backward()
+        compiled = torch.compile(model, backend="approxdrop", options={"epilogue_fusion": False})
+        compiled(torch.randn(5, 8)).sum().backward()
     assert (COUNTS.producers, COUNTS.consumers) == (1, 1)
     restore(model)
-    installed = importlib.metadata.entry_points(group="torch_dynamo_backends", name="approxdrop")
-    for entry in installed:  # none if the package is not installed but only on the path
-        assert entry.load() is doors.approxdrop
+
+
+@pytest.mark.parametrize("given", [{"mode": "reduce-overhead"}, {"options": {"epilogue_fusion": False}}])
+def test_modes_and_options_of_inductor(given):
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
+    report = approximate(model, seed=0, **ALL)
+    resample(model)
+    torch.compile(model, **given)(torch.randn(5, 8)).sum().backward()
+    assert report[0].skipped == "producer's rows and consumers' columns"
+    restore(model)
 
 
 def test_launches_are_at_most_twice_those_of_native_dropout():
@@ -216,6 +235,21 @@ def test_accumulation_has_one_pattern_for_a_step():
     trainer = Trainer(max_epochs=1, callbacks=[callback], accumulate_grad_batches=2, **SILENT)
     trainer.fit(method(model, backend=rewriting), data(32))
     assert places[0] == places[1] != places[2] == places[3]
+
+
+def test_a_model_in_bfloat16():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2)).bfloat16()
+    report = approximate(model, seed=0, **ALL)
+    resample(model)
+    x, found = torch.randn(6, 8, dtype=torch.bfloat16), []
+    for backend in (rewriting, masking):
+        conversion_of(model).resample(False)
+        found.append(results(torch.compile(model, backend=backend, fullgraph=True), x, model))
+        assert all(value.dtype == torch.bfloat16 for value in found[-1])
+    assert report[0].skipped == "producer's rows and consumers' columns"
+    assert worst(*([value.double() for value in values] for values in found)) < 2e-2
+    restore(model)
 
 
 @pytest.mark.parametrize("where", ["around", "within"])
