@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 
 from approxdrop_lightning.benchmark import contenders, gpu, measure, ops, workloads
 from approxdrop_lightning.benchmark.contenders import BASELINES, PATTERNS, Step
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.set_default_dtype(getattr(torch, options.dtype))
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    torch._inductor.config.fallback_random = options.fallback_random
     rows = []
     kinds = (*BATCH, "ops") if options.kind == "all" else (options.kind,)
     for kind in kinds:
@@ -82,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="beside conventional dropout, which always runs")  # fmt: skip
     parser.add_argument("--compile", action="store_true",
                         help="row patterns and conventional dropout under torch.compile as well")  # fmt: skip
+    parser.add_argument("--fallback-random", action="store_true",
+                        help="compiled code uses PyTorch's random numbers instead of inductor's")  # fmt: skip
     parser.add_argument("--recurrent", action="store_true", help="drop the LSTM's recurrent inputs too")
     parser.add_argument("--orders", type=int, help="see ApproxDropout")
     parser.add_argument("--group-rows", type=int, help="see ApproxDropout")

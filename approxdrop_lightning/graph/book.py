@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 #: Size of a new table: room for some hundred layers of 1,024 units.
 _ROOM = 1 << 17
 
+#: Numbers of the draws of all books, in the first entry of a table: what was computed from a table is valid for one.
+_STAMPS = itertools.count(1)
 _BOOKS: weakref.WeakValueDictionary[int, Book] = weakref.WeakValueDictionary()
 _SERIAL = itertools.count()
 
@@ -46,6 +48,7 @@ class Entry:
         Any, Any
     ]  # constants from which each step draws a random number per place and one for the spare
     rows: Rows
+    segments: list[slice]
 
     @property
     def layout(self) -> Layout:
@@ -85,10 +88,10 @@ class _Staging:
         if (event := self._copied[self._turn]) is not None:
             event.synchronize()  # of a few steps ago, so it rarely blocks
 
-    def copy(self, table: Tensor, first: int, end: int) -> None:
-        """Copy a part of it to the device."""
+    def copy(self, table: Tensor, end: int) -> None:
+        """Copy its first part to the device."""
         # copy_ rather than shared memory: autograd must notice that the tensor has changed.
-        table[first:end].copy_(self.values[first:end], non_blocking=True)
+        table[:end].copy_(self.values[:end], non_blocking=True)
         if (event := self._copied[self._turn]) is not None:
             event.record(torch.cuda.current_stream(table.device))
 
@@ -100,13 +103,11 @@ class _Plan:
     Attributes:
         entries: Uses with these pairs.
         lanes: Their lanes, concatenated by sampler, so that all are hashed at once.
-        first: Start of their range in the table.
-        end: End of it.
+        end: End of the last one in the table.
     """
 
     entries: list[Entry]
     lanes: dict[PatternSampler, np.ndarray[Any, Any]]
-    first: int
     end: int
 
 
@@ -221,7 +222,8 @@ class Book:
             self._staging[device] = _Staging(room, device)
             # Zeros are valid places: a graph may read uses that are not entered yet.
             self.tables[device] = torch.zeros(room, dtype=torch.int64, device=device)
-            self._used[device] = 0
+            self.tables[device][0] = next(_STAMPS)
+            self._used[device] = 1
             torch._dynamo.mark_static_address(self.tables[device])
         return self.tables[device]
 
@@ -275,7 +277,7 @@ class Book:
         lanes = _mixed(
             np.arange(layout.orders * layout.blocks + 1, dtype=np.uint64) + (np.uint64(first) << np.uint64(32))
         )
-        entry = Entry(TableUse(at, scale, *layout), site, pair, device, lanes, rows_taken)
+        entry = Entry(TableUse(at, scale, *layout), site, pair, device, lanes, rows_taken, layout.segments)
         self._entries[key] = entry
         self._plans.clear()
         _draw(entry, _mixed(_salted(lanes, sampler)), self._staging[device].array)
@@ -304,7 +306,8 @@ class Book:
                 start, n = taken[sampler], len(entry.lanes)
                 _draw(entry, random[sampler][start : start + n], staging.array)
                 taken[sampler] = start + n
-            staging.copy(self.tables[device], plan.first, plan.end)
+            staging.array[0] = next(_STAMPS)
+            staging.copy(self.tables[device], plan.end)
 
     def _planned(self) -> dict[torch.device, _Plan]:
         now = {id(site.sampler): self.pair(site) for site, _ in self.sites}
@@ -317,9 +320,8 @@ class Book:
             lanes: dict[PatternSampler, list[np.ndarray[Any, Any]]] = {}
             for entry in entries:
                 lanes.setdefault(entry.site.sampler, []).append(entry.lanes)
-            first = min(entry.use.at for entry in entries)
             end = max(entry.use.at + entry.layout.size for entry in entries)
-            plans[device] = _Plan(entries, {s: np.concatenate(parts) for s, parts in lanes.items()}, first, end)
+            plans[device] = _Plan(entries, {s: np.concatenate(parts) for s, parts in lanes.items()}, end)
         return plans
 
     def note(self, layer: str, before: Any, after: Any, multiplies: int) -> None:
@@ -363,6 +365,8 @@ def _draw(entry: Entry, random: np.ndarray[Any, Any], table: np.ndarray[Any, Any
     n = s.orders * s.blocks
     if entry.site.sampler.shuffle:
         block_at = random[:-1].reshape(s.orders, s.blocks).argsort(1)
+        for segment in entry.segments:  # the masks stay the same, and products read ascending units faster
+            block_at[:, segment].sort(1)
     else:  # in natural order, cell by cell, from a random unit on
         block_at = ((_by_cell(s.blocks, dp) + int(random[0] % np.uint64(s.blocks))) % s.blocks)[None]
     here[block_at + np.arange(0, n, s.blocks)[:, None]] = np.arange(s.blocks)

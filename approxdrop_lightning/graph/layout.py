@@ -7,6 +7,7 @@ in device memory, written before each batch.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,15 @@ class Layout(NamedTuple):
     def disjoint(self) -> bool:
         """Whether no two groups of one order keep the same block."""
         return self.groups == 1 or self.shift >= self.kept
+
+    @property
+    def segments(self) -> list[slice]:
+        """Ranges of places that are kept by the same groups in the same batches, so that their blocks may swap."""
+        firsts = [group * self.shift for group in range(self.groups)]
+        ends = [first + self.kept for first in firsts]
+        spare = [end - 1 for end in ends] if self.spare else []
+        bounds = sorted({0, self.blocks, *firsts, *ends, *spare})
+        return [slice(first, end) for first, end in pairwise(bounds) if end - first > 1]
 
     @property
     def size(self) -> int:

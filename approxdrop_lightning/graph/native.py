@@ -30,8 +30,11 @@ _LIBRARY.define(
 _LIBRARY.define(
     "weight_grad(Tensor dy, Tensor x, Tensor weight, Tensor table, int[] inside, int[] outside, int groups) -> Tensor"
 )
-#: By table and use: version of the table and pattern of that step. Forward and backward share its index lists.
-_PATTERNS: dict[tuple[Any, ...], tuple[int, RowPattern]] = {}
+#: By uses, rows and weight: stamp of the table, and the layer with its index lists. One layer serves forward and
+#: backward of a step.
+_LAYERS: dict[tuple[Any, ...], tuple[int, GroupedLinear]] = {}
+#: Number of layers that are kept.
+_MOST = 4096
 
 
 def serves(weight: Tensor, x: Tensor, inside: TableUse | None, outside: TableUse | None, chunks: int) -> bool:
@@ -59,18 +62,12 @@ def _is_row_pattern(use: TableUse) -> bool:
 def _pattern(table: Tensor, numbers: list[int]) -> RowPattern | None:
     if not numbers:
         return None
-    key = (table.data_ptr(), *numbers)
-    version, pattern = _PATTERNS.get(key, (-1, None))
-    if pattern is None or version != table._version:
-        use = _use(numbers)
-        s = use.layout
-        place = use.place(table)
-        pattern = RowPattern.unchecked(
-            n=s.n, dp=s.blocks, offset=0, keep=s.kept, interleave=s.groups > 1,
-            order=(place[0] if s.orders == 1 else place).clone(), block_size=s.block,
-        )  # fmt: skip
-        _PATTERNS[key] = (table._version, pattern)
-    return pattern
+    use = _use(numbers)
+    s, place = use.layout, use.place(table)
+    return RowPattern.unchecked(
+        n=s.n, dp=s.blocks, offset=0, keep=s.kept, interleave=s.groups > 1,
+        order=(place[0] if s.orders == 1 else place).clone(), block_size=s.block,
+    )  # fmt: skip
 
 
 def _numbers(use: TableUse | None) -> list[int]:
@@ -84,7 +81,15 @@ def _use(numbers: list[int]) -> TableUse:
 
 
 def _layer(weight: Tensor, table: Tensor, inside: list[int], outside: list[int], rows: int) -> GroupedLinear:
-    return linear_between(_pattern(table, inside), _pattern(table, outside), (rows,), weight)
+    key = (table.data_ptr(), *inside, None, *outside, rows, *weight.shape)
+    stamp = int(table[0])
+    known, layer = _LAYERS.get(key, (0, None))
+    if layer is None or known != stamp:
+        layer = linear_between(_pattern(table, inside), _pattern(table, outside), (rows,), weight)
+        if len(_LAYERS) >= _MOST:
+            _LAYERS.clear()
+        _LAYERS[key] = stamp, layer
+    return layer
 
 
 def _shape(numbers: list[int], n: int, rows: int, groups: int) -> tuple[int, ...]:

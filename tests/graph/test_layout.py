@@ -26,7 +26,8 @@ def test_the_share_is_exact(n, pair, shuffle):
 
 
 @pytest.mark.parametrize(
-    ("rate", "n", "shuffle"), [(0.3, 40, True), (0.7, 33, True), (0.5, 33, False), (0.7, 40, False)]
+    ("rate", "n", "shuffle"),
+    [(0.3, 40, True), (0.3, 37, True), (0.7, 33, True), (0.5, 33, False), (0.7, 40, False)],
 )
 def test_units_are_dropped_with_the_rate(rate, n, shuffle):
     """4,000 steps: the mean of each unit, of each group, is within five standard deviations of the rate."""
@@ -49,6 +50,20 @@ def test_units_are_dropped_with_the_rate(rate, n, shuffle):
     if shuffle:  # units of other blocks are as good as independent; in the natural order they are not
         assert np.mean(neighbours) == pytest.approx((1 - rate) ** 2, abs=0.05)
     restore(model)
+
+
+@pytest.mark.parametrize("pair", [(2, 1), (3, 1), (10, 3), (10, 7), (10, 9), (7, 2)])
+@pytest.mark.parametrize("n", [5, 33, 64, 129, 2048])
+def test_places_of_a_segment_are_alike(n, pair):
+    """Whatever is kept at one of them, in a batch with the spare place or without, is kept at the others."""
+    layout = layout_of(n, *pair)
+    for active in {layout.kept, layout.kept - layout.spare}:
+        windows = [range(g * layout.shift, g * layout.shift + active) for g in range(layout.groups)]
+        kept_by = [[place in window for window in windows] for place in range(layout.blocks)]
+        for segment in layout.segments:
+            assert len({tuple(by) for by in kept_by[segment]}) == 1
+    covered = sum(segment.stop - segment.start for segment in layout.segments)
+    assert covered > layout.blocks - 4 * layout.groups - 2  # all but single places
 
 
 def test_a_step_has_the_same_tables_whenever_a_use_is_met():
