@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from support import ROOT
 from support.runs_of_train import config
 
 from approxdrop_lightning import ApproxDropout, approximate
@@ -81,3 +82,12 @@ def test_a_checkpoint_of_another_rule_of_orders_says_so():
     check_same_sequence(saved | {"group_rows": 8}, Options())
     with pytest.raises(ValueError, match="group_rows was 16, now it is 8"):
         check_same_sequence(saved | {"group_rows": 16}, Options())
+
+
+def test_the_guide_lists_every_option_with_its_default():
+    text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `(\w+)` \| `?([^`|]+?)`? \|", text, re.MULTILINE))
+    words = {"rate": "the model's", "seed": "that of the run", "min_gain": "measured"}  # for None
+    for name, value in defaults(CallbackOptions).items():
+        written = words[name] if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        assert listed.get(name) in (written, written.lower()), name

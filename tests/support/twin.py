@@ -7,14 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from approxdrop_lightning import RowPattern
+from approxdrop_lightning.patterns.tile import BernoulliPattern
 
 
 class Masks:
     """Replays the patterns of a converted model's sites as masks, in order of use."""
 
     def __init__(self, report) -> None:
-        self._uses: dict[str, list] = {row.name: list(row.site.last_patterns) for row in report if row.site}
-        self._scale = {row.name: row.site.scale for row in report if row.site}
+        self.report = report
+        self.read()
+
+    def read(self) -> None:
+        """Begin again, with the patterns of the converted model's last step."""
+        sites = {row.name: row.site for row in self.report if row.site}
+        self._uses: dict[str, list] = {name: list(site.last_patterns) for name, site in sites.items()}
+        self._scale = {name: site.scale for name, site in sites.items()}
 
     def has(self, name: str) -> bool:
         return name in self._uses
@@ -23,7 +30,8 @@ class Masks:
         pattern = self._uses[name][0]
         if isinstance(pattern, RowPattern):
             return x * (self._uses[name].pop(0).mask(*x.shape[:-1]).to(x) * self._scale[name])
-        if (pattern.n_out, pattern.n_in) == (x.shape[:-1].numel(), x.shape[-1]):  # of units: no weight has this shape
+        of_units = (pattern.n_out, pattern.n_in) == (x.shape[:-1].numel(), x.shape[-1])
+        if of_units and isinstance(pattern, BernoulliPattern):  # no weight dropped by DropConnect has this shape
             return x * (self._uses[name].pop(0).mask().view(x.shape).to(x) / (1 - pattern.rate))
         return MarkedInput.of(x, self, name)
 
@@ -101,9 +109,9 @@ class MaskedLSTM(nn.Module):
         return (x, (h, c)) if batched else (x.squeeze(dim), (h.squeeze(1), c.squeeze(1)))
 
 
-def twin(model: nn.Module, report) -> nn.Module:
-    """Put masks in the place of the dropout of an unconverted copy."""
-    masks = Masks(report)
+def twin(model: nn.Module, report, masks: Masks | None = None) -> nn.Module:
+    """Put masks in the place of the dropout of an unconverted copy: those of the last step, or given ones."""
+    masks = Masks(report) if masks is None else masks
     names = {row.name for row in report if row.site}
     for name, module in list(model.named_modules()):
         if name in names and isinstance(module, nn.Dropout):
