@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approxdrop_lightning.graph.layout import TableUse
+from approxdrop_lightning.graph.layout import Layout, TableUse
 from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.ops.row_linear.groups import GroupedLinear
-from approxdrop_lightning.ops.row_linear.one_pass import linear_between
+from approxdrop_lightning.ops.row_linear.one_pass import PANEL, linear_between
 from approxdrop_lightning.patterns.row import RowPattern
 
 #: Fewest executed multiplies of a product for which an opaque call is worth its host time.
@@ -43,7 +43,8 @@ def serves(weight: Tensor, x: Tensor, inside: TableUse | None, outside: TableUse
         return False
     if torch.is_autocast_enabled("cpu") or isinstance(x.shape[-2], torch.SymInt) or library() is None:
         return False
-    if not all(use is None or _is_row_pattern(use) for use in (inside, outside)):
+    uses = [use for use in (inside, outside) if use is not None]
+    if not (all(map(_is_row_pattern, uses)) or all(map(_has_panels, uses))):
         return False
     executed = x.numel() * (outside.layout.width if outside is not None else weight.shape[0])
     return executed >= LEAST
@@ -59,15 +60,32 @@ def _is_row_pattern(use: TableUse) -> bool:
     return s.shift == s.kept and s.blocks // s.kept == s.groups
 
 
+def _has_panels(use: TableUse) -> bool:
+    """Whether the one-pass product serves the layout, whatever its groups have in common."""
+    return use.layout.groups > 1 and use.block % PANEL == 0
+
+
+class _TablePattern(RowPattern):
+    """A pattern whose groups are those of a layout."""
+
+    layout: Layout
+
+    @property
+    def _shift(self) -> int:
+        return self.layout.shift
+
+
 def _pattern(table: Tensor, numbers: list[int]) -> RowPattern | None:
     if not numbers:
         return None
     use = _use(numbers)
     s, place = use.layout, use.place(table)
-    return RowPattern.unchecked(
+    pattern = _TablePattern.unchecked(
         n=s.n, dp=s.blocks, offset=0, keep=s.kept, interleave=s.groups > 1,
         order=(place[0] if s.orders == 1 else place).clone(), block_size=s.block,
     )  # fmt: skip
+    vars(pattern).update(layout=s, n_groups=s.all_groups)
+    return pattern
 
 
 def _numbers(use: TableUse | None) -> list[int]:

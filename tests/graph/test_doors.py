@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from approxdrop_lightning import ApproxDropout, approximate, resample, restore
 from approxdrop_lightning.conversion import conversion_of
-from approxdrop_lightning.graph import doors, limit, native
+from approxdrop_lightning.graph import doors, limit, native, packed
 from approxdrop_lightning.graph.counts import COUNTS
+from approxdrop_lightning.graph.layout import Rows
 
 ALL = {"min_gain": 0, "concentration": float("inf")}
 SILENT = {
@@ -302,6 +303,30 @@ def test_large_products_are_computed_in_c(monkeypatch):
         conversion_of(model).resample(False)
         assert worst(found, results(torch.compile(model, backend=masking), x, model)) < 1e-3
     assert {name: calls.count(name) for name in calls} == {"product": 8, "input_grad": 8, "weight_grad": 8}
+    restore(model)
+
+
+@pytest.mark.parametrize("pair", [(3, 1), (3, 2), (10, 3), (10, 7)])
+def test_products_in_c_equal_bmm_for_each_layout(pair, monkeypatch):
+    """Also where rounding makes groups overlap that are disjoint in eager mode, such as thirds of 128 blocks."""
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(2048, 1024), nn.Dropout(0.5))
+    report = approximate(model, seed=0, min_gain=0)
+    book, cpu = conversion_of(model).book, torch.device("cpu")
+    inside, outside = (
+        book.use(site, 0, n, (96,), pair, cpu).use for site, n in zip(report.sites, (2048, 1024), strict=True)
+    )
+    rows = Rows(inside.layout.all_groups)
+    x = torch.randn(rows.groups, -(-96 // rows.groups), inside.layout.width, requires_grad=True)
+    weight, bias = model[1].weight, model[1].bias
+    found = []
+    for least in (0, 1 << 62):
+        monkeypatch.setattr(native, "LEAST", least)
+        assert native.serves(weight, x, inside, outside, 1) == (least == 0)
+        y = packed.linear(x, weight, bias, book.table(cpu), inside, outside, rows)
+        found.append([y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))])
+    assert worst(*found) < 1e-5
     restore(model)
 
 
