@@ -4,8 +4,8 @@ from collections import defaultdict
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 Record = dict[str, Any]
 
@@ -94,7 +94,7 @@ def comparison_table(records: list[Record]) -> Table:
     columns = ["dropout", "rate", quality, "seconds of training", "times as fast"]
     table = Table(
         *(["model"] if several_models else []), *columns, *(["seeds"] if several_seeds else []),
-        title=f"side by side: {escape(', '.join(sorted({record['data_source'] for record in records})))}",
+        title=Text(f"side by side: {', '.join(sorted({record['data_source'] for record in records}))}"),
         title_justify="left",
     )  # fmt: skip
     # Sorted by rate, so that the rows to compare are adjacent.
@@ -104,14 +104,15 @@ def comparison_table(records: list[Record]) -> Table:
         seconds = [run["seconds_per_step"] * run["steps"] for run in runs if run.get("seconds_per_step")]
         gains = [gain for run in runs if (gain := speed_up(run, records)) is not None]
         cells = [
-            escape(name),
+            name,
             rate,
             _spread(tests, metric.digits, metric.unit),
             _spread(seconds, 1),
             _spread(gains, 2),
         ]
+        # As Text: brackets and colons in a name must not be parsed as markup.
         table.add_row(
-            *([escape(model)] if several_models else []), *cells, *([str(len(runs))] if several_seeds else [])
+            *map(Text, [*([model] if several_models else []), *cells, *([str(len(runs))] if several_seeds else [])])
         )
     return table
 

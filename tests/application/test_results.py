@@ -3,6 +3,7 @@
 import pytest
 
 from approxdrop_lightning.application import results
+from approxdrop_lightning.application.comparison import comparison_table
 from approxdrop_lightning.application.results import print_table
 
 RECORD = {
@@ -39,3 +40,12 @@ def test_paths_are_relative_to_where_the_program_was_started(tmp_path, monkeypat
     print_table(RECORD | {"log_dir": str(run), "best_checkpoint": "/elsewhere/best.ckpt"})
     printed = capsys.readouterr().out
     assert "outputs/run " in printed and "/elsewhere/best.ckpt" in printed and str(tmp_path) not in printed
+
+
+def test_the_comparison_prints_names_as_they_are(capsys):
+    folder = "/data/[mnist]/:smile:/[/y]\\"
+    run = RECORD | {"data_source": f"files ({folder})", "rate": 0.5, "seconds_per_step": 0.1, "steps": 10}
+    results.show(comparison_table([run | {"dropout": "standard"}, run | {"dropout": "[red]"}]))
+    printed = capsys.readouterr().out
+    assert f"side by side: files ({folder})" in printed
+    assert "[red]" in printed and "conventional dropout" in printed
