@@ -22,17 +22,19 @@ class Ledger(dict[Sites, int]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._stale = self._closed = False
+        self._stale = False
+        #: Whether products are not recorded in this step.
+        self.is_closed = False
         #: Number of products of each entry.
         self.calls: dict[Sites, int] = {}
 
     def begin(self, open_: bool) -> None:
         """Start a step; the last entries stay until a product is recorded."""
-        self._stale, self._closed = True, not open_
+        self._stale, self.is_closed = True, not open_
 
     def note(self, before: Site | None, after: Site | None, multiplies: int) -> None:
         """Record a product, unless activation checkpointing recomputes it in a backward pass."""
-        if self._closed or torch._C._current_graph_task_id() != -1:
+        if self.is_closed or torch._C._current_graph_task_id() != -1:
             return
         if self._stale:
             self.clear()

@@ -15,7 +15,6 @@ from approxdrop_lightning.layers.contexts import Autocast
 from approxdrop_lightning.layers.functions import Chain, run_chain, tensors_of, with_tensors
 from approxdrop_lightning.layers.kept import Kept, Seen
 from approxdrop_lightning.layers.lazy_tensor import COMBINATIONS, LazyTensor, as_dense, is_pointwise, shape_of
-from approxdrop_lightning.layers.linear import ApproxLinear
 from approxdrop_lightning.layers.pending import PendingLinear, dense_again
 from approxdrop_lightning.layers.use import Use
 from approxdrop_lightning.layers.waiting import settle
@@ -59,9 +58,9 @@ class Combination:
         return [tensor._version for tensor in (*plain, *tensors_of(self.chain))]
 
     @property
-    def layers(self) -> tuple[ApproxLinear, ...]:
-        """Layers whose outputs it is made of."""
-        return tuple(part.held.layer for part in self.pending)
+    def names(self) -> tuple[str, ...]:
+        """Names of the layers whose outputs it is made of."""
+        return tuple(part.held.name for part in self.pending)
 
     @property
     def multiplies(self) -> int:
@@ -90,7 +89,7 @@ class Combination:
 
     def _check(self) -> None:
         if self.has_changed:
-            names = ", ".join(layer.name for layer in self.layers)
+            names = ", ".join(self.names)
             raise RuntimeError(
                 f"{names}: what was made of their outputs is read for the first time after something that it is made "
                 "of was changed in place; read it before that"

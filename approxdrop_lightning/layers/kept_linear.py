@@ -22,8 +22,6 @@ from approxdrop_lightning.ops.backend import choose_backend
 from approxdrop_lightning.ops.derivative import must_be_differentiable, vjp
 from approxdrop_lightning.ops.row_linear.groups import GroupedLinear
 
-_relu_backward = torch.ops.aten.threshold_backward.default
-
 
 def is_one_node(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> bool:
     """Whether the compact backend computes a layer of these operands as they are, without casts or errors."""
@@ -55,10 +53,7 @@ class KeptLinear(torch.autograd.Function):
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        values = layer.product(x, weight, bias)
-        if activation == "relu":
-            values.relu_()
-        values.mul_(scale)
+        values = layer.product(x, weight, bias, activation == "relu", scale)
         ctx.layer, ctx.activation, ctx.scale, ctx.packing, ctx.source = (
             layer,
             activation,
@@ -78,13 +73,12 @@ class KeptLinear(torch.autograd.Function):
             grad = packed if grad is None else grad + packed.view(grad.shape)
         if grad is None:
             return (None,) * 9
-        grad = grad * ctx.scale
         if must_be_differentiable(grad) or ctx.source.is_wanted:
-            return None, None, None, None, None, unpacked(grad, ctx.packing), None, None, None
+            return None, None, None, None, None, unpacked(grad * ctx.scale, ctx.packing), None, None, None
         x, weight, values = ctx.saved_tensors
-        if ctx.activation == "relu":
-            grad = _relu_backward(grad, values.view(grad.shape), 0)
-        return None, None, None, None, None, None, *ctx.layer.gradients(grad, x, weight, ctx.needs_input_grad[6:])
+        y = values if ctx.activation == "relu" else None
+        gradients = ctx.layer.gradients(grad, x, weight, ctx.needs_input_grad[6:], y, ctx.scale)
+        return None, None, None, None, None, None, *gradients
 
 
 class KeptInputs(torch.autograd.Function):

@@ -67,7 +67,7 @@ class ApproxLinear(Converted, nn.Linear):
             if isinstance(x, CompactTensor):
                 for site, share in x.held.use.shares(multiplies):
                     self.work.note(site, None, share)
-                return x.linear(self.weight, self.bias, self.name)
+                return x.linear(weight, bias, self.name)
             self.work.note(None, None, multiplies)
             return self._as_stock(x)
-        return PendingLinear(Pending(self, x, (*shape[:-1], self.out_features)))
+        return PendingLinear(Pending(self, x, (*shape[:-1], self.out_features), weight, bias))

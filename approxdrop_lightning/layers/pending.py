@@ -124,17 +124,20 @@ class Pending:
         layer: The layer.
         x: Its input, dense or compact.
         shape: Shape of its output.
+        weight: Weight of the call; ``torch.func.functional_call``, for one, replaces the layer's for its duration.
+        bias: Bias of the call.
     """
 
-    def __init__(self, layer: ApproxLinear, x: Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, layer: ApproxLinear, x: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Tensor | None
+    ) -> None:
         self.layer, self.x, self.shape = layer, x, shape
         #: Elementwise functions put down so far, as ``(function, arguments, keywords)``.
         self.chain: Chain = ()
         #: Uses of sites that had kept units of this very output computed; common to all that is derived from it.
         self.readers: list[Use] = []
         self.name, self.backend, self._work = layer.name, layer.backend, layer.work
-        # Those of the call: torch.func.functional_call, for one, puts others in their place for its duration.
-        self.weight, self.bias = layer.weight, layer.bias
+        self.weight, self.bias = weight, bias
         compact = x.held if isinstance(x, CompactTensor) else None
         self.device = x.device if compact is None else compact.device
         self.autocast = Autocast(self.device.type)
@@ -163,9 +166,9 @@ class Pending:
         return self.node, self.formula
 
     @property
-    def layers(self) -> tuple[ApproxLinear, ...]:
-        """Layers whose outputs it is made of."""
-        return (self.layer,)
+    def names(self) -> tuple[str, ...]:
+        """Names of the layers whose outputs it is made of."""
+        return (self.name,)
 
     @property
     def has_changed(self) -> bool:
@@ -223,6 +226,8 @@ class Pending:
 
     def _note(self, after: Site | None) -> None:
         """Note the product: between the site that made ``x``, if any, and the site ``after`` it, if any."""
+        if self._work.is_closed:
+            return
         if isinstance(self.x, CompactTensor) and self.x.is_lazy:
             for before, multiplies in self.x.held.use.shares(self.multiplies):
                 self._work.note(before, after, multiplies)

@@ -364,7 +364,7 @@ class Site:
     @staticmethod
     def _packs(use: Use, pending: Pending | Combination) -> bool:
         """Whether the layers before a use compute kept units only."""
-        names = tuple(layer.name for layer in pending.layers)
+        names = pending.names
         if use.skips:
             return names in use.before
         if use.saves_too_few(pending.multiplies):

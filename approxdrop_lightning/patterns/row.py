@@ -107,7 +107,7 @@ class RowPattern:
         return RowPattern.unchecked(self.n, self.dp, self.offset, self.keep, self.interleave, order, self.block_size)
 
     def __getstate__(self) -> dict[str, object]:
-        # Without the cached attributes: the addresses in `struct` belong to this object's tensors.
+        # Without the cached attributes: addresses belong to this object's memory.
         return {field.name: vars(self)[field.name] for field in fields(self)}
 
     def __eq__(self, other: object) -> bool:
@@ -182,17 +182,14 @@ class RowPattern:
         return sort_by_cell(self.n, cells, self.dp, self.block_size)
 
     @cached_property
-    def struct(self) -> PatternStruct:
-        """The pattern in the form that compiled code reads; valid as long as this object is alive."""
+    def address(self) -> int:
+        """Address of the pattern in the form that compiled code reads; valid as long as this object is alive."""
         n_orders = self.n_orders
         order = None if self.order is None else self.order.data_ptr()
         sizes = self.n, self.block_size, self.dp, self.offset, self.keep, self._shift
-        return PatternStruct(*sizes, self.n_groups // n_orders, n_orders, not self._is_by_cell, order)
-
-    @cached_property
-    def address(self) -> int:
-        """Address of :attr:`struct`."""
-        return ctypes.addressof(self.struct)
+        struct = PatternStruct(*sizes, self.n_groups // n_orders, n_orders, not self._is_by_cell, order)
+        vars(self)["_struct"] = struct
+        return ctypes.addressof(struct)
 
     @property
     def _orders(self) -> Tensor:

@@ -94,7 +94,9 @@ def test_a_copy_has_its_own_memory(copied):
     """Compiled code receives addresses; those of the original may be invalid when the copy is used."""
     pattern = RowPattern(40, 3, 1, interleave=True, order=torch.randperm(10), block_size=4)
     original = [pattern.units(g).struct for g in range(3)]
+    address = pattern.address
     other = copied(pattern)
+    assert other.address != address
     for g, struct in enumerate(original):
         units = other.units(g)
         copied_to = (units.struct.starts, units.struct.lengths)

@@ -9,6 +9,7 @@
 #include "product.h"
 
 #define LARGE (1 << 20)  // bytes of a gradient that has left the caches before it is read; _LARGE in copies.py
+#define PARALLEL_FROM 16384  // values below which a second thread costs more than it saves
 #define PARTS 3          // most products of the weight's gradient that one group takes part in
 
 // A row pattern: `PatternStruct` in patterns/cells.py.
@@ -183,9 +184,22 @@ static void append(Work *work, Submatrix a, Submatrix b, Submatrix out, const fl
         }
 }
 
-// y = x @ weight.T + bias for each group; `y` is contiguous. Returns nonzero if out of memory.
+// y = scale * y, or scale * max(y, 0).
+static void activate(float *y, int64_t n, float scale, int relu, int threads) {
+#pragma omp parallel for num_threads(threads) if (n > PARALLEL_FROM)
+    for (int64_t i = 0; i < n; i++) y[i] = (relu && y[i] < 0 ? 0 : y[i]) * scale;
+}
+
+// Gradient before the activation, of that after it; `y`: values after it, if it is a ReLU.
+static void activate_grad(const float *dy, const float *y, int64_t n, float scale, float *to, int threads) {
+#pragma omp parallel for num_threads(threads) if (n > PARALLEL_FROM)
+    for (int64_t i = 0; i < n; i++) to[i] = y && y[i] <= 0 ? 0 : dy[i] * scale;
+}
+
+// y = x @ weight.T + bias for each group, scaled, after a ReLU if there is one; `y` is contiguous. Returns nonzero if out
+// of memory.
 int grouped_product(const Grouped *layer, float *x, int64_t x_row, int64_t x_column, float *weight, int64_t w_row,
-                    int64_t w_column, const float *bias, float *y, int threads) {
+                    int64_t w_column, const float *bias, float *y, double scale, int relu, int threads) {
     int64_t x_at = 0, y_at = 0;
     Work work;
     begin(&work, layer, 1, threads);
@@ -196,6 +210,10 @@ int grouped_product(const Grouped *layer, float *x, int64_t x_row, int64_t x_col
         const Submatrix w = {weight, w_row, w_column, kept(&work.out, g), kept(&work.in, g)};
         append(&work, from, transposed(w), to, bias, WRITE);
     }
+    flush(&work);
+    int64_t n = 0;
+    for (int64_t g = 0; g < layer->groups && !work.failed; g++) n += layer->rows[g].count * kept(&work.out, g).count;
+    if (relu || scale != 1) activate(y, n, (float)scale, relu, threads);
     return end(&work);
 }
 
@@ -325,4 +343,15 @@ int grouped_bias_grad(const Grouped *layer, const float *dy, float *grad, int th
     }
     free(out.starts);
     return 0;
+}
+
+// All gradients that are not NULL, in one call. Given `scaled`, room for `n` values, dy is that after the activation, and
+// contiguous; `y`: values after it, if it is a ReLU. For `db` it must be contiguous, too.
+int grouped_gradients(const Grouped *layer, float *dy, int64_t dy_row, int64_t dy_column, const float *y, float *scaled,
+                      int64_t n, double scale, float *x, int64_t x_row, int64_t x_column, float *weight, int64_t w_row,
+                      int64_t w_column, float *dx, float *dw, float *db, int threads) {
+    if (scaled) activate_grad(dy, y, n, (float)scale, scaled, threads), dy = scaled;
+    if (dx && grouped_input_grad(layer, dy, dy_row, dy_column, weight, w_row, w_column, dx, threads)) return 1;
+    if (dw && grouped_weight_grad(layer, dy, dy_row, dy_column, x, x_row, x_column, dw, threads)) return 1;
+    return db ? grouped_bias_grad(layer, dy, db, threads) : 0;
 }

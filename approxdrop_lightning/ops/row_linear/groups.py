@@ -24,6 +24,10 @@ from approxdrop_lightning.ops.native.product import Submatrix, multiply, native_
 from approxdrop_lightning.patterns.row import RowPattern, row_groups, row_structs
 from approxdrop_lightning.patterns.units import Units
 
+#: Gradients of input, weight and bias.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+_relu_backward = torch.ops.aten.threshold_backward.default
+
 
 class GroupedStruct(ctypes.Structure):
     """``Grouped`` of ``grouped.c``."""
@@ -112,30 +116,30 @@ class GroupedLinear:
         return row_groups(self.leading_shape, self.n_groups)
 
     @cached_property
-    def _struct(self) -> GroupedStruct:
-        patterns = [None if side.pattern is None else side.pattern.address for side in (self.inputs, self.outputs)]
-        self._rows = row_structs(self.leading_shape, self.n_groups)  # kept alive for its address
-        rows = ctypes.addressof(self._rows)
-        return GroupedStruct(*patterns, self.inputs.n, self.outputs.n, rows, self.n_groups)
-
-    @cached_property
     def _address(self) -> int:
-        return ctypes.addressof(self._struct)
+        """Address of what compiled code is told of the layer, which lives as long as this object."""
+        patterns = [None if side.pattern is None else side.pattern.address for side in (self.inputs, self.outputs)]
+        rows = row_structs(self.leading_shape, self.n_groups)
+        struct = GroupedStruct(*patterns, self.inputs.n, self.outputs.n, ctypes.addressof(rows), self.n_groups)
+        self._alive = rows, struct
+        return ctypes.addressof(struct)
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x @ weight.T + bias`` for each group."""
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, scale: float = 1.0
+    ) -> Tensor:
+        """``x @ weight.T + bias`` for each group, scaled, after a ReLU if asked for."""
         y = self.outputs.new(x)
         native = native_for((x, weight) if bias is None else (x, weight, bias))
         if native is not None:
             x, bias = self.inputs.matrix(x), None if bias is None else bias.contiguous()
             native.grouped_product(
                 self._address, *_place(x), *_place(weight),
-                None if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+                None if bias is None else bias.data_ptr(), y.data_ptr(), scale, relu, torch.get_num_threads(),
             )  # fmt: skip
             return y
         for x_g, w_g, y_g in self._operands(x, weight, y):
             multiply([(x_g, w_g.t, y_g, False)], bias)
-        return y
+        return activate(y, relu, scale)
 
     def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
         """``dy @ weight`` for each group."""
@@ -188,9 +192,52 @@ class GroupedLinear:
         return grad
 
     def gradients(
-        self, dy: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of input, weight and bias, as far as they are wanted."""
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        wanted: Sequence[bool],
+        y: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Gradients:
+        """Gradients of input, weight and bias, as far as they are wanted.
+
+        Args:
+            dy: Gradient of the outputs.
+            x: Inputs.
+            weight: ``[n_out, n_in]``.
+            wanted: Which of the three are.
+            y: Outputs, if :meth:`product` applied a ReLU.
+            scale: Factor that it applied.
+        """
+        native = native_for((dy, x, weight))
+        if native is None:
+            return self.each_gradient(dy, x, weight, wanted, y, scale)
+        by_torch = self.outputs.pattern is None
+        db = dy.new_empty(self.outputs.n) if wanted[2] and not by_torch else None
+        dx = self.inputs.new(dy) if wanted[0] else None
+        dw = buffer((self.outputs.n, self.inputs.n), dy, exact=True) if wanted[1] else None
+        dy, read, scaled = self.outputs.matrix(dy), self.inputs.matrix(x), None
+        if y is not None or scale != 1:
+            scaled = buffer(tuple(dy.shape), dy)
+        if scaled is not None or db is not None:
+            dy = dy.contiguous()
+        native.grouped_gradients(
+            self._address, *_place(dy), _address(y), _address(scaled), dy.numel(), scale, *_place(read),
+            *_place(weight), _address(dx), _address(dw), _address(db), torch.get_num_threads(),
+        )  # fmt: skip
+        if wanted[2] and by_torch:
+            db = self.bias_grad(dy if scaled is None else scaled)
+        return None if dx is None else dx.view(x.shape), dw, db
+
+    def each_gradient(
+        self, dy: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool], y: Tensor | None, scale: float
+    ) -> Gradients:
+        """:meth:`gradients`, one after the other."""
+        if scale != 1:
+            dy = dy * scale
+        if y is not None:
+            dy = _relu_backward(dy, y.view(dy.shape), 0)
         return (
             self.input_grad(dy, weight).view(x.shape) if wanted[0] else None,
             self.weight_grad(dy, x) if wanted[1] else None,
@@ -202,6 +249,17 @@ class GroupedLinear:
         rows, inputs, outputs = self.rows, self.inputs, self.outputs
         weights = [Submatrix(weight, outputs.units(g), inputs.units(g)) for g in range(len(rows))]
         return list(zip(inputs.submatrices(x, rows), weights, outputs.submatrices(y, rows), strict=True))
+
+
+def activate(y: Tensor, relu: bool, scale: float) -> Tensor:
+    """``scale * relu(y)``, in place."""
+    if relu:
+        y.relu_()
+    return y if scale == 1 else y.mul_(scale)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _place(matrix: Tensor) -> tuple[int, ...]:

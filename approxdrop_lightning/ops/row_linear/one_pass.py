@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from approxdrop_lightning.ops.native.buffers import buffer
 from approxdrop_lightning.ops.native.copies import is_large
 from approxdrop_lightning.ops.native.product import native_for
-from approxdrop_lightning.ops.row_linear.groups import GroupedLinear, GroupedUnits
+from approxdrop_lightning.ops.row_linear.groups import Gradients, GroupedLinear, GroupedUnits, activate
 from approxdrop_lightning.patterns.row import RowPattern, row_counts
 from approxdrop_lightning.patterns.units import Units
 
@@ -95,9 +96,24 @@ class OnePassLinear(GroupedLinear):
         multiplies = sum(map(math.prod, zip(rows, *counts, strict=True)))
         self._threads = 1 if multiplies < _SMALL else torch.get_num_threads()
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, scale: float = 1.0
+    ) -> Tensor:
         y = self.outputs.new(x)
-        return y if self.run("product", x, y, weight, bias) else super().product(x, weight, bias)
+        if self.run("product", x, y, weight, bias):
+            return activate(y, relu, scale)
+        return super().product(x, weight, bias, relu, scale)
+
+    def gradients(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        wanted: Sequence[bool],
+        y: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Gradients:
+        return self.each_gradient(dy, x, weight, wanted, y, scale)
 
     def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
         dx = self.inputs.new(dy)

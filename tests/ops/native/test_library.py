@@ -91,7 +91,8 @@ def test_lack_of_memory_is_an_error_of_python():
     many = ctypes.byref(GroupedStruct(groups=2**50))
     for name in ("grouped_product", "grouped_input_grad", "grouped_weight_grad"):
         with pytest.raises(MemoryError, match=name):
-            getattr(compiled, name)(many, *[None, 0, 0] * 2, *[None] * (name == "grouped_product"), None, 1)
+            more = [None, None, 1.0, 0] if name == "grouped_product" else [None]
+            getattr(compiled, name)(many, *[None, 0, 0] * 2, *more, 1)
     rows = ctypes.c_int64(2**57)
     layer = LayerStruct(first_row=ctypes.addressof(rows))
     for name, *more in (("one_pass_product",), ("one_pass_weight_grad", 0)):
