@@ -147,7 +147,7 @@ class Combine(torch.autograd.Function):
 
 
 class CompactTensor(LazyTensor):
-    """Output of dropout. Consumers read what it holds; everybody else sees zeros filled in.
+    """Output of dropout. Consumers read the kept values; all other functions see zeros filled in.
 
     Args:
         held: What it holds.

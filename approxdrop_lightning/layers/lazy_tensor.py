@@ -1,4 +1,4 @@
-"""A tensor that is dense to whoever looks, and cheaper to those who know it.
+"""A tensor that is dense to all functions but those that know a cheaper way.
 
 Model code between a producer, a dropout and its consumers is arbitrary Python. So that it may stay as it is,
 the layers hand each other subclasses of ``torch.Tensor`` with the full shape and dtype. A function that a
@@ -66,7 +66,7 @@ class Place:
         return self._tensor()
 
     def use(self) -> None:
-        """Note that what is held is read past the tensor."""
+        """Note that a reader bypasses the tensor and reads what it holds."""
         place: Place | None = self
         while place is not None and not place.used:
             place.used = True
@@ -167,7 +167,7 @@ class LazyTensor(torch.Tensor):
 
     @property
     def is_lazy(self) -> bool:
-        """Whether nobody has asked for the dense tensor, or for that of a view of it, yet."""
+        """Whether the dense tensor, or that of a view of it, is yet to be computed."""
         return self._storage.dense is None
 
     @property

@@ -21,15 +21,15 @@ from approxdrop_lightning.work import Ledger
 class ApproxLinear(Converted, nn.Linear):
     """``nn.Linear`` that computes only the rows of its weight that the following dropout keeps.
 
-    In training its output is a :class:`PendingLinear`: elementwise functions are put down, and the product is
-    formed where the first reader is: by a site for the kept units, by anybody else for all. So what follows is
-    found by the data's own way. In evaluation it is ``nn.Linear``.
+    In training its output is a :class:`.PendingLinear`: elementwise functions are recorded, and the first reader
+    triggers the product: a site that of the kept units, any other reader that of all. The dropout that follows is
+    thus found by following the data. In evaluation it is ``nn.Linear``.
 
     Attributes:
         name: Name in the model, for the report.
         backend: Backend of its products.
         defers: Whether outputs wait for a site.
-        watched: Whether it is yet to be seen what reads them.
+        watched: Whether the readers of its outputs are being recorded.
         read_whole_too: Whether an output was read whole after a site had its kept units computed.
         read_whole_by: Name of the function that has last read an output whole.
         work: Multiplies of its last products.

@@ -42,7 +42,7 @@ _WARNED: weakref.WeakSet[PatternSampler] = weakref.WeakSet()
 
 
 class Site:
-    """One dropout: its rate, its patterns, and what it was seen to stand between.
+    """One dropout: its rate, its patterns, and the layers found before and after it.
 
     Each use of a forward pass has a pattern of its own. Patterns stay until :meth:`begin` with ``fresh``.
 
@@ -129,12 +129,12 @@ class Site:
         self.steps += 1
 
     def forget_patterns(self) -> None:
-        """Stock dropout takes its place: there are none."""
+        """Discard the patterns: stock dropout takes its place."""
         self.draws.begin()
 
     @property
     def skips(self) -> list[str]:
-        """What is skipped, as far as it was seen."""
+        """What is skipped, as far as is known."""
         return (["producer's rows"] if self.producers else []) + (["consumers' columns"] if self.consumers else [])
 
     @property
@@ -226,7 +226,7 @@ class Site:
         return next(iter(self.uses.values())).reason
 
     def sum_up(self) -> None:
-        """Forget whom uses were seen beside that skip nothing."""
+        """Keep the neighbours of uses that skip something only."""
         if self.uses:
             skipping = [use for use in self.uses.values() if use.skips is not False]
             self.producers = {name for use in skipping for names in use.before for name in names}

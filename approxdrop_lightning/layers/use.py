@@ -1,4 +1,4 @@
-"""What was seen of a dropout at inputs of one shape, and what follows from it: skip, or stock dropout."""
+"""Records of a dropout at inputs of one shape, and the decision they lead to: skip, or stock dropout."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Key = tuple[tuple[int, ...], torch.dtype, str]
 
 
 class Use:
-    """Uses of a site at inputs of one shape: the only owner of what is seen of them in a step.
+    """Uses of a site at inputs of one shape: the only record of them in a step.
 
-    As long as it is *open*, what reads the output and what made the input is noted. :meth:`settle` then decides
-    for all later steps; a use at which nothing is skipped is stock dropout from then on.
+    As long as it is *open*, the readers of the output and the makers of the input are recorded. :meth:`settle` then
+    decides for all later steps; a use at which nothing is skipped is stock dropout from then on.
 
     Args:
         site: The site.
@@ -126,7 +126,7 @@ class Use:
         self.skips, self.reason = reason is None, reason
 
     def settle(self, read_whole_too: set[str]) -> None:
-        """Decide by what was seen.
+        """Decide by the records.
 
         Args:
             read_whole_too: Layers whose outputs are read whole as well: their kept units are not computed apart.
@@ -150,7 +150,7 @@ class Use:
         self.whole = {name: int(values * ratio) for name, values in other.whole.items()}
 
     def reopen(self) -> None:
-        """Forget what was seen: something beside it has changed."""
+        """Discard the records: something beside it has changed."""
         self.skips = self.reason = self.too_small = None
         self.before, self.after, self.whole, self.beside = {}, {}, {}, set()
         self.seen = self.unseen = self.by_readers = False
