@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from approxdrop_lightning.graph import limit
+from approxdrop_lightning.graph.frames import never_alone
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.layers.contexts import run_eagerly
 from approxdrop_lightning.layers.converted import Converted
@@ -46,6 +47,7 @@ class ApproxDropoutSite(Converted, nn.Dropout):
         # the stock class, so `training` need not be read: it is a property, which PyTorch 2.11 cannot trace.
         return torch.ops.approxdrop.drop(input, self.graph_table, self.graph_key, self.graph_dp, self.graph_keep)
 
+    @never_alone
     def _run(self, input: Tensor) -> Tensor:
         """``[..., n]`` to ``[..., n]``."""
         if self.graph_key is not None and limit.is_reached() and self.drops:

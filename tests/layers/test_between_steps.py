@@ -16,6 +16,7 @@ from approxdrop_lightning import ApproxDropout, ApproxLinear, ApproxLSTM, approx
 from approxdrop_lightning.conversion import conversion_of
 from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import LazyTensor
+from approxdrop_lightning.policy import THRESHOLDS
 
 ALL = {"min_gain": 0, "pattern_everywhere": True}
 
@@ -324,7 +325,7 @@ def test_the_headline_is_about_time_and_not_positive_where_the_policy_is_stock(w
         model(torch.randn(64, width)).sum().backward()
         total = 2 * 64 * width**2
         assert report.saved == pytest.approx(0.5 if gains or options else 0)
-        overhead = 2 * 20_000_000 / total
+        overhead = 2 * THRESHOLDS["cpu"].saved / total
         assert report.saved_time == pytest.approx(max(0.5 - overhead, 0) if gains else 0)
         assert f"saved in expectation: {report.saved_time:.0%} of the time of the model's products" in str(report)
         restore(model)
