@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parameter import UninitializedParameter
 
 from approxdrop_lightning.graph.book import Book
@@ -24,6 +25,7 @@ from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.report import Report, Row
 from approxdrop_lightning.settling import Layer, Settling
 
+_SEVERAL = torch.distributed.is_available()
 #: The conversion of each converted model. Kept outside of the model, since copies and pickles must not contain it.
 _CONVERSIONS: weakref.WeakKeyDictionary[nn.Module, Conversion] = weakref.WeakKeyDictionary()
 
@@ -142,7 +144,7 @@ class Conversion:
             fresh: Whether new patterns are drawn; otherwise those of the last step are used again.
             batch: The batch of the step; None if it is not known.
         """
-        if self._count is None and not self._in_step_with_others and self.settling.goes_on(batch):
+        if self._count is None and not _in_step_with_others() and self.settling.goes_on(batch):
             self.stepping = True
             if self._rested:
                 self._wake()
@@ -177,15 +179,10 @@ class Conversion:
             if layer.attributes and not layer.stock:
                 layer.wake()
 
-    @property
-    def _in_step_with_others(self) -> bool:
-        """Whether there are several processes. They draw from all samplers, so that none gets ahead of the others."""
-        return torch.distributed.is_available() and torch.distributed.is_initialized()
-
     def _drawn_from(self) -> Iterable[PatternSampler]:
         """The samplers that a step needs: all of them if there are compiled graphs that draw."""
         compiled = self.book is not None and self.book.may_draw
-        every = compiled or self._in_step_with_others
+        every = compiled or _in_step_with_others()
         return self.samplers.values() if every else self.settling.samplers()
 
     def _note(self, multiplies: int) -> None:
@@ -279,9 +276,14 @@ class Conversion:
             sampler.load_state_dict(state[repr(rate)])
 
 
+def _in_step_with_others() -> bool:
+    """Whether there are several processes. They draw from all samplers, so that none gets ahead of the others."""
+    return _SEVERAL and torch.distributed.is_initialized()
+
+
 def _key(model: nn.Module) -> nn.Module:
     """The model, unwrapped if ``torch.compile`` has wrapped it."""
-    return getattr(model, "_orig_mod", model)
+    return model.__dict__["_modules"]["_orig_mod"] if isinstance(model, OptimizedModule) else model
 
 
 def find_conversion(model: nn.Module) -> Conversion | None:
