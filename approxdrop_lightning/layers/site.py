@@ -22,7 +22,7 @@ from approxdrop_lightning.layers.pending import Pending, PendingLinear, read_who
 from approxdrop_lightning.layers.use import Key, Use
 from approxdrop_lightning.layers.waiting import backward_passes, note_backward
 from approxdrop_lightning.ops.derivative import batch_of_transforms, is_transformed, outside_of_transforms
-from approxdrop_lightning.patterns.joined import join, of_as_many_orders
+from approxdrop_lightning.patterns.joined import join
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
@@ -254,7 +254,7 @@ class Site:
         def draw() -> RowPattern:
             if widths and self.sampler.keep < self.sampler.dp:
                 drawn = [self.sampler.pattern(width, shared, leading_shape, group_rows) for width in widths]
-                found = join(of_as_many_orders(drawn))
+                found = join(drawn)
                 if found is not None:
                     return found
             return self.sampler.pattern(n, shared, leading_shape, group_rows)

@@ -67,21 +67,6 @@ def join(patterns: Sequence[RowPattern]) -> JoinedPattern | None:
     return _of(pieces)
 
 
-def of_as_many_orders(patterns: Sequence[RowPattern]) -> list[RowPattern]:
-    """The patterns, cut to the smallest number of orders among them; to be called before they are used."""
-    fewest = min(pattern.n_orders for pattern in patterns)
-    return [
-        pattern
-        if pattern.order is None or pattern.n_orders == fewest
-        else pattern.reordered(_first(pattern.order, fewest))
-        for pattern in patterns
-    ]
-
-
-def _first(orders: Tensor, count: int) -> Tensor:
-    return orders[:count] if count > 1 else orders[0]
-
-
 def _of(pieces: Sequence[RowPattern]) -> JoinedPattern:
     first = pieces[0]
     # A common block size, such that no block extends across two pieces.

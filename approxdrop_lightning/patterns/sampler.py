@@ -14,11 +14,6 @@ from approxdrop_lightning.distribution import PatternDistribution
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.tile import BernoulliPattern, TilePattern
 
-#: With multiples of this block size, the compiled product reads a weight once for all orders
-#: (``row_linear/one_pass``). Random sequences, and hence checkpoints, depend on this value: it must not change with
-#: the vector width.
-WIDE_BLOCK = 16
-
 
 def fitting_block_size(n: int, dp: int, block_size: int) -> int:
     """Block size for ``n`` units and a period.
@@ -29,14 +24,6 @@ def fitting_block_size(n: int, dp: int, block_size: int) -> int:
     while block_size > 1 and n < 4 * dp * block_size:
         block_size //= 2
     return block_size
-
-
-def least_rows(block_size: int, group_rows: int) -> int:
-    """Minimum number of rows per group if the rows alternate between several orders; fewer would slow products down.
-
-    This is ``group_rows``, times four if the block size is not a multiple of :data:`WIDE_BLOCK`.
-    """
-    return group_rows if block_size % WIDE_BLOCK == 0 else 4 * group_rows
 
 
 def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
@@ -68,7 +55,8 @@ class PatternSampler:
             none waits for another, but different patterns.
         orders: Maximum number of orders of the units that the rows of a batch alternate between, >= 1; see
             :meth:`pattern`. Ignored unless both ``interleave`` and ``shuffle`` are set.
-        group_rows: Minimum number of rows per group with several orders, >= 1; see :func:`least_rows`.
+        group_rows: Minimum number of rows per group with several orders, >= 1, whatever their width:
+            a product between two layers gains most if both have the same groups.
         tile_size: Maximum tile size, >= 1; see :func:`fitting_tile_size`.
     """
 
@@ -123,7 +111,7 @@ class PatternSampler:
         """Draw a pattern of ``n`` units with the step's ``(dp, keep)``; if ``shared``, the same for all rows.
 
         An interleaved pattern has as many orders of the units as possible such that each group has at least
-        :func:`least_rows` rows of the batch, between one and ``orders``. Batches of samples (a single leading
+        ``group_rows`` rows of the batch, between one and ``orders``. Batches of samples (a single leading
         dimension) that keep most units use one order; docs/results.md shows the benefit of several. ``group_rows`` is
         what the device asks for: a group then has that many rows if there are several orders.
         """
@@ -137,7 +125,7 @@ class PatternSampler:
         n_blocks = -(-n // block_size)
         order = torch.randperm(n_blocks, generator=self._patterns, device="cpu")
         pattern = RowPattern.unchecked(n, self.dp, offset, self.keep, interleave, order, block_size)
-        least = max(group_rows, least_rows(block_size, self.group_rows))
+        least = max(group_rows, self.group_rows)
         orders = self.n_orders(pattern.n_groups, pattern.overlaps, leading_shape, least) if interleave else 1
         if orders < 2:
             return pattern

@@ -6,7 +6,7 @@ import torch
 from approxdrop_lightning import functional
 from approxdrop_lightning.distribution import PatternDistribution
 from approxdrop_lightning.ops.row_linear import joined
-from approxdrop_lightning.patterns.joined import JoinedPattern, join, of_as_many_orders
+from approxdrop_lightning.patterns.joined import JoinedPattern, join
 from approxdrop_lightning.patterns.row import RowPattern
 from approxdrop_lightning.patterns.sampler import PatternSampler
 
@@ -93,22 +93,14 @@ def test_products_are_those_of_the_masked_weight(case, backend):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_pieces_of_different_blocks_have_as_many_orders():
-    """Narrow pieces have narrow blocks, and hence fewer orders for the same batch."""
+def test_pieces_of_different_blocks_are_joined():
+    """Narrow pieces have narrow blocks, but as many orders for the same batch."""
     options = {"interleave": True, "shuffle": True, "block_size": 16, "orders": 8}
-    seed = 1  # keeps half of the units: samples that keep more have one order
-    pieces = draw(0.5, options, (160,), [512, 64, 512], seed)
-    assert len({piece.n_orders for piece in pieces}) == 2
-    assert join(pieces) is None
-    evened = of_as_many_orders(pieces)
-    fewest = min(piece.n_orders for piece in pieces)
-    assert [piece.n_orders for piece in evened] == [fewest] * 3
-    pattern = join(evened)
-    assert pattern.n_orders == fewest
-    assert torch.equal(pattern.mask(160), torch.cat([piece.mask(160) for piece in evened], dim=-1))
-    (one,) = of_as_many_orders([pieces[0]])
-    assert one is pieces[0]
-    assert [p.n_orders for p in of_as_many_orders([pieces[0], draw(0.5, options, (4,), [512], seed)[0]])] == [1, 1]
+    pieces = draw(0.5, options, (160,), [512, 64, 512], 1)
+    assert [piece.block_size for piece in pieces] == [16, 8, 16]
+    pattern = join(pieces)
+    assert pattern.n_orders == 8
+    assert torch.equal(pattern.mask(160), torch.cat([piece.mask(160) for piece in pieces], dim=-1))
 
 
 def test_patterns_whose_rows_fall_into_other_groups_are_not_joined():
