@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from approxdrop_lightning.graph.layout import Layout, TableUse
+from approxdrop_lightning.graph.weights import expand_units
 from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.ops.row_linear.groups import GroupedLinear
 from approxdrop_lightning.ops.row_linear.one_pass import PANEL, linear_between
@@ -191,8 +192,6 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        from approxdrop_lightning.graph.packed import expand_units
-
         x, weight, table = ctx.saved_tensors
         dx = dw = db = None
         if ctx.needs_input_grad[0]:

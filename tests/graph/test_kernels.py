@@ -9,7 +9,8 @@ import torch
 from support import ROOT
 from support.graph_uses import two_uses
 
-from approxdrop_lightning.graph import kernels, packed
+from approxdrop_lightning.graph import kernels
+from approxdrop_lightning.graph.weights import KeptWeights
 from approxdrop_lightning.ops.pack import reference
 
 pytest.importorskip("triton")
@@ -25,7 +26,7 @@ def test_kernels_pack_and_unpack_as_gathers_do(pattern, sides, poisoned):
     (outside, inside), table = two_uses(*pattern)
     outside, inside = outside if sides != "inputs" else None, inside if sides != "outputs" else None
     weight = torch.randn(160, 160, requires_grad=True)
-    wanted = packed._Weights.apply(weight, table, outside, inside, 1)
+    wanted = KeptWeights.apply(weight, table, outside, inside, 1)
     assert wanted.numel() < (outside or inside).layout.all_groups * weight.numel()  # something is left out
     torch.testing.assert_close(kernels.pack(weight.detach(), table, outside, inside), wanted, rtol=0, atol=0)
     grad = torch.randn_like(wanted)
@@ -45,6 +46,7 @@ TRACE = """
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from approxdrop_lightning.graph import kernels
+from approxdrop_lightning.graph.weights import KeptWeights
 from support.graph_uses import two_uses
 
 (outside, inside), table = two_uses(2, 1, 1)
