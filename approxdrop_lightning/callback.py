@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from approxdrop_lightning.conversion import Conversion
-from approxdrop_lightning.options import CallbackOptions, check_same_sequence, described, takes
+from approxdrop_lightning.options import SEQUENCE_RULE, CallbackOptions, check_same_sequence, described, takes
 from approxdrop_lightning.report import Report
 from approxdrop_lightning.surgery import convert
 
@@ -193,6 +193,7 @@ class ApproxDropout(Callback):
             return self._saved or {}
         return {
             "options": asdict(self.options),
+            "rule": SEQUENCE_RULE,
             "samplers": self._conversion.state_dict(),
             "policy": self.options.policy.state(),
             "settled": self._conversion.settling.state_dict(),
@@ -211,7 +212,7 @@ class ApproxDropout(Callback):
     def _continue(self, conversion: Conversion, state: dict[str, Any]) -> None:
         fresh, undecided = conversion.state_dict(), conversion.settling.state_dict()
         try:
-            check_same_sequence(state["options"], self.options)
+            check_same_sequence(state["options"], self.options, state.get("rule", 1))
             conversion.load_state_dict(state["samplers"])
             if self._saved_sites is None:  # from a checkpoint, which resumes a whole run
                 self._generators = state.get("generators")

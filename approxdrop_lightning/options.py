@@ -24,6 +24,8 @@ _DEPRECATED = {
     "min_multiplies": "min_gain takes its place",
     "min_hidden": "min_gain takes its place",
 }
+#: Raised whenever the same options and generators draw other masks: 2, as many orders in layers of all widths.
+SEQUENCE_RULE = 2
 #: What decides, besides the rates and the seed, which patterns are drawn.
 _OF_THE_SEQUENCE = (
     "pattern", "interleave", "shuffle", "block_size", "orders", "group_rows", "max_dp", "keep", "concentration",
@@ -209,7 +211,7 @@ def check_flag(name: str, value: object) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
-def check_same_sequence(saved: dict[str, Any], options: Options) -> None:
+def check_same_sequence(saved: dict[str, Any], options: Options, rule: int = SEQUENCE_RULE) -> None:
     """Check that a saved sequence of patterns can go on; an option that its version did not have is left out.
 
     Warns:
@@ -218,6 +220,13 @@ def check_same_sequence(saved: dict[str, Any], options: Options) -> None:
     Raises:
         ValueError: An option that decides which patterns are drawn has another value.
     """
+    if rule != SEQUENCE_RULE and "group_rows" in saved:
+        warnings.warn(
+            "the checkpoint is of a version that drew fewer orders of the units in narrow layers: the sequence of "
+            "(dp, keep) goes on, the masks are not those that version would have drawn",
+            UserWarning,
+            stacklevel=2,
+        )
     if saved and "group_rows" not in saved:
         warnings.warn(
             "the checkpoint is of a version that drew several orders of the units for sequences only: the sequence "

@@ -84,6 +84,11 @@ def test_a_checkpoint_of_another_rule_of_orders_says_so():
         check_same_sequence(saved | {"group_rows": 16}, Options())
 
 
+def test_a_checkpoint_with_fewer_orders_in_narrow_layers_says_so():
+    with pytest.warns(UserWarning, match="fewer orders of the units in narrow layers"):
+        check_same_sequence({"group_rows": 16}, Options(group_rows=16), rule=1)
+
+
 def test_the_guide_lists_every_option_with_its_default():
     text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `(\w+)` \| `?([^`|]+?)`? \|", text, re.MULTILINE))

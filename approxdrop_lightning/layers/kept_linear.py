@@ -36,6 +36,14 @@ def is_one_node(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) ->
     )
 
 
+def _together(dense: Tensor | None, grad: Tensor | None, packing: Packing) -> Tensor | None:
+    """Gradient of kept values: that of the dropped-out tensor, read whole, and that of the values themselves."""
+    if dense is None:
+        return grad
+    packed = functional.pack(dense, packing[0], "reference")
+    return packed if grad is None else grad + packed.view(grad.shape)
+
+
 class KeptLinear(torch.autograd.Function):
     """The layer before a dropout, its activation and the dropout: the dropped-out tensor, and its kept values."""
 
@@ -54,13 +62,8 @@ class KeptLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         values = layer.product(x, weight, bias, activation == "relu", scale)
-        ctx.layer, ctx.activation, ctx.scale, ctx.packing, ctx.source = (
-            layer,
-            activation,
-            scale,
-            packing,
-            source.place,
-        )
+        ctx.layer, ctx.activation, ctx.scale = layer, activation, scale
+        ctx.packing, ctx.source = packing, source.place
         ctx.save_for_backward(x, weight, values)
         shown = torch.Tensor._make_wrapper_subclass(cls, packing[2], dtype=values.dtype, device=values.device)
         return shown, values
@@ -68,9 +71,7 @@ class KeptLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dense: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         settle()
-        if dense is not None:
-            packed = functional.pack(dense, ctx.packing[0], "reference")
-            grad = packed if grad is None else grad + packed.view(grad.shape)
+        grad = _together(dense, grad, ctx.packing)
         if grad is None:
             return (None,) * 9
         if must_be_differentiable(grad) or ctx.source.is_wanted:
@@ -133,9 +134,7 @@ class Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dense: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         settle()
-        if dense is not None:
-            packed = functional.pack(dense, ctx.packing[0], "reference")
-            grad = packed if grad is None else grad + packed.view(grad.shape)
+        grad = _together(dense, grad, ctx.packing)
         if grad is None:
             return None, None, None, None, None
         grad = grad * ctx.scale

@@ -217,19 +217,11 @@ int grouped_product(const Grouped *layer, float *x, int64_t x_row, int64_t x_col
     return end(&work);
 }
 
-// dx = dy @ weight for each group; `dx` is contiguous.
+// dx = dy @ weight for each group: the product with the roles of inputs and outputs exchanged. `dx` is contiguous.
 int grouped_input_grad(const Grouped *layer, float *dy, int64_t dy_row, int64_t dy_column, float *weight, int64_t w_row,
                        int64_t w_column, float *dx, int threads) {
-    int64_t dx_at = 0, dy_at = 0;
-    Work work;
-    begin(&work, layer, 1, threads);
-    for (int64_t g = 0; g < layer->groups && !work.failed; g++) {
-        const Units rows = layer->rows[g];
-        const Submatrix from = of_group(&work, &work.out, (Values){dy, dy_row, dy_column}, rows, g, &dy_at);
-        const Submatrix to = of_group(&work, &work.in, (Values){dx, kept(&work.in, 0).count, 1}, rows, g, &dx_at);
-        append(&work, from, (Submatrix){weight, w_row, w_column, kept(&work.out, g), kept(&work.in, g)}, to, NULL, WRITE);
-    }
-    return end(&work);
+    const Grouped exchanged = {layer->out, layer->in, layer->outputs, layer->inputs, layer->rows, layer->groups};
+    return grouped_product(&exchanged, dy, dy_row, dy_column, weight, w_column, w_row, NULL, dx, 1, 0, threads);
 }
 
 // Zero the entries of a weight's gradient that no group writes. Returns whether all of it was zeroed, where that is

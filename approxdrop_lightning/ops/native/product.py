@@ -80,12 +80,6 @@ class Submatrix:
         """The transpose."""
         return Submatrix(self.tensor, self.columns, self.rows, self.shape[::-1], self.strides[::-1], self.offset)
 
-    def narrow(self, columns: slice) -> Submatrix:
-        """A range of the columns; the submatrix must include all columns of its matrix."""
-        start, stop, _ = columns.indices(self.shape[1])
-        shape = (self.shape[0], stop - start)
-        return Submatrix(self.tensor, self.rows, Units.every(shape[1]), shape, self.strides, self.offset + start)
-
     @property
     def matrix(self) -> Tensor:
         """View of the matrix from which rows and columns are selected."""
