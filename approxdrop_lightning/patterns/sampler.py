@@ -55,8 +55,8 @@ class PatternSampler:
             none waits for another, but different patterns.
         orders: Maximum number of orders of the units that the rows of a batch alternate between, >= 1; see
             :meth:`pattern`. Ignored unless both ``interleave`` and ``shuffle`` are set.
-        group_rows: Minimum number of rows per group with several orders, >= 1, whatever their width:
-            a product between two layers gains most if both have the same groups.
+        group_rows: Minimum number of rows per group with several orders, >= 1. It does not depend on the
+            number of units: a product between two layers skips on both sides if both have the same groups.
         tile_size: Maximum tile size, >= 1; see :func:`fitting_tile_size`.
     """
 
