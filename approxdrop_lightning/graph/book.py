@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import itertools
 import weakref
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from approxdrop_lightning.graph.layout import Layout, Rows, TableUse, layout_of, mask_of, rows_of, share_of_spare
+from approxdrop_lightning.graph.drawing import Array, Draw
+from approxdrop_lightning.graph.layout import Layout, Rows, TableUse, layout_of, mask_of, rows_of
 from approxdrop_lightning.graph.pairs import Pair, Pairs
 from approxdrop_lightning.patterns.sampler import PatternSampler
 from approxdrop_lightning.work import Ledger
@@ -44,11 +43,8 @@ class Entry:
     site: Site
     pair: Pair
     device: torch.device
-    lanes: np.ndarray[
-        Any, Any
-    ]  # constants from which each step draws a random number per place and one for the spare
     rows: Rows
-    segments: list[slice]
+    key: object  # determines its patterns, with the seed of the step
 
     @property
     def layout(self) -> Layout:
@@ -78,7 +74,7 @@ class _Staging:
         return self._buffers[self._turn]
 
     @property
-    def array(self) -> np.ndarray[Any, Any]:
+    def array(self) -> Array:
         """The same, as an array."""
         return self._arrays[self._turn]
 
@@ -98,16 +94,9 @@ class _Staging:
 
 @dataclass(eq=False)
 class _Plan:
-    """What is drawn for one device in a step with certain pairs.
+    """What is drawn for one device in a step with certain pairs, and the end of the last use in the table."""
 
-    Attributes:
-        entries: Uses with these pairs.
-        lanes: Their lanes, concatenated by sampler, so that all are hashed at once.
-        end: End of the last one in the table.
-    """
-
-    entries: list[Entry]
-    lanes: dict[PatternSampler, np.ndarray[Any, Any]]
+    draws: list[Draw]
     end: int
 
 
@@ -181,13 +170,13 @@ class Book:
             return
         device = self._device()
         table = self.table(device)
-        u = self.sites[0][0].sampler.quantile
+        pairs = self._pairs_of_step()
         for site, ref in self.sites:
             module = ref()
             # Gone, a stock layer in evaluation, or native: another pair would only cause a recompile.
             if module is None or "graph_key" not in vars(module) or site.is_native:
                 continue
-            dp, keep = self._pairs[id(site.sampler)].at(u)
+            dp, keep = pairs[id(site.sampler)]
             state = vars(module)  # bypasses nn.Module.__setattr__: nothing of ours may be registered or saved
             state["graph_dp"], state["graph_keep"], state["graph_table"] = dp, keep, table
         self.fill()
@@ -198,14 +187,15 @@ class Book:
         return any(True in site.in_graphs or not (site.uses or site.in_graphs) for site, _ in self.sites)
 
     def _device(self) -> torch.device:
-        layers = [layer for ref in self._layers if (layer := ref()) is not None]
-        for layer in layers:
-            for parameter in layer._parameters.values():  # ten times as fast as `parameters()`, in each step
-                if parameter is not None:
+        for ref in self._layers:
+            if (layer := ref()) is not None:
+                for parameter in layer._parameters.values():  # ten times as fast as `parameters()`, in each step
+                    if parameter is not None:
+                        return parameter.device
+        for ref in self._layers:
+            if (layer := ref()) is not None:
+                for parameter in layer.parameters():  # parametrized
                     return parameter.device
-        for layer in layers:
-            for parameter in layer.parameters():  # parametrized
-                return parameter.device
         return torch.device("cpu")
 
     def table(self, device: torch.device) -> Tensor:
@@ -229,13 +219,18 @@ class Book:
 
     @property
     def replay_key(self) -> tuple[Any, ...]:
-        """What the compiled code of this step depends on: the pair of each site, and the addresses of the tables."""
-        pairs = tuple(self.pair(site) for site, _ in self.sites)
+        """What the compiled code of this step depends on: the pair of each rate, and the addresses of the tables."""
+        pairs = tuple(self._pairs_of_step().values())
         return pairs, tuple(table.data_ptr() for table in self.tables.values())
 
     def pair(self, site: Site) -> Pair:
         """``(dp, keep)`` of a site in this step."""
-        return self._pairs[id(site.sampler)].at(self.sites[0][0].sampler.quantile)
+        return self._pairs_of_step()[id(site.sampler)]
+
+    def _pairs_of_step(self) -> dict[int, Pair]:
+        """``(dp, keep)`` of this step, by sampler."""
+        u = self.sites[0][0].sampler.quantile
+        return {sampler: pairs.at(u) for sampler, pairs in self._pairs.items()}
 
     def use(
         self, site: Site, number: int, n: int, leading: tuple[int, ...], pair: Pair, device: torch.device
@@ -273,14 +268,10 @@ class Book:
             return None
         self._used[device] += layout.size
         scale = 1 / (1 - site.rate) if site.scale_by == "rate" else dp / keep
-        first = zlib.crc32(repr((index, number, tuple(layout))).encode())
-        lanes = _mixed(
-            np.arange(layout.orders * layout.blocks + 1, dtype=np.uint64) + (np.uint64(first) << np.uint64(32))
-        )
-        entry = Entry(TableUse(at, scale, *layout), site, pair, device, lanes, rows_taken, layout.segments)
+        entry = Entry(TableUse(at, scale, *layout), site, pair, device, rows_taken, (index, number, tuple(layout)))
         self._entries[key] = entry
         self._plans.clear()
-        _draw(entry, _mixed(_salted(lanes, sampler)), self._staging[device].array)
+        Draw(sampler, pair, [entry.use], [entry.key]).write(self._staging[device].array)
         here = slice(at, at + layout.size)
         # No graph has read this part yet, so a pending backward pass must not see a changed version: hence `.data`.
         table.data[here].copy_(self._staging[device].values[here])
@@ -293,35 +284,33 @@ class Book:
 
     def fill(self) -> None:
         """Draw the tables of this step and copy them, once per device."""
-        pairs = tuple(self.pair(site) for site, _ in self.sites)
+        now = self._pairs_of_step()
+        pairs = tuple(now.values())
         if pairs not in self._plans:
-            self._plans[pairs] = self._planned()
+            self._plans[pairs] = self._planned(now)
         for device, plan in self._plans[pairs].items():
             staging = self._staging[device]
             staging.next()
-            random = {sampler: _mixed(_salted(lanes, sampler)) for sampler, lanes in plan.lanes.items()}
-            taken = dict.fromkeys(random, 0)
-            for entry in plan.entries:
-                sampler = entry.site.sampler
-                start, n = taken[sampler], len(entry.lanes)
-                _draw(entry, random[sampler][start : start + n], staging.array)
-                taken[sampler] = start + n
+            for draw in plan.draws:
+                draw.write(staging.array)
             staging.array[0] = next(_STAMPS)
             staging.copy(self.tables[device], plan.end)
 
-    def _planned(self) -> dict[torch.device, _Plan]:
-        now = {id(site.sampler): self.pair(site) for site, _ in self.sites}
-        by_device: dict[torch.device, list[Entry]] = {}
+    def _planned(self, now: dict[int, Pair]) -> dict[torch.device, _Plan]:
+        alike: dict[torch.device, dict[tuple[PatternSampler, Pair, Layout], list[Entry]]] = {}
         for entry in self._entries.values():
-            if entry.pair == now[id(entry.site.sampler)]:
-                by_device.setdefault(entry.device, []).append(entry)
+            sampler = entry.site.sampler
+            if entry.pair == now[id(sampler)]:
+                by_layout = alike.setdefault(entry.device, {})
+                by_layout.setdefault((sampler, entry.pair, entry.layout), []).append(entry)
         plans = {}
-        for device, entries in by_device.items():
-            lanes: dict[PatternSampler, list[np.ndarray[Any, Any]]] = {}
-            for entry in entries:
-                lanes.setdefault(entry.site.sampler, []).append(entry.lanes)
-            end = max(entry.use.at + entry.layout.size for entry in entries)
-            plans[device] = _Plan(entries, {s: np.concatenate(parts) for s, parts in lanes.items()}, end)
+        for device, by_layout in alike.items():
+            draws = [
+                Draw(sampler, pair, [e.use for e in entries], [e.key for e in entries])
+                for (sampler, pair, _), entries in by_layout.items()
+            ]
+            end = max(e.use.at + e.layout.size for entries in by_layout.values() for e in entries)
+            plans[device] = _Plan(draws, end)
         return plans
 
     def note(self, layer: str, before: Any, after: Any, multiplies: int) -> None:
@@ -356,38 +345,3 @@ def site_of(key: str) -> tuple[Book, Site]:
     serial, index = key.split(".")
     book = _BOOKS[int(serial)]
     return book, book.sites[int(index)][0]
-
-
-def _draw(entry: Entry, random: np.ndarray[Any, Any], table: np.ndarray[Any, Any]) -> None:
-    """Write the part of an entry in a table, from a random number for each of its lanes."""
-    s, (dp, keep) = entry.layout, entry.pair
-    here = table[entry.use.at : entry.use.at + s.size]
-    n = s.orders * s.blocks
-    if entry.site.sampler.shuffle:
-        block_at = random[:-1].reshape(s.orders, s.blocks).argsort(1)
-        for segment in entry.segments:  # the masks stay the same, and products read ascending units faster
-            block_at[:, segment].sort(1)
-    else:  # in natural order, cell by cell, from a random unit on
-        block_at = ((_by_cell(s.blocks, dp) + int(random[0] % np.uint64(s.blocks))) % s.blocks)[None]
-    here[block_at + np.arange(0, n, s.blocks)[:, None]] = np.arange(s.blocks)
-    here[n : 2 * n] = block_at.ravel()
-    here[-1] = s.kept
-    if s.spare and float(random[-1]) / 2.0**64 >= share_of_spare(s, dp, keep):
-        here[-1] -= 1
-
-
-def _salted(lanes: np.ndarray[Any, Any], sampler: PatternSampler) -> np.ndarray[Any, Any]:
-    """Lanes of this step."""
-    return lanes ^ np.uint64(sampler.seed_of_step * 0x9E3779B97F4A7C15 % 2**64)
-
-
-def _by_cell(blocks: int, dp: int) -> np.ndarray[Any, Any]:
-    return (np.arange(blocks) % dp).argsort(kind="stable")
-
-
-def _mixed(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The finalizer of SplitMix64 (Steele et al., 2014), elementwise."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
