@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from approxdrop_lightning.graph import packed
+from approxdrop_lightning.graph import packed, random_mask
 from approxdrop_lightning.graph.counts import COUNTS
 from approxdrop_lightning.graph.find import Drop, Dropouts
 from approxdrop_lightning.graph.names import function_name, layer_key, layer_name
@@ -21,7 +21,7 @@ RELU = overloads("relu", "relu_")
 
 
 def without_pattern(dropouts: Dropouts, drop: Drop) -> Node:
-    """A dropout without a pattern: PyTorch's own, or a factor if the pair keeps everything."""
+    """A dropout without a pattern: conventional dropout, or a factor if the pair keeps everything."""
     site = drop.site
     if not drop.native:
         scale = 1 / (1 - site.rate) if site.scale_by == "rate" else 1.0
@@ -30,6 +30,9 @@ def without_pattern(dropouts: Dropouts, drop: Drop) -> Node:
     if not drop.producers and not drop.consumers:
         for reader in drop.node.users:
             site.read_whole(function_name(reader))
+    if dropouts.some_skip and not dropouts.recomputed and random_mask.serves(drop.x):
+        number = list(dropouts.drops.values()).index(drop)
+        return random_mask.dropout(dropouts.graph, drop.x, site.rate, number)
     return dropouts.graph.call_function(F.dropout, (drop.x, site.rate, True, False))
 
 

@@ -81,14 +81,15 @@ class Dropouts:
 
     Args:
         graph: The graph.
+        recomputed: Whether it is computed again for the backward pass.
 
     Attributes:
         drops: By node, in the order of the graph.
         mutated: Tensors that are changed in place, and all that may share their memory.
     """
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, recomputed: bool = False) -> None:
+        self.graph, self.recomputed = graph, recomputed
         self.drops: dict[Node, Drop] = {}
         self.mutated = mutated(graph)
         self._symbols = {
@@ -100,6 +101,11 @@ class Dropouts:
             if node.op == "call_function" and node.target in DROP:
                 book, site = site_of(node.args[2])
                 self.drops[node] = Drop(node, book, site, (node.args[3], node.args[4]))
+
+    @property
+    def some_skip(self) -> bool:
+        """Whether a dropout skips, as far as it is decided; if none does, the graph stays that of the stock model."""
+        return not all(drop.native for drop in self.drops.values())
 
     def find_layers(self) -> None:
         """Find the producers and consumers of all dropouts."""

@@ -11,15 +11,15 @@ from approxdrop_lightning.graph.layout import Rows, TableUse, mask_of
 from approxdrop_lightning.graph.rewrite import analysed
 
 
-def mask(gm: GraphModule) -> None:
+def mask(gm: GraphModule, recomputed: bool = False) -> None:
     """Replace the dropouts of a graph and of its subgraphs by masks, in place.
 
-    A dropout that the pass leaves to PyTorch is PyTorch's here as well.
+    A dropout that stays conventional is the same here.
     """
     for child in gm.children():
         if isinstance(child, GraphModule):
-            mask(child)
-    dropouts = analysed(gm.graph)
+            mask(child, recomputed=True)
+    dropouts = analysed(gm.graph, recomputed)
     if dropouts is None:
         return
     for drop in dropouts.drops.values():

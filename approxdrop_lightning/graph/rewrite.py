@@ -24,14 +24,18 @@ from approxdrop_lightning.graph.names import layer_key, module_name
 from approxdrop_lightning.graph.nodes import multiplies
 
 
-def rewrite(gm: GraphModule) -> bool:
-    """Rewrite a graph that Dynamo captured, and its subgraphs (of checkpointed blocks), in place.
+def rewrite(gm: GraphModule, recomputed: bool = False) -> bool:
+    """Rewrite a graph that Dynamo captured, and its subgraphs, in place.
+
+    Args:
+        gm: The graph.
+        recomputed: Whether it is a subgraph, of a checkpointed block.
 
     Returns:
         Whether it contained a dropout.
     """
-    inner = [rewrite(child) for child in gm.children() if isinstance(child, GraphModule)]
-    dropouts = analysed(gm.graph)
+    inner = [rewrite(child, recomputed=True) for child in gm.children() if isinstance(child, GraphModule)]
+    dropouts = analysed(gm.graph, recomputed)
     if dropouts is None:
         return any(inner)
     Emitter(dropouts).run()
@@ -41,9 +45,9 @@ def rewrite(gm: GraphModule) -> bool:
     return True
 
 
-def analysed(graph: Graph) -> Dropouts | None:
+def analysed(graph: Graph, recomputed: bool = False) -> Dropouts | None:
     """The dropouts of a graph with their layers and decisions, concatenations being split; None if there are none."""
-    dropouts = Dropouts(graph)
+    dropouts = Dropouts(graph, recomputed)
     if not dropouts.drops:
         return None
     split_concatenations(dropouts)

@@ -41,7 +41,7 @@ def test_uses_drawn_together_have_the_patterns_they_have_alone(n, pair, shuffle,
     for use in given_uses:
         layout, table = use.layout, torch.from_numpy(together)
         place, block_at = use.place(table), use.block_at(table)
-        assert (block_at.gather(1, place) == torch.arange(layout.blocks)).all()  # permutations, one inverse to the other
+        assert (block_at.gather(1, place) == torch.arange(layout.blocks)).all()  # inverse permutations
         assert layout.kept - layout.spare <= int(use.active(table)) <= layout.kept
     assert together[0] == -1 and together[-1] == -1  # nothing beside its part
     gaps = [use.at + use.layout.size + i for use in given_uses[:-1] for i in range(3)]
