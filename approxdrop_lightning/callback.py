@@ -110,7 +110,7 @@ class ApproxDropout(Callback):
 
     @staticmethod
     def _sites(conversion: Conversion) -> list[tuple[str, float]]:
-        return [(site.name, site.rate) for site in conversion.report.sites]
+        return [(site.name, site.rate) for site in conversion.layer_sites]
 
     def _forget(self) -> None:
         self._saved = self._saved_sites = self._generators = None

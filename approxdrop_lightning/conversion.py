@@ -13,8 +13,10 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parameter import UninitializedParameter
 
 from approxdrop_lightning.graph.book import Book
+from approxdrop_lightning.graph.calls import Calls
 from approxdrop_lightning.graph.doors import CHARGE
 from approxdrop_lightning.graph.frames import Callers
+from approxdrop_lightning.graph.pairs import Pair, exact_pair
 from approxdrop_lightning.layers import ApproxDropoutSite, ApproxLSTM, Site, TileSite
 from approxdrop_lightning.layers.converted import Converted, class_for, give_back
 from approxdrop_lightning.layers.entrances import Entrances, compiled_parts
@@ -56,6 +58,7 @@ class Conversion:
         self.options, self.seed, self.rank = options, seed, rank
         self.report = Report()
         self.samplers: dict[float, PatternSampler] = {}
+        self._of_calls: dict[Pair, PatternSampler] = {}  # of functional dropouts, which have a fixed pair
         self.stepping = True
         self.settling = Settling(self.report)
         self._layers = self.settling.layers
@@ -82,6 +85,53 @@ class Conversion:
             site = TileSite(*arguments, independent=options.pattern == "dropconnect")
         self.report.rows.append(Row(name, rate, site=site, own_rate=None if own == rate else own))
         return site
+
+    def site_of_call(self, name: str, rate: float) -> Site | str:
+        """Create a site for a functional dropout of a compiled graph (a :class:`.calls.Owner`).
+
+        Its rate is the model's own, because in eager mode nothing can change it.
+
+        Returns:
+            The site; if no pair drops exactly its rate, a text that says so.
+        """
+        options = self.options
+        pair = exact_pair(rate, options.max_dp, options.keep)
+        if pair is None:
+            return f"no pattern of max_dp={options.max_dp} and keep={options.keep!r} drops exactly {rate:g}"
+        if pair not in self._of_calls:
+            sampler = self._of_calls[pair] = options.sampler(rate, 0, pair=pair)
+            sampler.seed_of_step = self._leader.seed_of_step
+        site = Site(name, rate, self._of_calls[pair], options.scale, options.policy)
+        self.settling.resume(site)
+        assert self.book is not None
+        self.book.add(site, None)
+        self.report.found(name, rate, site)
+        return site
+
+    @property
+    def layer_sites(self) -> list[Site]:
+        """The sites of layers, which exist from the conversion on, unlike those of functional dropouts."""
+        of_calls = self._of_calls.values()
+        return [site for site in self.report.sites if site.sampler not in of_calls]
+
+    @property
+    def _leader(self) -> PatternSampler:
+        """The sampler whose seeds functional dropouts share."""
+        return next(iter(self.samplers.values()))
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the model is in training mode, and a training step is under way."""
+        model = self.model()
+        return self.stepping and model is not None and model.training
+
+    def draw(self) -> None:
+        """Draw patterns in the next steps, because a graph reads them."""
+        self.settling.is_idle = False
+
+    def left(self, name: str, rate: float | None, reason: str) -> None:
+        """Report a dropout of a graph that stays as it is."""
+        self.report.left(name, rate, reason)
 
     def swap(self, module: nn.Module, cls: type, **attributes: Any) -> None:
         """Change the class of a layer in place: it keeps its identity, parameters and hooks.
@@ -156,6 +206,8 @@ class Conversion:
         if fresh:
             for sampler in self._drawn_from():
                 sampler.draw()
+            for sampler in self._of_calls.values():
+                sampler.seed_of_step = self._leader.seed_of_step
         sites = self.report.sites
         first = not any(site.steps for site in sites)
         for site in sites:
@@ -181,7 +233,7 @@ class Conversion:
 
     def _drawn_from(self) -> Iterable[PatternSampler]:
         """The samplers that a step needs: all of them if there are compiled graphs that draw."""
-        compiled = self.book is not None and self.book.may_draw
+        compiled = self.book is not None and (self.book.may_draw or self.settling.expects_to_draw)
         every = compiled or _in_step_with_others()
         return self.samplers.values() if every else self.settling.samplers()
 
@@ -206,13 +258,16 @@ class Conversion:
 
     def serve_compiled(self, model: nn.Module) -> None:
         """Prepare for ``torch.compile``, so that compiled graphs of the model skip as well."""
-        modules = [m for m in self.layers if isinstance(m, ApproxDropoutSite) and m.site.rate]
-        if self.options.pattern != "row" or not modules:
+        if self.options.pattern != "row":
             return
-        self.book, self._entrances = Book(self.layers, self.report.left), Entrances(model)
+        if not self.samplers:  # functional dropouts need the seed of a step
+            self.samplers[0.0] = self.options.sampler(0.0, self.seed, self.rank)
+        self.book = Book(self.layers or list(model.modules()), Calls(model, self))
+        self._entrances = Entrances(model) if self.layers else None
         self._callers = Callers(model, [layer for layer in self.layers if isinstance(layer, ApproxLSTM)])
-        for module in modules:
-            self.book.add(module.site, module)
+        for module in self.layers:
+            if isinstance(module, ApproxDropoutSite) and module.site.rate:
+                self.book.add(module.site, module)
         self.report.work.append(self.book.work)
         self.book.begin()
         CHARGE.take(self.book)
@@ -268,6 +323,8 @@ class Conversion:
         Raises:
             ValueError: The state belongs to other rates or distributions.
         """
+        if not state and list(self.samplers) == [0.0]:  # before functional dropouts skipped
+            return
         if set(state) != set(self.state_dict()):
             raise ValueError(
                 f"the saved patterns are of the rates {sorted(state)}, the model has {sorted(self.state_dict())}"

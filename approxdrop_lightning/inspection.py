@@ -1,4 +1,4 @@
-"""Calls of functional dropout in the code of a model. They cannot be replaced, so the report lists them."""
+"""Calls of functional dropout in the code of a model. Eager mode cannot replace them, so the report lists them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
+#: Those that compiled graphs find.
+_DROPOUT = (torch.nn.functional.dropout, torch.dropout, torch.dropout_)
 _KINDS = (
     "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout",
 )  # fmt: skip
@@ -24,6 +26,11 @@ _FUNCTIONS = {
     for name in (kind, f"{kind}_", f"native_{kind}")
     if hasattr(home, name)
 }
+
+#: Why a call is left as it is.
+CALL = "a function call, which skips only in graphs of torch.compile (inductor); nn.Dropout would be found"
+_ATTENTION_REASON = "dropout inside attention is left as it is"
+OTHER = "a function call; nn.Dropout in its place would be found"
 
 
 def functional_dropouts(model: nn.Module) -> Iterator[tuple[str, str, str]]:
@@ -52,13 +59,8 @@ def functional_dropouts(model: nn.Module) -> Iterator[tuple[str, str, str]]:
         scope = vars(sys.modules.get(cls.__module__, object()))
         file = (inspect.getsourcefile(cls) or "?").rsplit("/", 1)[-1]
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and _drops(node, _resolve(node.func, scope)):
-                attention = _resolve(node.func, scope) is _ATTENTION
-                reason = (
-                    "dropout inside attention is left as it is"
-                    if attention
-                    else "a function call; nn.Dropout in its place would be found"
-                )
+            if isinstance(node, ast.Call) and _drops(node, function := _resolve(node.func, scope)):
+                reason = CALL if function in _DROPOUT else _ATTENTION_REASON if function is _ATTENTION else OTHER
                 yield name, f"{file}:{first + node.lineno - 1}", reason
 
 

@@ -155,10 +155,11 @@ class Options:
         """The distribution over ``(dp, keep)`` for a rate."""
         return PatternDistribution.search(rate, self.max_dp, self.search, self.keep, self.concentration)
 
-    def sampler(self, rate: float, seed: int, rank: int = 0) -> PatternSampler:
-        """A sampler of patterns of a rate."""
+    def sampler(self, rate: float, seed: int, rank: int = 0, pair: tuple[int, int] | None = None) -> PatternSampler:
+        """A sampler of patterns of a rate, or of a pair ``(dp, keep)``."""
+        fixed = None if pair is None else PatternDistribution((pair,), (1.0,), (pair[0] - pair[1]) / pair[0])
         return PatternSampler(
-            self.distribution(rate),
+            fixed or self.distribution(rate),
             interleave=self.interleave,
             shuffle=self.shuffle,
             block_size=self.block_size,

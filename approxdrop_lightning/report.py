@@ -102,11 +102,25 @@ class Report:
     #: Linear layers that could not be converted, and why.
     notes: list[str] = field(default_factory=list)
 
+    def found(self, name: str, rate: float, site: Site) -> None:
+        """Add a call that a compiled graph contains, in place of the row without a site for its line of code."""
+        place = name.rpartition(" (")[2]
+        same = [i for i, row in enumerate(self.rows) if row.site is None and row.name.endswith(f" ({place}")]
+        at = slice(same[0], same[0] + 1) if same else slice(len(self.rows), None)
+        self.rows[at] = [Row(name, rate, site=site)]
+
     def left(self, name: str, rate: float | None, reason: str) -> None:
-        """Add a dropout that is left as it is, unless there is a row for the same call (line of code) already."""
+        """Add a dropout that is left as it is, unless there is such a row for the same call (line of code) already.
+
+        A row from the source code, which does not show the rate, gives way to one from a graph.
+        """
         place = name.rpartition(" (")[2] if ":" in name else None
-        if place is None or not any(row.name.endswith(f" ({place}") for row in self.rows):
-            self.rows.append(Row(name, rate, reason))
+        for i, row in enumerate(self.rows):
+            if place is not None and row.site is None and row.name.endswith(f" ({place}"):
+                if row.rate is None and rate is not None:
+                    self.rows[i] = Row(name, rate, reason)
+                return
+        self.rows.append(Row(name, rate, reason))
 
     def _products(self) -> list[tuple[int, float]]:
         """Multiplies of each product of the last step, and the share that is executed in expectation."""

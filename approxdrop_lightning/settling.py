@@ -127,6 +127,8 @@ class Settling:
     _shapes: Shapes = None
     _steps: int = 0
     _again: bool = False  # the next step is watched, whatever its batch
+    #: Of functional dropouts that no graph has shown since the decisions were loaded: by name, as `Site.in_graphs`.
+    _expected: dict[str, list[bool]] = field(default_factory=dict)
 
     @property
     def _sites(self) -> list[Site]:
@@ -232,7 +234,8 @@ class Settling:
                     site.forget_patterns()
                 site.resting = layer.stock
         native = not self.watching and all(site.is_native for site in self._sites)
-        self.is_idle = native or all(layer.stock for layer in self.layers.values())
+        read = any(True in site.in_graphs for site in self._sites)  # functional dropouts of graphs have no layer
+        self.is_idle = native or (not read and all(layer.stock for layer in self.layers.values()))
 
     @property
     def has_stock(self) -> bool:
@@ -251,12 +254,21 @@ class Settling:
                 site.name: [use.state() for use in site.uses.values() if use.skips is not None]
                 for site in self._sites
             },
-            "in_graphs": {site.name: sorted(site.in_graphs) for site in self._sites},
+            "in_graphs": self._expected | {site.name: sorted(site.in_graphs) for site in self._sites},
             "read_whole_too": sorted(self._read_whole_too()),
             "known": [None if shapes is None else [list(shape) for shape in shapes] for shapes in self._known],
             "steps": self._steps,
             "again": self._again,
         }
+
+    @property
+    def expects_to_draw(self) -> bool:
+        """Whether a functional dropout has skipped that no graph has shown since the decisions were loaded."""
+        return any(True in seen for seen in self._expected.values())
+
+    def resume(self, site: Site) -> None:
+        """Give a functional dropout, which a graph has shown, the decisions that were loaded for it."""
+        site.in_graphs = set(self._expected.pop(site.name, []))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore saved decisions, except those for sites that the model does not have."""
@@ -268,6 +280,8 @@ class Settling:
                 use.load_state(saved)
             site.in_graphs = set(state.get("in_graphs", {}).get(site.name, []))
             site.sum_up()
+        known = {site.name for site in self._sites}
+        self._expected = {name: seen for name, seen in state.get("in_graphs", {}).items() if name not in known}
         for layer in self.layers.values():
             if issubclass(layer.cls, ApproxLinear):
                 layer.put(read_whole_too=layer.name in state["read_whole_too"])

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from approxdrop_lightning.conversion import Conversion, conversion_of, find_conversion
-from approxdrop_lightning.inspection import functional_dropouts
+from approxdrop_lightning.inspection import CALL, OTHER, functional_dropouts
 from approxdrop_lightning.layers import ApproxDropoutSite, ApproxLinear, ApproxLSTM, TileLinear, TileLSTM
 from approxdrop_lightning.layers.converted import Converted, give_back
+from approxdrop_lightning.layers.entrances import compiled_parts
 from approxdrop_lightning.options import Options
 from approxdrop_lightning.report import Report
 from approxdrop_lightning.work import Ledger
@@ -49,6 +50,7 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
                 reason = f"dropout inside {type(module).__name__} is left as it is"
                 conversion.report.left(f"{name} ({what})", module.dropout, reason)
         for name, place, reason in functional_dropouts(model):
+            reason = OTHER if reason == CALL and options.pattern != "row" else reason
             conversion.report.left(f"{name or 'the model'} ({place})", None, reason)
     except ValueError:  # no pattern has a rate of the model
         conversion.restore()
@@ -60,11 +62,17 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
             elif isinstance(module, nn.Linear) and not type(module).__module__.startswith("torch."):
                 conversion.report.notes.append(f"{name} is left as it is: {_own_forward(module)}")
         conversion.inspect(model)
-    else:
+    elif not (_is_compiled(model) and any(row.reason == CALL for row in conversion.report)):
         warnings.warn(f"no dropout could be converted:\n{conversion.report}", NoEffectWarning, stacklevel=3)
     conversion.serve_compiled(model)
     conversion.register(model)
     return conversion
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether a module, or a method that an instance has of its own, was compiled by ``torch.compile``."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    return bool(compiled_parts(model)) or any(hasattr(value, "_torchdynamo_orig_callable") for value in values)
 
 
 def _release(model: nn.Module) -> None:

@@ -15,7 +15,8 @@ keep)``, of which there are few (:mod:`.pairs`). Patterns are data (:mod:`.book`
 | ``concatenations.py`` | splits dropouts and layers after ``torch.cat``, for the rest of the pass |
 | ``rules/`` | functions that the pass knows, and how to add one |
 | ``nodes.py``, ``names.py``, ``mutation.py`` | queries about nodes; names for the report; tensors changed in place |
-| ``functional.py`` | dropouts of a graph that are not layers, for the report |
+| ``functional.py``, ``calls.py`` | dropouts that are function calls: of a graph, and of a model |
+| ``guards.py`` | when a graph with such dropouts may run again |
 | ``reference.py`` | the definition of the pass, for tests |
 | ``counts.py`` | how much was rewritten, for tests and logs |
 | ``frames.py`` | functions that Dynamo must not capture on their own |

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from approxdrop_lightning.graph.calls import Calls
 from approxdrop_lightning.graph.drawing import Array, Draw
 from approxdrop_lightning.graph.layout import Layout, Rows, TableUse, layout_of, mask_of, rows_of
 from approxdrop_lightning.graph.pairs import Pair, Pairs
@@ -33,6 +34,10 @@ _ROOM = 1 << 17
 _STAMPS = itertools.count(1)
 _BOOKS: weakref.WeakValueDictionary[int, Book] = weakref.WeakValueDictionary()
 _SERIAL = itertools.count()
+
+
+def _no_module() -> None:
+    """In place of the reference to a module, for a function call."""
 
 
 @dataclass(eq=False)
@@ -125,21 +130,19 @@ class Book:
     """The patterns of one converted model, for its compiled graphs.
 
     Args:
-        layers: The converted layers. Their device is looked up before each batch, and the report shows their names.
-        left: Called with the name, rate and reason for each dropout of a graph that stays as it is.
+        layers: The layers whose device is looked up before each batch.
+        calls: Functional dropouts of the model.
     """
 
-    def __init__(self, layers: list[nn.Module], left: Callable[[str, float, str], None]) -> None:
+    def __init__(self, layers: list[nn.Module], calls: Calls) -> None:
         self.serial = next(_SERIAL)
         _BOOKS[self.serial] = self
         self._layers = [weakref.ref(layer) for layer in layers]
-        #: By ``id``, as in Dynamo's ``nn_module_stack``.
-        self.names = {str(id(layer)): str(layer.name) for layer in layers if hasattr(layer, "name")}
-        self.left = left
+        self.calls = calls
         self._products: dict[str, tuple[Any, Any, int]] = {}
         #: Multiplies of the compiled products, for the report.
         self.work = Ledger()
-        self.sites: list[tuple[Site, weakref.ref[nn.Module]]] = []
+        self.sites: list[tuple[Site, Callable[[], nn.Module | None]]] = []
         self.tables: dict[torch.device, Tensor] = {}
         self._staging: dict[torch.device, _Staging] = {}
         self._used: dict[torch.device, int] = {}
@@ -153,22 +156,35 @@ class Book:
     @property
     def graphs(self) -> int:
         """Most graphs for one shape. All rates draw from one quantile, so their pairs add up and do not multiply."""
-        return sum(len(pairs.support) for pairs in self._pairs.values())
+        drawn = {id(site.sampler) for site, module in self.sites if module is not _no_module}
+        return sum(len(self._pairs[sampler].support) for sampler in drawn) or 1
 
-    def add(self, site: Site, module: nn.Module) -> None:
-        """Register a dropout module."""
-        self.sites.append((site, weakref.ref(module)))
-        weakref.finalize(self, _forget, weakref.ref(module))
+    def add(self, site: Site, module: nn.Module | None) -> None:
+        """Register a dropout module, or a functional dropout without one."""
+        self.sites.append((site, _no_module if module is None else weakref.ref(module)))
         site.book = weakref.ref(self)  # weak: a layer that outlives its model must not keep the book alive
         if id(site.sampler) not in self._pairs:
             self._pairs[id(site.sampler)] = Pairs(site.sampler.distribution)
-        object.__setattr__(module, "graph_key", f"{self.serial}.{len(self.sites) - 1}")
+        if module is not None:
+            weakref.finalize(self, _forget, weakref.ref(module))
+            object.__setattr__(module, "graph_key", self.key(site))
+
+    def key(self, site: Site) -> str:
+        """Identifies a site in the arguments of :func:`.operator.drop`."""
+        return f"{self.serial}.{self._index(site)}"
+
+    def is_call(self, site: Site) -> bool:
+        """Whether a site is a functional dropout."""
+        return self.sites[self._index(site)][1] is _no_module
+
+    def _index(self, site: Site) -> int:
+        return next(i for i, (known, _) in enumerate(self.sites) if known is site)
 
     def begin(self) -> None:
         """Begin a step: set the pair of each site, which compiled code guards on, and fill the tables."""
         if not self.sites or all(site.is_native for site, _ in self.sites):
             return
-        device = self._device()
+        device = self.device
         table = self.table(device)
         pairs = self._pairs_of_step()
         for site, ref in self.sites:
@@ -186,7 +202,9 @@ class Book:
         """Whether a graph reads the patterns of a step, as far as it is known."""
         return any(True in site.in_graphs or not (site.uses or site.in_graphs) for site, _ in self.sites)
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter of the model is."""
         for ref in self._layers:
             if (layer := ref()) is not None:
                 for parameter in layer._parameters.values():  # ten times as fast as `parameters()`, in each step
@@ -258,19 +276,23 @@ class Book:
             orders = sampler.n_orders(layout.groups, 2 * keep > dp, leading, least)
             layout = layout._replace(orders=orders)
         rows_taken = rows_of(layout.all_groups, leading)
-        index = next(i for i, (known, _) in enumerate(self.sites) if known is site)
-        key = (index, number, layout, rows_taken, pair, device)
+        key = (site, number, layout, rows_taken, pair, device)
         if key in self._entries:
             return self._entries[key]
+        if device in self._too_small:  # until the next step: a graph reads one table only
+            return None
         table, at = self.table(device), self._used[device]
         if at + layout.size > len(table):
             self._too_small.add(device)
             return None
         self._used[device] += layout.size
         scale = 1 / (1 - site.rate) if site.scale_by == "rate" else dp / keep
-        entry = Entry(TableUse(at, scale, *layout), site, pair, device, rows_taken, (index, number, tuple(layout)))
+        # Function calls are registered as they are found, which may be in another order after a resume.
+        origin = site.name if self.is_call(site) else self._index(site)
+        entry = Entry(TableUse(at, scale, *layout), site, pair, device, rows_taken, (origin, number, tuple(layout)))
         self._entries[key] = entry
         self._plans.clear()
+        self.calls.draw()
         Draw(sampler, pair, [entry.use], [entry.key]).write(self._staging[device].array)
         here = slice(at, at + layout.size)
         # No graph has read this part yet, so a pending backward pass must not see a changed version: hence `.data`.
@@ -278,7 +300,8 @@ class Book:
         return entry
 
     def close(self) -> None:
-        """End the conversion: modules compile to stock dropout from now on."""
+        """End the conversion: dropouts compile to stock dropout from now on."""
+        self.calls.close()
         for _, module in self.sites:
             _forget(module)
 
@@ -333,11 +356,17 @@ class Book:
         )
 
 
-def _forget(ref: weakref.ref[nn.Module]) -> None:
+def _forget(ref: Callable[[], nn.Module | None]) -> None:
     """Remove the attributes that graphs read from a module."""
     if (module := ref()) is not None:
         for name in ("graph_key", "graph_table", "graph_dp", "graph_keep"):
             vars(module).pop(name, None)
+
+
+def book_of(module_id: str) -> Book | None:
+    """The book of the model that a module belongs to, given its ``id`` as text; None if it is not converted."""
+    found = [book for book in list(_BOOKS.values()) if book.calls.module(module_id) is not None]
+    return found[-1] if found else None
 
 
 def site_of(key: str) -> tuple[Book, Site]:

@@ -16,10 +16,16 @@ from approxdrop_lightning.graph.rules.rule import shape, value
 from approxdrop_lightning.policy import Thresholds, product_dtype
 
 
-def decide(dropouts: Dropouts) -> None:
-    """Enter a pattern for each dropout by which something is skipped; the reason is noted for all others."""
-    uses: Counter[Any] = Counter()
+def decide(dropouts: Dropouts, calls: Counter[Any]) -> None:
+    """Enter a pattern for each dropout by which something is skipped; the reason is noted for all others.
+
+    Args:
+        dropouts: The dropouts of a graph, with their layers.
+        calls: Number of uses of each functional dropout so far, in this graph and in those that it is part of or has.
+    """
+    layers: Counter[Any] = Counter()
     for drop in dropouts.drops.values():
+        uses = calls if drop.book.is_call(drop.site) else layers
         number = uses[drop.site]
         uses[drop.site] += 1
         if not _has_units(drop):

@@ -14,6 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from approxdrop_lightning.graph.book import Book
+from approxdrop_lightning.graph.guards import is_subgraph
 from approxdrop_lightning.graph.rewrite import rewrite
 
 
@@ -29,7 +30,8 @@ class Pass(CustomGraphPass):
             if other is not None:
                 other(graph)
         gm = graph.owning_module
-        if gm is not None:
+        # Inductor passes subgraphs first, but those that get the tables of patterns are rewritten with their graph.
+        if gm is not None and not is_subgraph(gm):
             rewrite(gm)
 
     def uuid(self) -> Any:

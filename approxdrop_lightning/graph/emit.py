@@ -119,7 +119,7 @@ class Emitter:
             inside = None
         some = inside or outside
         assert some is not None
-        name = layer_name(node, some.book.names)
+        name = layer_name(node, some.book.calls.names)
         with self.graph.inserting_before(node):
             if inside is not None:
                 x = _After(self, inside).operand(x, node)
@@ -130,7 +130,7 @@ class Emitter:
         if outside is not None:
             outside.site.producers.add(name)
             COUNTS.producers += 1
-        key = layer_key(node, some.book.names)
+        key = layer_key(node, some.book.calls.names)
         some.book.note(key, inside and inside.site, outside and outside.site, multiplies(node))
         with self.graph.inserting_before(node):
             leading = None if outside is not None else self.dropouts.leading(some.node if views else node)

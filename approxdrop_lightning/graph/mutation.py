@@ -26,6 +26,7 @@ _BY_POSITION: dict[str, int] = {
     "relu6": 1,
     "leaky_relu": 2,
     "elu": 2,
+    "dropout": 3,
 }
 
 

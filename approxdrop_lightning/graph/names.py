@@ -28,9 +28,14 @@ def module_name(node: Node, names: Mapping[str, str]) -> str:
     stack: dict[str, tuple[str, type]] = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
-    key, (path, _) = next(reversed(stack.items()))
-    known = names.get(re.sub(r"\D.*", "", key))
-    return known or re.sub(r"^L\['\w+'\]\.?", "", path)
+    path, _ = next(reversed(stack.values()))
+    known = names.get(module_ids(node)[0])
+    return re.sub(r"^L\['\w+'\]\.?", "", path) if known is None else known
+
+
+def module_ids(node: Node) -> list[str]:
+    """``id`` of each module whose code calls the function of a node, from the innermost one on."""
+    return [re.sub(r"\D.*", "", key) for key in reversed(node.meta.get("nn_module_stack") or {})]
 
 
 def function_name(node: Node) -> str:

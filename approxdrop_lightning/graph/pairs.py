@@ -1,4 +1,4 @@
-"""The pairs ``(dp, keep)`` that a compiled run draws: few, because each one needs a graph."""
+"""The pairs ``(dp, keep)`` of compiled graphs: few, because each one needs a graph."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Pairs:
             reverse=True,
         )
         chosen = [pair for k, pair in drawn[:most] if k >= LEAST] or [drawn[0][1]]
-        if _dropped(chosen[0]) != rate or len(chosen) > 1:
+        if dropped(chosen[0]) != rate or len(chosen) > 1:
             # The rates of the pairs must enclose the rate; the nearest pair beyond replaces the least probable one.
             for sign in (-1, 1):
-                beyond = [pair for pair in distribution.support if sign * (_dropped(pair) - rate) >= 0]
+                beyond = [pair for pair in distribution.support if sign * (dropped(pair) - rate) >= 0]
                 if not set(beyond) & set(chosen):
-                    chosen = [*chosen[: most - 1], min(beyond, key=lambda pair: abs(_dropped(pair) - rate))]
-        self.support = tuple(sorted(chosen, key=_dropped))
+                    chosen = [*chosen[: most - 1], min(beyond, key=lambda pair: abs(dropped(pair) - rate))]
+        self.support = tuple(sorted(chosen, key=dropped))
         known = dict(zip(distribution.support, distribution.probabilities, strict=True))
-        self.probabilities = _tilted([_dropped(p) for p in self.support], [known[p] for p in self.support], rate)
+        self.probabilities = _tilted([dropped(p) for p in self.support], [known[p] for p in self.support], rate)
         self._cumulative = list(accumulate(self.probabilities))
 
     def at(self, u: float) -> Pair:
@@ -47,11 +47,27 @@ class Pairs:
     @property
     def expected_rate(self) -> float:
         """Expected dropout rate."""
-        return sum(k * _dropped(pair) for k, pair in zip(self.probabilities, self.support, strict=True))
+        return sum(k * dropped(pair) for k, pair in zip(self.probabilities, self.support, strict=True))
 
 
-def _dropped(pair: Pair) -> float:
+def dropped(pair: Pair) -> float:
+    """Share of the units that a pair drops."""
     return (pair[0] - pair[1]) / pair[0]
+
+
+def exact_pair(rate: float, max_dp: int, keep: str) -> Pair | None:
+    """The pair of smallest period that drops exactly ``rate``, in (0, 1), of the units; None if there is none.
+
+    Args:
+        rate: The rate.
+        max_dp: Largest period.
+        keep: ``"one"`` cell of the period or ``"any"`` number of cells is kept.
+    """
+    for dp in range(2, max_dp + 1):
+        pair = dp, 1 if keep == "one" else round(dp * (1 - rate))
+        if abs(dropped(pair) - rate) < 1e-9:
+            return pair
+    return None
 
 
 def _tilted(shares: list[float], weights: list[float], rate: float) -> tuple[float, ...]:

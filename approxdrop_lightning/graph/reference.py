@@ -5,33 +5,30 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import GraphModule
 
-from approxdrop_lightning.graph.counts import COUNTS
 from approxdrop_lightning.graph.emit import without_pattern
+from approxdrop_lightning.graph.find import Dropouts
 from approxdrop_lightning.graph.layout import Rows, TableUse, mask_of
-from approxdrop_lightning.graph.rewrite import analysed
+from approxdrop_lightning.graph.rewrite import replace_dropouts
 
 
-def mask(gm: GraphModule, recomputed: bool = False) -> None:
+def mask(gm: GraphModule) -> None:
     """Replace the dropouts of a graph and of its subgraphs by masks, in place.
 
     A dropout that stays conventional is the same here.
     """
-    for child in gm.children():
-        if isinstance(child, GraphModule):
-            mask(child, recomputed=True)
-    dropouts = analysed(gm.graph, recomputed)
-    if dropouts is None:
-        return
+    replace_dropouts(gm, _replace)
+
+
+def _replace(dropouts: Dropouts) -> None:
+    graph = dropouts.graph
     for drop in dropouts.drops.values():
-        with gm.graph.inserting_before(drop.node):
+        with graph.inserting_before(drop.node):
             if drop.entry is None:
                 new = without_pattern(dropouts, drop)
             else:
-                new = gm.graph.call_function(_masked, (drop.x, drop.table, drop.entry.use, drop.entry.rows))
+                new = graph.call_function(_masked, (drop.x, drop.table, drop.entry.use, drop.entry.rows))
         drop.node.replace_all_uses_with(new)
-        gm.graph.erase_node(drop.node)
-    gm.recompile()
-    COUNTS.graphs += 1
+        graph.erase_node(drop.node)
 
 
 def _masked(x: Tensor, table: Tensor, use: TableUse, rows: Rows) -> Tensor:
