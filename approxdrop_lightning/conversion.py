@@ -129,10 +129,6 @@ class Conversion:
         """Draw patterns in the next steps, because a graph reads them."""
         self.settling.is_idle = False
 
-    def left(self, name: str, rate: float | None, reason: str) -> None:
-        """Report a dropout of a graph that stays as it is."""
-        self.report.left(name, rate, reason)
-
     def swap(self, module: nn.Module, cls: type, **attributes: Any) -> None:
         """Change the class of a layer in place: it keeps its identity, parameters and hooks.
 
@@ -262,8 +258,8 @@ class Conversion:
             return
         if not self.samplers:  # functional dropouts need the seed of a step
             self.samplers[0.0] = self.options.sampler(0.0, self.seed, self.rank)
-        self.book = Book(self.layers or list(model.modules()), Calls(model, self))
-        self._entrances = Entrances(model) if self.layers else None
+        self.book = Book(self.layers or list(model.modules()), Calls(model, self, self.report.left))
+        self._entrances = Entrances(model) if self.report.sites else None
         self._callers = Callers(model, [layer for layer in self.layers if isinstance(layer, ApproxLSTM)])
         for module in self.layers:
             if isinstance(module, ApproxDropoutSite) and module.site.rate:

@@ -11,7 +11,14 @@ from torch import nn
 
 from approxdrop_lightning.conversion import Conversion, conversion_of, find_conversion
 from approxdrop_lightning.inspection import CALL, OTHER, functional_dropouts
-from approxdrop_lightning.layers import ApproxDropoutSite, ApproxLinear, ApproxLSTM, TileLinear, TileLSTM
+from approxdrop_lightning.layers import (
+    ApproxDropoutSite,
+    ApproxLinear,
+    ApproxLSTM,
+    CapturedLinear,
+    TileLinear,
+    TileLSTM,
+)
 from approxdrop_lightning.layers.converted import Converted, give_back
 from approxdrop_lightning.layers.entrances import compiled_parts
 from approxdrop_lightning.options import Options
@@ -55,12 +62,13 @@ def convert(model: nn.Module, options: Options, seed: int, rank: int = 0) -> Con
     except ValueError:  # no pattern has a rate of the model
         conversion.restore()
         raise
-    if any(site.rate for site in conversion.report.sites):
-        for name, module in model.named_modules():
-            if computes_as(module, nn.Linear) and "weight" in module._parameters:
-                _convert_linear(conversion, name, module)
-            elif isinstance(module, nn.Linear) and not type(module).__module__.startswith("torch."):
-                conversion.report.notes.append(f"{name} is left as it is: {_own_forward(module)}")
+    found = any(site.rate for site in conversion.report.sites)
+    for name, module in model.named_modules():
+        if computes_as(module, nn.Linear) and "weight" in module._parameters:
+            _convert_linear(conversion, name, module, found)
+        elif found and isinstance(module, nn.Linear) and not type(module).__module__.startswith("torch."):
+            conversion.report.notes.append(f"{name} is left as it is: {_own_forward(module)}")
+    if found:
         conversion.inspect(model)
     elif not (_is_compiled(model) and any(row.reason == CALL for row in conversion.report)):
         warnings.warn(f"no dropout could be converted:\n{conversion.report}", NoEffectWarning, stacklevel=3)
@@ -119,7 +127,12 @@ def _convert_dropout(conversion: Conversion, name: str, module: nn.modules.dropo
         conversion.swap(module, ApproxDropoutSite, site=conversion.site(name, module.p))
 
 
-def _convert_linear(conversion: Conversion, name: str, module: nn.Linear) -> None:
+def _convert_linear(conversion: Conversion, name: str, module: nn.Linear, beside_layers: bool) -> None:
+    """Convert a linear layer of a model that has dropout layers, or has function calls alone."""
+    if not beside_layers:
+        if conversion.options.pattern == "row":
+            conversion.swap(module, CapturedLinear, name=name)
+        return
     if conversion.options.pattern != "row":
         conversion.swap(module, TileLinear, name=name, work=Ledger())
         return

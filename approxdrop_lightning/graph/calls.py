@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
@@ -21,9 +22,6 @@ class Owner(Protocol):
     def draw(self) -> None:
         """Draw patterns in the next steps."""
 
-    def left(self, name: str, rate: float | None, reason: str) -> None:
-        """Report a dropout that stays as it is."""
-
     def site_of_call(self, name: str, rate: float) -> Site | str:
         """A new site for a functional dropout, or the reason why there is none."""
 
@@ -34,12 +32,14 @@ class Calls:
     Args:
         model: The model. Only weak references to its modules are held.
         owner: Its conversion, held weakly, too.
+        left: Reports a dropout of a graph that stays as it is: called with its name, rate and reason.
 
     Attributes:
         names: Names of all modules by ``id``, as in Dynamo's ``nn_module_stack``.
     """
 
-    def __init__(self, model: nn.Module, owner: Owner) -> None:
+    def __init__(self, model: nn.Module, owner: Owner, left: Callable[[str, float | None, str], None]) -> None:
+        self.left = left
         modules = dict(model.named_modules())
         self.names = {str(id(module)): name for name, module in modules.items()}
         self._modules = {str(id(module)): weakref.ref(module) for module in modules.values()}
@@ -70,11 +70,6 @@ class Calls:
         """Draw patterns in the next steps, because a graph reads them."""
         if (owner := self._owner()) is not None:
             owner.draw()
-
-    def left(self, name: str, rate: float | None, reason: str) -> None:
-        """Report a dropout that stays as it is."""
-        if (owner := self._owner()) is not None:
-            owner.left(name, rate, reason)
 
     def site(self, name: str, rate: float) -> Site | str:
         """The site of a call, or the reason why there is none."""

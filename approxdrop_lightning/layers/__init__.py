@@ -2,7 +2,7 @@
 
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.layers.dropout import ApproxDropoutSite
-from approxdrop_lightning.layers.linear import ApproxLinear
+from approxdrop_lightning.layers.linear import ApproxLinear, CapturedLinear
 from approxdrop_lightning.layers.lstm import ApproxLSTM
 from approxdrop_lightning.layers.site import Site
 from approxdrop_lightning.layers.tile_site import TileSite
@@ -12,6 +12,7 @@ __all__ = [
     "ApproxDropoutSite",
     "ApproxLSTM",
     "ApproxLinear",
+    "CapturedLinear",
     "CompactTensor",
     "Site",
     "TileLSTM",

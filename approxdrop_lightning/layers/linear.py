@@ -1,4 +1,4 @@
-"""``nn.Linear`` that defers its product until it is known whether a dropout consumes the output."""
+"""``nn.Linear`` that defers its product until it is known who reads the output, and one that does not."""
 
 from __future__ import annotations
 
@@ -71,3 +71,18 @@ class ApproxLinear(Converted, nn.Linear):
             self.work.note(None, None, multiplies)
             return self._as_stock(x)
         return PendingLinear(Pending(self, x, (*shape[:-1], self.out_features), weight, bias))
+
+
+class CapturedLinear(Converted, nn.Linear):
+    """``nn.Linear`` in a model whose only dropouts are function calls, which skip in compiled graphs alone.
+
+    It computes as ``nn.Linear``. Dynamo guards on classes, so this one keeps apart the graphs of the stock model,
+    whose code is the same.
+
+    Attributes:
+        name: Name in the model.
+    """
+
+    stock = nn.Linear
+    name: str
+    forward = nn.Linear.forward

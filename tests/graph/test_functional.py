@@ -299,6 +299,23 @@ def test_a_second_conversion_finds_the_calls_again():
         restore(model)
 
 
+def test_graphs_of_the_stock_model_are_not_used():
+    """Whether they are compiled before the conversion or after it: the code is the same, and nothing in it is."""
+    stock, model, x = Calls((0.5, 0.5)), Calls((0.5, 0.5)), torch.randn(64, 12)
+    compiled, other = (torch.compile(m, backend=rewriting) for m in (model, stock))
+    compiled(x)
+    other(x)
+    report, _ = converted(model)
+    for _ in range(2):
+        resample(model)
+        other(x)
+        compiled(x).sum().backward()
+    assert [row.skipped for row in report] == [BOTH, BOTH]
+    assert counters["stats"]["unique_graphs"] == 2
+    assert type(model.a) is not nn.Linear and type(stock.a) is type(model.eval().a) is nn.Linear
+    restore(model)
+
+
 def test_a_model_that_is_gone_leaves_no_patterns_behind():
     model, x = Calls((0.5, 0.5)), torch.randn(64, 12)
     converted(model)
