@@ -27,6 +27,7 @@ from approxdrop_lightning.graph.find import Dropouts
 from approxdrop_lightning.graph.functional import FunctionalDropouts, Tables
 from approxdrop_lightning.graph.names import layer_key
 from approxdrop_lightning.graph.nodes import multiplies
+from approxdrop_lightning.graph.stacks import take_stacks_apart
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -69,6 +70,7 @@ def _replace_in(
     functional = FunctionalDropouts(gm.graph, tables)
     dropouts = Dropouts(gm.graph, recomputed)
     if dropouts.drops:
+        take_stacks_apart(dropouts)
         split_concatenations(dropouts)
         _note_layers(dropouts)
         dropouts.find_layers()

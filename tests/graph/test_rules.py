@@ -11,6 +11,8 @@ from torch._dynamo.utils import counters
 
 from approxdrop_lightning import resample, restore
 from approxdrop_lightning.graph.counts import COUNTS
+from approxdrop_lightning.graph.nodes import is_linear
+from approxdrop_lightning.graph.rewrite import rewrite
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -192,6 +194,94 @@ RULES = {
         {"a": linear(12, 16), "b": linear(28, 4)},
         (1, 0, 1),
     ),
+    "stack after": (
+        lambda m, x: m.b(torch.relu(torch.stack((m.drop(m.a(x)), m.other(m.c(x))), 1))),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4, bias=False)},
+        (2, 2, 0),
+    ),
+    "stack with several readers": (
+        lambda m, x: (lambda h: m.b(h) * m.e(F.silu(h) / 2) + m.f(h.flatten(2)).unsqueeze(-2) + h.sum())(
+            torch.stack([m.drop(m.a(x)), m.other(m.c(x))], dim=-2)
+        ),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4), "e": linear(16, 4), "f": linear(32, 4)},
+        (2, 6, 2),
+    ),
+    "stack of stacks": (
+        lambda m, x: m.b(torch.stack([torch.stack([m.drop(m.a(x)), m.other(m.a(x))]), m.c(x).expand(2, 5, 3, 16)])),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4)},
+        (2, 0, 2),
+    ),
+    "layers of a stack": (
+        lambda m, x: m.c(F.gelu(m.b(torch.stack([m.drop(m.a(x)), m.other(m.a(x))], 0))).flatten(0, 1)),
+        {"a": linear(12, 16), "b": linear(16, 16), "c": linear(16, 4)},
+        (2, 2, 0),
+    ),
+    "stack that is flattened": (
+        lambda m, x: m.b(torch.stack([m.drop(m.a(x)), m.other(m.c(x))], 2).relu().view(5, 3, 32)),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(32, 4)},
+        (2, 2, 0),
+    ),
+    "stack that is flattened before": (
+        lambda m, x: m.b(m.drop(F.prelu(torch.stack([m.a(x), torch.tanh(m.c(x))], -2).flatten(-2), m.slope))),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(32, 4), "slope": nn.Parameter(torch.tensor([0.2]))},
+        (2, 2, 0),
+    ),
+    "stack that is flattened otherwise": (
+        lambda m, x: m.b(torch.stack([m.drop(m.a(x)), m.other(m.c(x))], 1).flatten(2)),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(48, 4)},
+        (2, 0, 2),
+    ),
+    "sum of a stack": (
+        lambda m, x: m.b(m.drop(torch.stack([m.a(x), m.c(x), x.relu()], dim=1).relu().sum(dim=1) + 1)),
+        {"a": linear(12, 12), "c": linear(12, 12), "b": linear(12, 4)},
+        (2, 1, 0),
+    ),
+    "mean of a stack of layers of a stack": (
+        lambda m, x: m.c(
+            m.drop(torch.tanh(torch.mean(m.b(torch.stack([m.other(m.a(x)), m.other(m.e(x))], -2)), (-2,))))
+        ),
+        {"a": linear(12, 16), "e": linear(12, 16), "b": linear(16, 16), "c": linear(16, 4)},
+        (4, 3, 0),
+    ),
+    "sum over another dimension": (
+        lambda m, x: m.b(m.drop(torch.stack([m.a(x), m.c(x)], 1).sum(2))),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+    "sum that keeps the dimension": (
+        lambda m, x: m.b(m.drop(torch.stack([m.a(x), m.c(x)], 1).sum(1, keepdim=True))),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
+    "stack in the dimension of the units": (
+        lambda m, x: m.b(torch.stack([m.drop(m.a(x)), m.other(m.c(x))], -1)),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(2, 4)},
+        (2, 0, 2),
+    ),
+    "stack with what was not dropped": (
+        lambda m, x: m.b(torch.stack([m.drop(m.a(x)), m.c(x)], 1)),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4)},
+        (1, 0, 1),
+    ),
+    "stack whose zeros do not stay": (
+        lambda m, x: m.b(torch.stack([m.drop(m.a(x)), m.other(m.c(x))], 1).cos()),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4)},
+        (2, 0, 2),
+    ),
+    "stack that is changed in place": (
+        lambda m, x: (lambda h: (lambda changed: m.b(h) + changed[..., :4])(h.add_(1.0)))(
+            torch.stack([m.drop(m.a(x)), m.other(m.c(x))], 1)
+        ),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4)},
+        (2, 0, 2),
+    ),
+    "layer of a stack that is changed in place": (
+        lambda m, x: (lambda h: (lambda changed: m.c(h.flatten(2)) + changed[:, :, 0, :4])(h.add_(1.0)))(
+            m.b(torch.stack([m.drop(m.a(x)), m.other(m.a(x))], 2))
+        ),
+        {"a": linear(12, 16), "b": linear(16, 16), "c": linear(32, 4)},
+        (2, 0, 2),
+    ),
     "keywords": (
         lambda m, x: F.linear(m.drop(m.a(x)), weight=m.b.weight, bias=m.b.bias),
         {"a": linear(12, 16), "b": linear(16, 4)},
@@ -251,3 +341,65 @@ def test_parts_of_a_concatenation_have_patterns_of_their_own():
     restore(model)
     model.drop.forward = lambda x: x * mask
     assert worst(found, results(model, x, model)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("stack after", (2, 2)), ("stack that is flattened", (2, 2)), ("stack with several readers", (2, 6))],
+)
+def test_stacked_dropouts_are_those_of_the_model(name, found):
+    """The masks that the other tests compare with are put into the graph of the pass: here, into the model itself."""
+    torch.manual_seed(0)
+    function, layers, _ = RULES[name]
+    model = OneFunction(function, **copy.deepcopy(layers)).double()
+    report, _ = converted(model)
+    x = torch.randn(5, 3, 12, dtype=torch.float64)
+    resample(model)
+    result = results(torch.compile(model, backend=rewriting), x, model)
+    assert (COUNTS.producers, COUNTS.consumers) == found
+    masks = {name: report[name].site.last_patterns for name in ("drop", "other")}
+    restore(model)
+    for name, (pattern,) in masks.items():
+        mask = pattern.mask(5, 3, dtype=torch.float64, value=2)
+        getattr(model, name).forward = lambda x, mask=mask: x * mask
+    assert worst(result, results(model, x, model)) < 1e-12
+
+
+def test_stacks_of_many_batch_sizes():
+    torch.manual_seed(2)
+    model = OneFunction(
+        lambda m, x: (lambda h: m.c(m.b(h).flatten(1)) + m.c(h.flatten(1)))(
+            torch.stack([m.drop(m.a(x)), m.other(m.a(x))], 1)
+        ),
+        a=nn.Linear(12, 16), b=nn.Linear(16, 16), c=nn.Linear(32, 4),
+    ).double()  # fmt: skip
+    report, conversion = converted(model, concentration=float("inf"))
+    f, g = (torch.compile(model, backend=backend, fullgraph=True) for backend in (rewriting, masking))
+    for rows in (6, 8, 11):
+        resample(model)
+        x = torch.randn(rows, 12, dtype=torch.float64)
+        found = results(f, x, model)
+        conversion.resample(False)
+        assert worst(found, results(g, x, model)) < 1e-12
+    assert counters["stats"]["unique_graphs"] == 4  # of either backend one for the first size, and one for all others
+    assert report["drop"].consumers == ("b", "c")
+    restore(model)
+
+
+@pytest.mark.parametrize(("saved", "consumers"), [(5 * 3 * 16 * 4 // 2, 2), (5 * 3 * 16 * 4 // 2 + 1, 0)])
+def test_a_layer_of_a_stack_stays_one_product_if_each_part_would_save_too_little(saved, consumers):
+    torch.manual_seed(0)
+    model = OneFunction(RULES["stack after"][0], **copy.deepcopy(RULES["stack after"][1])).double()
+    converted(model, min_gain=saved)
+    resample(model)
+    graphs = []
+
+    def backend(gm, inputs):
+        rewrite(gm)
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(model, backend=backend)(torch.randn(5, 3, 12, dtype=torch.float64)).sum().backward()
+    restore(model)
+    assert (COUNTS.producers, COUNTS.consumers) == (2, consumers)
+    assert sum(map(is_linear, graphs[0].graph.nodes)) == (0 if consumers else 1)
