@@ -14,7 +14,7 @@ from approxdrop_lightning.layers.compact_tensor import Combine, CompactTensor
 from approxdrop_lightning.layers.contexts import Autocast
 from approxdrop_lightning.layers.functions import Chain, run_chain, tensors_of, with_tensors
 from approxdrop_lightning.layers.kept import Kept, Seen
-from approxdrop_lightning.layers.lazy_tensor import COMBINATIONS, LazyTensor, as_dense, is_pointwise, shape_of
+from approxdrop_lightning.layers.lazy_tensor import COMBINATIONS, LazyTensor, is_pointwise, shape_of
 from approxdrop_lightning.layers.pending import PendingLinear, dense_again
 from approxdrop_lightning.layers.use import Use
 from approxdrop_lightning.layers.waiting import settle
@@ -99,7 +99,7 @@ class Combination:
         self._check()
         with self.autocast.context():
             parts = [
-                part.held.compute() if isinstance(part, LazyTensor) and part.is_lazy else as_dense(part)
+                part.held.compute() if isinstance(part, LazyTensor) and part.is_lazy else _as_made(part)
                 for part in self.parts
             ]
             return run_chain(self.chain, _combined(parts, self.adds))
@@ -127,7 +127,11 @@ class Combination:
         if isinstance(part, PendingLinear) and part.is_lazy:
             part.place.use()
             return part.held.kept_values(pattern, use)
-        return functional.pack(as_dense(part), pattern, self.backend)
+        return functional.pack(_as_made(part), pattern, self.backend)
+
+
+def _as_made(part: Tensor) -> Tensor:
+    return part.as_made() if isinstance(part, LazyTensor) else part
 
 
 def _combined(parts: Sequence[Tensor], adds: bool) -> Tensor:
@@ -189,7 +193,7 @@ class PendingCombination(LazyTensor):
         with self.held.autocast.context():
             if isinstance(above, PendingCombination):
                 return run_chain(self.held.own, above.dense())
-            parts = [as_dense(part) for part in self.held.parts]
+            parts = [_as_made(part) for part in self.held.parts]
             return run_chain(self.held.chain, _combined(parts, self.held.adds))
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -23,7 +23,16 @@ from approxdrop_lightning.ops.row_linear.one_pass import linear_between
 if TYPE_CHECKING:
     pass
 
-_SCALES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__}
+_DIVISIONS = {torch.div, Tensor.div, Tensor.__truediv__}
+_SCALES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__} | _DIVISIONS
+
+
+def acts_on_kept(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether ``func(x, *args, **kwargs)`` keeps the zeros of ``x``, so that it may act on kept values alone."""
+    if func in _SCALES and len(args) == 1 and isinstance(args[0], (int, float)) and not kwargs:
+        # inf and 0 divisors make NaN of a dropped zero: let the dense tensor show it.
+        return math.isfinite(args[0]) and (args[0] != 0 or func not in _DIVISIONS)
+    return func in KEEPS_ZERO and not has_tensor((*args, *kwargs.values())) and not kwargs.get("inplace")
 
 
 class _Mask(torch.autograd.Function):
@@ -198,7 +207,7 @@ class CompactTensor(LazyTensor):
     def _dense_from_above(self) -> Tensor:
         place = self.place.above
         while place is not None:
-            if place.tensor is not None:
+            if place.tensor is not None or place.beside:
                 return self._as_function_of_itself()
             place = place.above
         dense = self.held.compute()
@@ -212,13 +221,9 @@ class CompactTensor(LazyTensor):
             if weight.dim() != 2 or not self.serves(math.prod(self.held.shape) * len(weight)):
                 return NotImplemented
             return self.linear(*args, **kwargs)
-        if func in _SCALES and len(args) == 1 and isinstance(args[0], (int, float)) and not kwargs:
-            # inf and 0 divisors make NaN of a dropped zero: let the dense tensor show it.
-            if math.isfinite(args[0]) and (args[0] != 0 or func not in (torch.div, Tensor.div, Tensor.__truediv__)):
-                return self._with(func, args, {})
-        elif func in KEEPS_ZERO and not has_tensor((*args, *kwargs.values())) and not kwargs.get("inplace"):
+        if acts_on_kept(func, args, kwargs):
             return self._with(func, args, kwargs)
-        elif func in RESHAPES:
+        if func in RESHAPES:
             shape = reshaped_leading(func, self.held.shape, args, kwargs)
             if shape is not None:
                 self.place.use()

@@ -55,13 +55,20 @@ def has_tensor(args: Any) -> bool:
     return any(isinstance(a, Tensor) for a in args)
 
 
+def reshaped(
+    func: Callable[..., Any], shape: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, ...] | None:
+    """New shape; None if it is not a reshaping, but another type."""
+    if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
+        return None
+    return tuple(func(torch.empty(shape, device="meta"), *args, **kwargs).shape)
+
+
 def reshaped_leading(
     func: Callable[..., Any], shape: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[int, ...] | None:
     """New shape, if a reshaping leaves the last dimension (and so each row) as it is; else None."""
-    if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
-        return None
-    out = tuple(func(torch.empty(shape, device="meta"), *args, **kwargs).shape)
+    out = reshaped(func, shape, args, kwargs)
     return out if out and shape and out[-1] == shape[-1] else None
 
 

@@ -50,7 +50,7 @@ class Place:
         above: Place of the lazy tensor that it was made of, if any.
     """
 
-    __slots__ = ("_asked", "_tensor", "above", "beside", "extended", "used")
+    __slots__ = ("_asked", "_tensor", "above", "beside", "by_node", "extended", "used")
 
     def __init__(self, tensor: LazyTensor, above: Place | None) -> None:
         self._tensor, self.above = weakref.ref(tensor), above
@@ -58,6 +58,8 @@ class Place:
         self.beside: tuple[Place, ...] = ()
         #: Whether it has been passed by, and whether others have been derived from it.
         self.used = self.extended = False
+        #: Whether dense values are a function of the node in any case, as of all that is made of the tensor.
+        self.by_node: bool = above is not None and above.by_node
         self._asked = False
 
     @property
@@ -81,18 +83,20 @@ class Place:
     @property
     def is_wanted(self) -> bool:
         """Whether somebody wants the gradient of this tensor or of one above it."""
-        place: Place | None = self
-        while place is not None:
-            if place._asked:
-                return True
-            tensor = place._tensor()
-            if tensor is not None:
-                with torch._C.DisableTorchFunctionSubclass():
-                    if tensor.retains_grad:  # by Tensor.backward(inputs=...), which asks nobody
-                        return True
-            if any(other.is_wanted for other in place.beside):
-                return True
-            place = place.above
+        places, seen = [self], set()
+        while places:
+            place: Place | None = places.pop()
+            while place is not None and place not in seen:
+                if place._asked:
+                    return True
+                tensor = place._tensor()
+                if tensor is not None:
+                    with torch._C.DisableTorchFunctionSubclass():
+                        if tensor.retains_grad:  # by Tensor.backward(inputs=...), which asks nobody
+                            return True
+                seen.add(place)
+                places += place.beside
+                place = place.above
         return False
 
 
@@ -193,10 +197,14 @@ class LazyTensor(torch.Tensor):
                 self._own_dense = dense if dense.shape == self.held.shape else dense.view(self.held.shape)
         return self._own_dense
 
+    def as_made(self) -> Tensor:
+        """The dense tensor for what was made of it before, without the changes in place since."""
+        return self.held.compute() if self._storage.changed else self.dense()
+
     def _computed(self, with_history: bool) -> Tensor:
         # One who looks without gradients may be a function with a backward of its own, whose gradient comes to the
         # node of this tensor.
-        if self.place.used or not with_history:
+        if self.place.used or self.place.by_node or not with_history:
             return self._as_function_of_itself()
         return self._dense_from_above()
 

@@ -13,6 +13,7 @@ from approxdrop_lightning.layers.contexts import run_eagerly
 from approxdrop_lightning.layers.converted import Converted
 from approxdrop_lightning.layers.lazy_tensor import LazyTensor, as_dense, is_ordinary, shape_of
 from approxdrop_lightning.layers.pending import Pending, PendingLinear
+from approxdrop_lightning.layers.stacked import StackedTensor
 from approxdrop_lightning.layers.waiting import watch_gradient
 from approxdrop_lightning.ops.derivative import is_transformed
 from approxdrop_lightning.work import Ledger
@@ -59,6 +60,8 @@ class ApproxLinear(Converted, nn.Linear):
         if shape[-1:] != (self.in_features,):
             return self._as_stock(as_dense(x))  # it raises nn.Linear's own error
         multiplies = math.prod(shape) * self.out_features
+        if isinstance(x, StackedTensor) and x.serves(multiplies):
+            return x.of_each(self._run)
         if isinstance(x, LazyTensor) and not (isinstance(x, CompactTensor) and x.serves(multiplies)):
             x = x.dense()
         weight, bias = self.weight, self.bias

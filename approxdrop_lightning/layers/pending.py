@@ -26,6 +26,7 @@ from approxdrop_lightning.layers.functions import (
 from approxdrop_lightning.layers.kept import Kept, unpacked
 from approxdrop_lightning.layers.kept_linear import KeptLinear, is_one_node
 from approxdrop_lightning.layers.lazy_tensor import LazyTensor, is_pointwise, shape_of
+from approxdrop_lightning.layers.made_by import note_layer
 from approxdrop_lightning.layers.use import Use
 from approxdrop_lightning.layers.waiting import settle
 from approxdrop_lightning.ops.derivative import vjp
@@ -35,12 +36,6 @@ from approxdrop_lightning.patterns.row import RowPattern
 if TYPE_CHECKING:
     from approxdrop_lightning.layers.linear import ApproxLinear
     from approxdrop_lightning.layers.site import Site
-
-#: Key of the metadata of a node that computes the whole output of a layer: that layer.
-_MADE_BY = "approxdrop_lightning"
-#: A dropout is after a layer if so many nodes lie between them at most, none of which is a product of others.
-_MOST_NODES = 16
-_PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "ScaledDotProduct", "Embedding")
 
 
 class _Product:
@@ -81,9 +76,21 @@ class _Product:
             return run_chain(with_tensors(self.own, tensors), y.view(self.shape))
 
 
+def _operands(node: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias that the node of a product has saved, for all nodes that read them in a backward pass.
+
+    Activation checkpointing unpacks what was saved only once in a pass.
+    """
+    number = torch._C._current_graph_task_id()
+    if node.unpacked is None or node.unpacked[0] != number:
+        node.unpacked = number, node.saved_tensors
+    found: tuple[Tensor, Tensor, Tensor | None] = node.unpacked[1]
+    return found
+
+
 def dense_again(node: Any, formula: _Product) -> Tensor:
     """The dense output of a pending one, within a backward pass; see :attr:`Pending.recipe`."""
-    x, weight, bias = node.saved_tensors
+    x, weight, bias = _operands(node)
     return formula.finish(formula.product(formula.input(x), weight, bias))
 
 
@@ -96,7 +103,9 @@ class _Node(torch.autograd.Function):
         ctx.formula = held.formula
         ctx.root = held.node
         if ctx.root is None:
-            held.node = ctx
+            held.node, ctx.unpacked = ctx, None
+            if held.layer.watched:
+                note_layer(ctx, held.layer)
             ctx.save_for_backward(held.read_input(), *above[1:])
         else:
             ctx.save_for_backward(*above[1:])
@@ -109,9 +118,10 @@ class _Node(torch.autograd.Function):
         settle()
         wanted = ctx.needs_input_grad[2:]
         formula: _Product = ctx.formula
-        x, weight, bias = (ctx.root or ctx).saved_tensors
+        x, weight, bias = _operands(ctx.root or ctx)
         x = formula.input(x)
         if ctx.root is None:
+            ctx.unpacked = None  # the last one to read them
             return None, None, *vjp(lambda *a: formula.finish(formula.product(*a)), (x, weight, bias), wanted, grad)
         inputs = formula.product(x, weight, bias), *ctx.saved_tensors
         return None, None, *vjp(formula.finish, inputs, wanted, grad)
@@ -215,8 +225,7 @@ class Pending:
         else:
             y = F.linear(self.x, self.weight, self.bias)
         if y.grad_fn is not None and self.layer.watched:
-            metadata: Any = y.grad_fn.metadata  # declared as a function
-            metadata[_MADE_BY] = self.layer
+            note_layer(y.grad_fn, self.layer)
         return y if y.shape == self.shape else y.view(self.shape)
 
     @property
@@ -317,30 +326,6 @@ class Pending:
         return functional.lines_up(compact.pattern, pattern)
 
 
-def read_whole_before(x: Tensor) -> dict[str, str]:
-    """Layers that a tensor was made of by functions that read their waiting outputs whole.
-
-    Args:
-        x: An ordinary tensor.
-
-    Returns:
-        Name of each layer to that of the function, in PyTorch's words.
-    """
-    found: dict[str, str] = {}
-    nodes, seen = [x.grad_fn], 0
-    while nodes and seen < _MOST_NODES:
-        node, seen = nodes.pop(0), seen + 1
-        if node is None:
-            continue
-        metadata: Any = node.metadata
-        layer = metadata.get(_MADE_BY)
-        if layer is not None and layer.read_whole_by:
-            found[layer.name] = layer.read_whole_by
-        elif not node.name().startswith(_PRODUCTS):
-            nodes += [before for before, _ in node.next_functions]
-    return found
-
-
 class PendingLinear(LazyTensor):
     """Output of an :class:`ApproxLinear` that nobody has read yet."""
 
@@ -348,27 +333,35 @@ class PendingLinear(LazyTensor):
 
     @staticmethod
     def __new__(
-        cls, held: Pending, view_of: LazyTensor | None = None, made_of: LazyTensor | None = None
+        cls,
+        held: Pending,
+        view_of: LazyTensor | None = None,
+        made_of: LazyTensor | None = None,
+        node: PendingLinear | None = None,
     ) -> PendingLinear:
+        if node is not None:
+            return node
         above = view_of if made_of is None else made_of
         if above is None:
             return _Node.apply(cls, held, held.x, held.weight, held.bias)
         return _Node.apply(cls, held, above, *tensors_of(held.formula.own))
 
-    def __init__(self, held: Pending, view_of: LazyTensor | None = None, made_of: LazyTensor | None = None) -> None:
+    def __init__(
+        self, held: Pending, view_of: LazyTensor | None = None, made_of: LazyTensor | None = None, **how: Any
+    ) -> None:
         super().__init__(held, view_of, made_of)
         if isinstance(held.x, CompactTensor) and self.place.above is None:
             self.place.above = held.x.place
             held.x.place.use()
 
     def _dense_from_above(self) -> Tensor:
-        place = self.place.above
+        held, place = self.held, self.place.above
         while place is not None:
             tensor = place.tensor
-            if isinstance(tensor, PendingLinear) and tensor.held.node is self.held.node:
-                return self.held.compute_from(tensor.dense(), tensor.held.chain)
+            if isinstance(tensor, PendingLinear) and tensor.held.node is held.node and not tensor._storage.changed:
+                return held.compute_from(tensor.dense(), tensor.held.chain)
             place = place.above
-        return self.held.compute()
+        return held.compute()
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         held = self.held

@@ -18,7 +18,9 @@ from approxdrop_lightning.layers.compact_tensor import CompactTensor
 from approxdrop_lightning.layers.draws import Draws
 from approxdrop_lightning.layers.kept import Kept
 from approxdrop_lightning.layers.lazy_tensor import as_dense, is_ordinary, shape_of
-from approxdrop_lightning.layers.pending import Pending, PendingLinear, read_whole_before
+from approxdrop_lightning.layers.made_by import read_whole_before
+from approxdrop_lightning.layers.pending import Pending, PendingLinear
+from approxdrop_lightning.layers.stacked import StackedTensor
 from approxdrop_lightning.layers.use import Key, Use
 from approxdrop_lightning.layers.waiting import backward_passes, note_backward
 from approxdrop_lightning.ops.derivative import batch_of_transforms, is_transformed, outside_of_transforms
@@ -349,6 +351,8 @@ class Site:
         use.seen |= torch.is_grad_enabled()
         if pending is not None and source is not None and self._packs(use, pending):
             return pending.dropped(pattern, use, self.scale, source)
+        if isinstance(x, StackedTensor):
+            x._read_by("stack")
         x = as_dense(x)  # a mask or packed, as its readers wish
         if use.skips is None and not use.before:
             use.note_before(read_whole_before(x))

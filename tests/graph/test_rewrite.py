@@ -43,6 +43,8 @@ FOUND = {
     "towers side by side": (11, 11, 0),  # of four parts, a layer between two dropouts is four
     "towers side by side, of sequences": (11, 11, 0),
     "sums of layers": (2, 2, 0),
+    "stacked": (15, 16, 0),  # nine towers, and three layers before each of the other dropouts
+    "stacked, of sequences": (15, 16, 0),
     "torchvision MLP": (3, 2, 1),
     "torchvision MLPBlock": (2, 1, 1),
     "torchvision ViT": (4, 2, 2),

@@ -54,6 +54,38 @@ def test_a_change_in_place_is_seen_by_all_views(change, whose, layers):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.tanh,
+        lambda h: torch.cat([h, h * 2], -1),
+        lambda h: h + h.relu(),
+        lambda h: torch.stack([h, h.relu()]).flatten(),
+    ],
+    ids=["elementwise", "cat", "sum", "stack"],
+)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_change_in_place_is_not_seen_by_what_was_made_before(make, layers):
+    """Of a waiting output (one layer) and of a dropped-out one (two)."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5)).double(), torch.randn(5, 6, dtype=torch.float64)
+    stock = copy.deepcopy(model)
+    report = approximate(model, min_gain=0)
+    resample(model)
+    found = []
+    for net in (model, stock):
+        h = net[:layers](x)
+        assert net is stock or h.is_lazy
+        made = make(h)
+        h.add_(1.0)
+        found.append(made * 1.0)
+        found[-1].square().sum().backward()
+        twin(stock, report)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    for a, b in zip(model.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-12)
+
+
 def test_a_function_outside_of_the_layers_autocast_is_not_drawn_into_it():
     model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5))
     approximate(model, seed=0)

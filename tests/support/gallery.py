@@ -252,6 +252,26 @@ class Sums(nn.Module):
         return self.out(self.b(torch.tanh(z))) + z[..., :3]
 
 
+class Stacked(nn.Module):
+    """Dropped-out towers in a dimension of their own, read by one layer, by a sum and as side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5)) for _ in range(3))
+        self.shared, self.prelu = nn.Linear(16, 10), nn.PReLU()
+        self.stack = nn.Identity()  # as an output of a module
+        self.flat, self.mean = nn.Dropout(0.5), nn.Dropout(0.5)
+        self.wide, self.out = nn.Linear(48, 3), nn.Linear(10, 3)
+        self.head = nn.Linear(30, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hops = self.stack(torch.stack([tower(x) for tower in self.towers], dim=-2))
+        shared = self.shared(F.gelu(hops) * 0.5)
+        flat = self.flat(self.prelu(torch.stack([self.shared(t(x)) for t in self.towers], dim=-2)).flatten(-2))
+        mean = self.mean(torch.stack([self.shared(t(x)) for t in self.towers]).tanh().mean(0))
+        return self.wide(hops.flatten(-2)) + self.head(flat) + self.out(shared.sum(-2)) + self.out(mean)
+
+
 #: name -> (make the model, make its input)
 GALLERY: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "mlp": (mlp, lambda: torch.randn(13, 20)),
@@ -276,6 +296,8 @@ GALLERY: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "towers side by side, of sequences": (Towers, lambda: torch.randn(5, 4, 12)),
     "an lstm that reads two dropouts": (ReadByLSTM, lambda: torch.randn(7, 5, 12)),
     "sums of layers": (Sums, lambda: torch.randn(4, 5, 12)),
+    "stacked": (Stacked, lambda: torch.randn(7, 12)),
+    "stacked, of sequences": (Stacked, lambda: torch.randn(5, 4, 12)),
     "torchvision MLP": (lambda: MLP(12, [16, 20, 6], dropout=0.5), lambda: torch.randn(5, 12)),
     "torchvision MLPBlock": (lambda: MLPBlock(12, 24, 0.5), lambda: torch.randn(5, 3, 12)),
     "torchvision ViT": (
