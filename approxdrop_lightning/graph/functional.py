@@ -107,8 +107,9 @@ class FunctionalDropouts:
 
     def __init__(self, graph: Graph, tables: Tables | None) -> None:
         self.graph, self.tables = graph, tables
+        self._books: set[Book] = set()  # of its calls
+        self._drawn: dict[tuple[Book, nn.Module | None], bool] = {}  # whether it needs patterns for a module's calls
         self._replaced: dict[Call, Any] = {}  # with its site
-        self._not_drawn: list[Call] = []
         nodes = [node for node in graph.nodes if functional_dropout(node) is not None]
         # Without Dynamo, nothing tells when a graph may run.
         self._frame = Frame.current(_is_known) if nodes else None
@@ -119,8 +120,12 @@ class FunctionalDropouts:
             call = self._call(node, self._frame)
             if call is None:
                 continue
+            if node.target is _ATTENTION:
+                call.book.calls.left(call.name, call.rate, "dropout inside attention is left as it is")
+                continue
+            self._books.add(call.book)
             if not call.book.calls.are_drawn(call.module):
-                self._not_drawn.append(call)
+                self._drawn[call.book, call.module] = False
             elif (reason := self._against(call, shared) or self._replace(call)) is not None:
                 call.book.calls.left(call.name, call.rate, reason)
 
@@ -142,8 +147,6 @@ class FunctionalDropouts:
 
     def _against(self, call: Call, shared: set[Node]) -> str | None:
         """Why a call stays as it is, whatever is around it; None if nothing is against replacing it."""
-        if call.node.target is _ATTENTION:
-            return "dropout inside attention is left as it is"
         if call.rate is None:
             return "its rate changes from step to step"
         if call.rate >= 1:
@@ -172,27 +175,28 @@ class FunctionalDropouts:
         return None
 
     def finish(self) -> None:
-        """Let the graph run only in the state in which it was compiled."""
-        if self._frame is None or not (self._replaced or self._not_drawn):
+        """Let the graph run only for the modules and in the state for which it was compiled."""
+        if self._frame is None or not self._books:
             return
-        skipping = [call for call, site in self._replaced.items() if True in site.in_graphs]
-        if skipping:
-            self._frame.guard_identity()
-        conditions = [_drawn(call, True) for call in skipping] + [_drawn(call, False) for call in self._not_drawn]
-        conditions += [_unchanged(call.book) for call in self._replaced]
-        self._frame.guard(lambda: all(holds() for holds in conditions), "patterns of functional dropouts are drawn")
+        for call, site in self._replaced.items():
+            if True in site.in_graphs:  # otherwise it is native, whether patterns are drawn or not
+                self._drawn[call.book, call.module] = True
+        conditions = [_unchanged(book) for book in self._books]
+        conditions += [_drawn(book, module, drawn) for (book, module), drawn in self._drawn.items()]
+        self._frame.guard_identity()
+        self._frame.guard(
+            lambda: all(holds() for holds in conditions), "patterns of functional dropouts are as before"
+        )
 
 
-def _drawn(call: Call, expected: bool) -> Callable[[], bool]:
-    """The condition that patterns are, or are not, drawn for a call."""
-    book = weakref.ref(call.book)
-    module = None if call.module is None else weakref.ref(call.module)
+def _drawn(book: Book, module: nn.Module | None, expected: bool) -> Callable[[], bool]:
+    """The condition that patterns are, or are not, drawn for calls in the code of a module."""
+    ref, owner = weakref.ref(book), None if module is None else weakref.ref(module)
 
     def holds() -> bool:
-        now = book()
-        owner = None if module is None else module()
-        gone = now is None or (module is not None and owner is None)
-        return (not gone and now is not None and now.calls.are_drawn(owner)) == expected
+        now, code = ref(), None if owner is None else owner()
+        is_gone = now is None or (owner is not None and code is None)
+        return (now is not None and not is_gone and now.calls.are_drawn(code)) == expected
 
     return holds
 
@@ -200,7 +204,7 @@ def _drawn(call: Call, expected: bool) -> Callable[[], bool]:
 def _unchanged(book: Book) -> Callable[[], bool]:
     """The condition that a conversion has not ended and its table is still the same."""
     ref, device = weakref.ref(book), book.device
-    table = book.tables[device]
+    table = book.tables.get(device)
 
     def holds() -> bool:
         now = ref()

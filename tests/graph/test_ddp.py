@@ -38,7 +38,11 @@ class Net(LightningModule):
                                  nn.Dropout(0.5), nn.Linear(48, 3))
 
     def forward(self, x):
-        return self.net(x)
+        if not given["calls"]:
+            return self.net(x)
+        for layer in (self.net[0], self.net[3]):
+            x = nn.functional.dropout(layer(x).relu(), 0.5, self.training)
+        return self.net[6](x)
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -68,6 +72,8 @@ class Dump(Callback):
 if __name__ == "__main__":
     seed_everything(0)
     model = Net()
+    if given["calls"]:
+        model.net[2] = model.net[5] = nn.Identity()
     model.compile(backend=backend)
     callback = ApproxDropout(min_gain=0, rate=0.7, sync_patterns=given["sync"])
     strategy = DDPStrategy(bucket_cap_mb=given["bucket"], process_group_backend="gloo")
@@ -78,13 +84,18 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("sync", "bucket"), [(True, 25), (False, 0.005)])
-def test_two_processes(sync, bucket, tmp_path):
-    """Gradients are gathered in one bucket, or in several: at their ends DDP cuts the graph before the pass."""
+@pytest.mark.parametrize(
+    ("sync", "bucket", "calls"), [(True, 25, False), (False, 0.005, False), (False, 0.005, True)]
+)
+def test_two_processes(sync, bucket, calls, tmp_path):
+    """Gradients are gathered in one bucket, or in several: at their ends DDP cuts the graph before the pass.
+
+    Dropouts are layers, or ``F.dropout``.
+    """
     script = tmp_path / "ddp.py"
     script.write_text(SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
-    given = json.dumps({"out": str(tmp_path), "sync": sync, "bucket": bucket})
+    given = json.dumps({"out": str(tmp_path), "sync": sync, "bucket": bucket, "calls": calls})
     run = subprocess.run(
         [sys.executable, str(script), given],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False,
@@ -99,7 +110,8 @@ def test_two_processes(sync, bucket, tmp_path):
     for a, b in zip(first["steps"], second["steps"], strict=True):
         assert a[0] == b[0]
         assert (a[1] == b[1]) == sync
-    assert len({str(pairs) for pairs, _ in first["steps"]}) > 1
+    assert (len({str(pairs) for pairs, _ in first["steps"]}) > 1) != calls  # calls have one pair
+    assert len({str(tables) for _, tables in first["steps"]}) == 36
     for key, value in first["weights"].items():
         assert torch.equal(value, second["weights"][key])
     assert sum(first["losses"][-6:]) < sum(first["losses"][:6])

@@ -316,6 +316,46 @@ def test_graphs_of_the_stock_model_are_not_used():
     restore(model)
 
 
+def test_models_of_one_class_do_not_share_graphs():
+    """Nor the decisions in them."""
+    models, x = [Calls((0.5, 0.5)) for _ in range(3)], torch.randn(64, 12)
+    reports = [approximate(model, min_gain=gain, seed=0) for model, gain in zip(models, (None, 0, 0), strict=True)]
+    compiled = [torch.compile(model, backend=rewriting) for model in models]
+    for _ in range(2):
+        for model, f in zip(models, compiled, strict=True):
+            resample(model, x)
+            f(x).sum().backward()
+    assert [[row.skipped == BOTH for row in report] for report in reports] == [[False] * 2, [True] * 2, [True] * 2]
+    assert all("fewer than" in row.skipped for row in reports[0])
+    assert counters["stats"]["unique_graphs"] == 3
+    restore(models[1])
+    resample(models[2], x)
+    compiled[2](x).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_recomputation_outside_of_graphs_has_the_same_patterns():
+    """Of a compiled block in an eager model, checkpointed there."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(FeedForward(), FeedForward()).double(), data(6, 12)
+    report, conversion = converted(model)
+    resample(model)
+    found = []
+    for backend, again in ((rewriting, True), (rewriting, False), (masking, False)):
+        blocks = [torch.compile(block, backend=backend) for block in model]
+        conversion.resample(False)
+
+        def forward(x, blocks=blocks, again=again):
+            for block in blocks:
+                x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+            return x
+
+        found.append(results(forward, x, model))
+    assert worst(found[0], found[1]) < 1e-15 and worst(found[0], found[2]) < 1e-14
+    assert [row.skipped for row in report] == [BOTH, BOTH]
+    restore(model)
+
+
 def test_a_model_that_is_gone_leaves_no_patterns_behind():
     model, x = Calls((0.5, 0.5)), torch.randn(64, 12)
     converted(model)
