@@ -1,4 +1,4 @@
-"""Dropped-out tensors, and pending outputs, in a dimension of their own (``torch.stack``), which stay lazy."""
+"""Stacks (``torch.stack``) of dropped-out tensors or of pending outputs, which stay lazy."""
 
 from __future__ import annotations
 
@@ -38,11 +38,6 @@ class Stack:
         shape = shape_of(parts[0])
         self.shape = (*shape[:dim], len(parts), *shape[dim:])
         self.dtype, self.device = parts[0].held.dtype, parts[0].held.device
-
-    @property
-    def has_units(self) -> bool:
-        """Whether the stacked dimension is the one before the units."""
-        return self.dim == len(self.shape) - 2
 
     def compute(self) -> Tensor:
         # What is not computed yet is not shared: below autograd it has no history.
@@ -86,7 +81,7 @@ class _Unstack(torch.autograd.Function):
 
 
 class StackedTensor(LazyTensor):
-    """Stacked tensors, of which functions that treat the parts alike make what they make of each."""
+    """Stacked tensors: a function that treats all parts alike is applied to each of them."""
 
     held: Stack
 
@@ -131,7 +126,7 @@ class StackedTensor(LazyTensor):
         return parts
 
     def of_each(self, function: Callable[[Any], Any]) -> Any:
-        """What a function makes of each part, stacked."""
+        """Apply a function to each part, and stack the results."""
         return torch.stack([function(part) for part in self.unstacked()], self.held.dim)
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -144,8 +139,8 @@ class StackedTensor(LazyTensor):
         elif not kwargs.get("inplace") and (acts_on_kept if dropped else is_pointwise)(func, args, kwargs):
             return self.of_each(lambda part: func(part, *args, **kwargs))
         elif func in RESHAPES:
-            shape = reshaped(func, held.shape, args, kwargs)
-            if shape is not None and held.has_units and shape[-1:] == (held.shape[-2] * held.shape[-1],):
+            shape, side_by_side = reshaped(func, held.shape, args, kwargs), held.shape[-2] * held.shape[-1]
+            if shape is not None and held.dim == len(held.shape) - 2 and shape[-1:] == (side_by_side,):
                 whole = torch.cat(self.unstacked(), -1)
                 return whole if whole.shape == shape else whole.view(shape)
         elif func in (*_SUMS, *_MEANS) and not dropped and self._is_over_parts(args, kwargs):
