@@ -104,23 +104,25 @@ class Report:
 
     def found(self, name: str, rate: float, site: Site) -> None:
         """Add a call that a compiled graph contains, in place of the row without a site for its line of code."""
-        place = name.rpartition(" (")[2]
-        same = [i for i, row in enumerate(self.rows) if row.site is None and row.name.endswith(f" ({place}")]
-        at = slice(same[0], same[0] + 1) if same else slice(len(self.rows), None)
-        self.rows[at] = [Row(name, rate, site=site)]
+        at = self._left_at(name)
+        self.rows[at : at + 1] = [Row(name, rate, site=site)]
 
     def left(self, name: str, rate: float | None, reason: str) -> None:
         """Add a dropout that is left as it is, unless there is such a row for the same call (line of code) already.
 
         A row from the source code, which does not show the rate, gives way to one from a graph.
         """
+        at = self._left_at(name)
+        if at == len(self.rows) or (self.rows[at].rate is None and rate is not None):
+            self.rows[at : at + 1] = [Row(name, rate, reason)]
+
+    def _left_at(self, name: str) -> int:
+        """Index of the row without a site for the line of code that a name ends with; that of a new row if none."""
         place = name.rpartition(" (")[2] if ":" in name else None
         for i, row in enumerate(self.rows):
             if place is not None and row.site is None and row.name.endswith(f" ({place}"):
-                if row.rate is None and rate is not None:
-                    self.rows[i] = Row(name, rate, reason)
-                return
-        self.rows.append(Row(name, rate, reason))
+                return i
+        return len(self.rows)
 
     def _products(self) -> list[tuple[int, float]]:
         """Multiplies of each product of the last step, and the share that is executed in expectation."""

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from approxdrop_lightning.graph.rules import rule_for
 from approxdrop_lightning.graph.rules.pointwise import Cast, Pointwise, Prelu
-from approxdrop_lightning.graph.rules.rule import shape, tensors, value
+from approxdrop_lightning.graph.rules.rule import is_tensor, shape, tensors, value
 
 
 class Chains:
@@ -78,6 +78,13 @@ class Chains:
         for node in nodes:
             if not node.users:
                 self.graph.erase_node(node)
+
+
+def parts_of(node: Node) -> list[Node]:
+    """The tensors that ``torch.cat`` or ``torch.stack`` joins; empty if they are fewer than two, or not known."""
+    parts: Any = node.args[0] if node.args else None
+    known = isinstance(parts, (list, tuple)) and len(parts) > 1 and is_tensor(node) and all(map(is_tensor, parts))
+    return list(parts) if known and node.kwargs.get("out") is None else []
 
 
 def keeps_zero(node: Node) -> bool:

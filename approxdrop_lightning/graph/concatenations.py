@@ -10,17 +10,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from approxdrop_lightning.graph.chains import Chains, keeps_zero
+from approxdrop_lightning.graph.chains import Chains, keeps_zero, parts_of
 from approxdrop_lightning.graph.decide import gains
 from approxdrop_lightning.graph.find import Drop, Dropouts
-from approxdrop_lightning.graph.nodes import is_linear, multiplies, weight
-from approxdrop_lightning.graph.rules.rule import argument, is_last, is_tensor, overloads, shape
+from approxdrop_lightning.graph.nodes import bias, is_linear, multiplies, weight
+from approxdrop_lightning.graph.rules.rule import argument, is_last, overloads, shape
 
 _CAT = overloads("cat", "concat", "concatenate")
 
@@ -59,7 +58,7 @@ class Concatenations:
     def layers_before(self, drop: Node) -> list[Node]:
         """Linear layers that compute parts of the concatenation before a dropout; empty if there is none."""
         _, cat = self.chains.back(drop.args[0], _CAT, _joins_units)
-        roots = [] if cat is None else [self.chains.root(part) for part in _parts(cat)]
+        roots = [] if cat is None else [self.chains.root(part) for part in parts_of(cat)]
         return [root for root in roots if is_linear(root)]
 
     def split_dropout(self, drop: Node) -> list[Node]:
@@ -90,14 +89,13 @@ class Concatenations:
         """Replace a layer for which :meth:`parts_read` found parts by a sum of one layer for each part."""
         chain, cat = self.chains.back(layer.args[0], _CAT, _joins_units)
         assert cat is not None
-        weight, bias = argument(layer, 1, "weight"), argument(layer, 2, "bias")
-        found: list[Node] = []
+        whole, found = weight(layer), list[Node]()
         total: Node | None = None
         with self.graph.inserting_before(layer):
             for part, units in _units(cat):
                 x = self.chains.through(chain, part, _of(units))
-                columns = self.chains.like(weight, (weight, (slice(None), units)), _of(units), operator.getitem)
-                found.append(self.chains.like(layer, (x, columns, None if found else bias)))
+                columns = self.chains.like(whole, (whole, (slice(None), units)), _of(units), operator.getitem)
+                found.append(self.chains.like(layer, (x, columns, None if found else bias(layer))))
                 found[-1].kwargs = {}
                 total = (
                     found[-1] if total is None else self.chains.like(layer, (total, found[-1]), target=operator.add)
@@ -112,21 +110,14 @@ def _of(units: slice) -> Callable[[Tensor], Tensor]:
     return lambda x: x[..., units]
 
 
-def _parts(cat: Node) -> list[Node]:
-    parts: Any = cat.args[0]
-    return list(parts)
-
-
 def _units(cat: Node) -> list[tuple[Node, slice]]:
     """The parts of a concatenation, with their ranges of units."""
-    ends = list(accumulate(shape(part)[-1] for part in _parts(cat)))
-    return [(part, slice(end - shape(part)[-1], end)) for part, end in zip(_parts(cat), ends, strict=True)]
+    ends = list(accumulate(shape(part)[-1] for part in parts_of(cat)))
+    return [(part, slice(end - shape(part)[-1], end)) for part, end in zip(parts_of(cat), ends, strict=True)]
 
 
 def _joins_units(cat: Node) -> bool:
-    parts = cat.args[0] if cat.args else None
-    if not isinstance(parts, (list, tuple)) or len(parts) < 2 or cat.kwargs.get("out") is not None:
+    parts = parts_of(cat)
+    if not parts or not is_last(argument(cat, 1, "dim", 0), cat) or len(shape(cat)) < 2:
         return False
-    if not is_tensor(cat) or not is_last(argument(cat, 1, "dim", 0), cat) or len(shape(cat)) < 2:
-        return False
-    return all(is_tensor(part) and isinstance(shape(part)[-1], int) for part in parts)
+    return all(isinstance(shape(part)[-1], int) for part in parts)

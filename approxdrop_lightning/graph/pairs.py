@@ -29,15 +29,15 @@ class Pairs:
             reverse=True,
         )
         chosen = [pair for k, pair in drawn[:most] if k >= LEAST] or [drawn[0][1]]
-        if dropped(chosen[0]) != rate or len(chosen) > 1:
+        if _dropped(chosen[0]) != rate or len(chosen) > 1:
             # The rates of the pairs must enclose the rate; the nearest pair beyond replaces the least probable one.
             for sign in (-1, 1):
-                beyond = [pair for pair in distribution.support if sign * (dropped(pair) - rate) >= 0]
+                beyond = [pair for pair in distribution.support if sign * (_dropped(pair) - rate) >= 0]
                 if not set(beyond) & set(chosen):
-                    chosen = [*chosen[: most - 1], min(beyond, key=lambda pair: abs(dropped(pair) - rate))]
-        self.support = tuple(sorted(chosen, key=dropped))
+                    chosen = [*chosen[: most - 1], min(beyond, key=lambda pair: abs(_dropped(pair) - rate))]
+        self.support = tuple(sorted(chosen, key=_dropped))
         known = dict(zip(distribution.support, distribution.probabilities, strict=True))
-        self.probabilities = _tilted([dropped(p) for p in self.support], [known[p] for p in self.support], rate)
+        self.probabilities = _tilted([_dropped(p) for p in self.support], [known[p] for p in self.support], rate)
         self._cumulative = list(accumulate(self.probabilities))
 
     def at(self, u: float) -> Pair:
@@ -47,11 +47,10 @@ class Pairs:
     @property
     def expected_rate(self) -> float:
         """Expected dropout rate."""
-        return sum(k * dropped(pair) for k, pair in zip(self.probabilities, self.support, strict=True))
+        return sum(k * _dropped(pair) for k, pair in zip(self.probabilities, self.support, strict=True))
 
 
-def dropped(pair: Pair) -> float:
-    """Share of the units that a pair drops."""
+def _dropped(pair: Pair) -> float:
     return (pair[0] - pair[1]) / pair[0]
 
 
@@ -65,7 +64,7 @@ def exact_pair(rate: float, max_dp: int, keep: str) -> Pair | None:
     """
     for dp in range(2, max_dp + 1):
         pair = dp, 1 if keep == "one" else round(dp * (1 - rate))
-        if abs(dropped(pair) - rate) < 1e-9:
+        if abs(_dropped(pair) - rate) < 1e-9:
             return pair
     return None
 

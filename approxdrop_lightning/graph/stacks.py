@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import operator
 from functools import partial, reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from approxdrop_lightning.graph.chains import Chains, keeps_zero
+from approxdrop_lightning.graph.chains import Chains, keeps_zero, parts_of
 from approxdrop_lightning.graph.decide import gains
 from approxdrop_lightning.graph.find import Drop, Dropouts
 from approxdrop_lightning.graph.nodes import bias, is_linear, multiplies, weight
@@ -47,7 +46,7 @@ class _Stacks:
         chain, stack = self.chains.back(layer.args[0], _STACK, _is_of_rows, alone=False)
         if stack is None or not all(map(keeps_zero, chain)) or layer in self.chains.mutated:
             return
-        parts, dim = _parts(stack), _dim(stack)
+        parts, dim = parts_of(stack), _dim(stack)
         sources = [self.dropouts.source(part) for part in parts]
         if not all(drop is not None and gains(drop, multiplies(layer) // len(parts)) for drop in sources):
             return
@@ -71,7 +70,7 @@ class _Stacks:
         if _dim(stack) != len(leading) or list(map(str, shape(flat))) != list(map(str, (*leading, k * n))):
             return
         with self.graph.inserting_before(flat):
-            cat = self.chains.like(stack, (_parts(stack), -1), _side_by_side, torch.cat)
+            cat = self.chains.like(stack, (parts_of(stack), -1), _side_by_side, torch.cat)
             flat.replace_all_uses_with(self.chains.through(chain, cat, _side_by_side))
         self.chains.erase_unread([flat, *chain, stack])
 
@@ -83,13 +82,13 @@ class _Stacks:
         chain, stack = self.chains.back(total.args[0], _STACK, _is_of_rows)
         if stack is None or not _is_over(total, stack):
             return
-        layers = [node for node in map(self.chains.root, _parts(stack)) if is_linear(node)]
+        layers = [node for node in map(self.chains.root, parts_of(stack)) if is_linear(node)]
         if not layers or not gains(drop, sum(map(multiplies, layers))):
             return
         with self.graph.inserting_before(total):
             terms = [
                 self.chains.through(chain, part, partial(torch.select, dim=_dim(stack), index=i))
-                for i, part in enumerate(_parts(stack))
+                for i, part in enumerate(parts_of(stack))
             ]
             new = reduce(lambda x, y: self.chains.like(total, (x, y), target=operator.add), terms)
             if total.target in _MEAN:
@@ -102,11 +101,6 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x.flatten(-2)
 
 
-def _parts(stack: Node) -> list[Node]:
-    parts: Any = stack.args[0]
-    return list(parts)
-
-
 def _dim(stack: Node) -> int:
     dim: int = argument(stack, 1, "dim", 0)
     return dim % len(shape(stack))
@@ -114,11 +108,7 @@ def _dim(stack: Node) -> int:
 
 def _is_of_rows(stack: Node) -> bool:
     """Whether tensors are stacked in any dimension but the last."""
-    if not stack.args or not isinstance(stack.args[0], (list, tuple)) or len(stack.args[0]) < 2:
-        return False
-    if not is_tensor(stack) or stack.kwargs.get("out") is not None or not all(map(is_tensor, stack.args[0])):
-        return False
-    return _dim(stack) != len(shape(stack)) - 1 and isinstance(shape(stack)[-1], int)
+    return bool(parts_of(stack)) and _dim(stack) != len(shape(stack)) - 1 and isinstance(shape(stack)[-1], int)
 
 
 def _is_over(total: Node, stack: Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,6 @@ from approxdrop_lightning.layers.lazy_tensor import LazyTensor, shape_of
 from approxdrop_lightning.layers.waiting import note_backward, settle
 from approxdrop_lightning.ops.derivative import must_be_differentiable, vjp
 from approxdrop_lightning.ops.row_linear.one_pass import linear_between
-
-if TYPE_CHECKING:
-    pass
 
 _DIVISIONS = {torch.div, Tensor.div, Tensor.__truediv__}
 _SCALES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__} | _DIVISIONS

@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from support.flops import Flops
+from support.flops import executed_share
 from support.gallery import Sums, Towers
 from support.skipping import set_thresholds
 from support.twin import twin
@@ -19,7 +19,6 @@ from approxdrop_lightning import approximate, resample
 from approxdrop_lightning.conversion import conversion_of
 from approxdrop_lightning.layers.combined import PendingCombination
 from approxdrop_lightning.layers.compact_tensor import CompactTensor
-from approxdrop_lightning.ops.native.library import library
 from approxdrop_lightning.patterns.joined import JoinedPattern
 
 ALL = {"min_gain": 0, "pattern_everywhere": True}
@@ -70,19 +69,7 @@ def test_both_layers_compute_kept_units_only(make, rows, producers):
 
 @pytest.mark.parametrize("model", [Pair(cat, widths=(256, 256)), Pair(lambda a, b: a + b, widths=(256, 256), n=256)])
 def test_half_of_the_multiplies_are_executed(model, monkeypatch):
-    monkeypatch.setenv("APPROXDROP_NATIVE", "0")  # PyTorch counts nothing of compiled code
-    library.cache_clear()
-    executed = []
-    for convert in (False, True):
-        one = copy.deepcopy(model)
-        if convert:
-            approximate(one, seed=0, interleave=False, **ALL)
-            resample(one)
-        with Flops() as flops:
-            one(torch.randn(64, 16)).sum().backward()
-        executed.append(flops.total)
-    library.cache_clear()
-    assert executed[1] == executed[0] / 2
+    assert executed_share(model, torch.randn(64, 16), monkeypatch, interleave=False, **ALL) == 1 / 2
 
 
 def test_each_tensor_of_a_concatenation_has_a_pattern_of_its_own():
