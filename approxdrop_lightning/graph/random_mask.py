@@ -2,7 +2,7 @@
 
 Inductor generates random numbers of its own there, one at a time and without vector instructions, in the same loop as
 the functions around the dropout, which are then not vectorised either. A mask that is drawn beforehand takes a
-tenth of the time even of PyTorch's own, and the loop that reads it is vectorised (docs/results.md, Under torch.compile).
+tenth of the time even of PyTorch's own, and the loop that reads it is vectorised (docs/results.md).
 """
 
 from __future__ import annotations
