@@ -1,8 +1,10 @@
 """Stacked tensors (``torch.stack``): what is made of the stack is made of its parts.
 
 ``linear(f(stack(a, b)))`` becomes ``stack(linear(f(a)), linear(f(b)))`` for elementwise ``f`` that keep zeros, if the
-parts come from dropouts by which skipping then gains; ``flatten(f(stack(a, b)))`` becomes ``f(cat(a, b))``, and
-``drop(sum(f(stack(a, b))))`` becomes ``drop(f(a) + f(b))``. The rest of the pass then needs no rule for stacks.
+parts come from dropouts by which skipping then gains; ``drop(f(stack(a, b)))`` becomes
+``stack(drop(f(a)), drop(f(b)))``, each part with a pattern of its own; ``flatten(f(stack(a, b)))`` becomes
+``f(cat(a, b))``, and ``drop(sum(f(stack(a, b))))`` becomes ``drop(f(a) + f(b))``. The rest of the pass then needs no
+rule for stacks.
 """
 
 from __future__ import annotations
@@ -28,10 +30,13 @@ def take_stacks_apart(dropouts: Dropouts) -> None:
     """Replace what is made of stacks by the same of their parts, wherever the rest of the pass can gain by it."""
     stacks = _Stacks(dropouts)
     for node in list(dropouts.graph.nodes):
-        if is_linear(node):
+        if node in dropouts.drops:
+            stacks.split_dropout(dropouts.drops[node])
+        elif is_linear(node):
             stacks.split_layer(node)
         elif node.op in ("call_function", "call_method") and node.target in _RESHAPES:
             stacks.concatenate(node)
+    dropouts.drops = {node: dropouts.drops[node] for node in dropouts.graph.nodes if node in dropouts.drops}
     for drop in dropouts.drops.values():
         stacks.add_up(drop)
 
@@ -61,6 +66,30 @@ class _Stacks:
         layer.replace_all_uses_with(whole)
         self.chains.erase_unread([layer, *chain, stack])
 
+    def split_dropout(self, drop: Drop) -> None:
+        """A dropout of stacked outputs of layers: a stack of dropouts."""
+        chain, stack = self.chains.back(drop.x, _STACK, _is_of_rows)
+        if stack is None or len(shape(stack)) < 3:
+            return
+        layers = self._layers_before(stack)
+        if not layers or not gains(drop, sum(map(multiplies, layers))):
+            return
+        parts, dim, found = parts_of(stack), _dim(stack), list[Node]()
+        with self.graph.inserting_before(drop.node):
+            for i, part in enumerate(parts):
+                of = partial(torch.select, dim=dim, index=i)
+                x = self.chains.through(chain, part, of)
+                found.append(self.chains.like(drop.node, (x, *drop.node.args[1:]), of))
+            whole = self.chains.like(drop.node, (found, dim), target=torch.stack)
+        drop.node.replace_all_uses_with(whole)
+        del self.dropouts.drops[drop.node]
+        self.dropouts.drops.update((node, Drop(node, drop.book, drop.site, drop.pair)) for node in found)
+        self.chains.erase_unread([drop.node, *chain, stack])
+
+    def _layers_before(self, stack: Node) -> list[Node]:
+        """Linear layers that compute parts of a stack."""
+        return [node for node in map(self.chains.root, parts_of(stack)) if is_linear(node)]
+
     def concatenate(self, flat: Node) -> None:
         """A stack that is reshaped to have its parts side by side: a concatenation."""
         chain, stack = self.chains.back(flat.args[0] if flat.args else None, _STACK, _is_of_rows, alone=False)
@@ -82,7 +111,7 @@ class _Stacks:
         chain, stack = self.chains.back(total.args[0], _STACK, _is_of_rows)
         if stack is None or not _is_over(total, stack):
             return
-        layers = [node for node in map(self.chains.root, parts_of(stack)) if is_linear(node)]
+        layers = self._layers_before(stack)
         if not layers or not gains(drop, sum(map(multiplies, layers))):
             return
         with self.graph.inserting_before(total):

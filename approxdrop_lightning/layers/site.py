@@ -6,6 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -328,6 +329,8 @@ class Site:
         shape = shape_of(x)
         if not shape or 0 in shape or self.rate == 0:
             return F.dropout(as_dense(x), self.rate, True, inplace)
+        if isinstance(x, StackedTensor) and x.waits and not self.use(*x.kind_of_parts).is_stock:
+            return x.of_each(partial(self.drop, inplace=inplace))  # each part by a pattern of its own
         source = x if isinstance(x, (PendingLinear, PendingCombination)) and x.is_lazy else None
         pending = None if source is None else source.held
         kind = (x.device, x.dtype) if pending is None else (pending.device, pending.dtype)

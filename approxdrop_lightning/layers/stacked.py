@@ -106,6 +106,16 @@ class StackedTensor(LazyTensor):
         for part in self.held.parts:
             part._read_by(name)
 
+    @property
+    def waits(self) -> bool:
+        """Whether its parts are outputs, of rows, that layers have not computed yet."""
+        return self._acts and isinstance(self.held.parts[0], PendingLinear) and len(self.held.shape) > 2
+
+    @property
+    def kind_of_parts(self) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
+        """Shape, device and type of each part."""
+        return shape_of(self.held.parts[0]), self.held.device, self.held.dtype
+
     def serves(self, multiplies: int) -> bool:
         """Whether a product of so many multiplies had better be one for each part, of kept values."""
         share, parts = multiplies // len(self.held.parts), self.held.parts

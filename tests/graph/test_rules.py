@@ -231,6 +231,26 @@ RULES = {
         {"a": linear(12, 16), "c": linear(12, 16), "b": linear(48, 4)},
         (2, 0, 2),
     ),
+    "dropout of a stack": (
+        lambda m, x: m.b(m.drop(torch.stack([m.a(x), torch.tanh(m.c(x))], 1).relu())),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4)},
+        (2, 2, 0),
+    ),
+    "dropout of a stack that is flattened": (
+        lambda m, x: m.b(m.drop(torch.stack([m.a(x), m.c(x)], dim=-2)).flatten(-2).relu()),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(32, 4)},
+        (2, 2, 0),
+    ),
+    "dropout of a stack of layers of stacks": (
+        lambda m, x: m.b(m.other(F.gelu(m.e(m.drop(torch.stack([m.a(x), m.c(x)]))))).sum(0)),
+        {"a": linear(12, 16), "c": linear(12, 16), "e": linear(16, 16), "b": linear(16, 4)},
+        (4, 2, 2),
+    ),
+    "dropout of a stack that something else reads": (
+        lambda m, x: (lambda h: m.b(m.drop(h)) + h[..., :4])(torch.stack([m.a(x), m.c(x)], 1)),
+        {"a": linear(12, 16), "c": linear(12, 16), "b": linear(16, 4)},
+        (0, 1, 0),
+    ),
     "sum of a stack": (
         lambda m, x: m.b(m.drop(torch.stack([m.a(x), m.c(x), x.relu()], dim=1).relu().sum(dim=1) + 1)),
         {"a": linear(12, 12), "c": linear(12, 12), "b": linear(12, 4)},
@@ -363,6 +383,27 @@ def test_stacked_dropouts_are_those_of_the_model(name, found):
         mask = pattern.mask(5, 3, dtype=torch.float64, value=2)
         getattr(model, name).forward = lambda x, mask=mask: x * mask
     assert worst(result, results(model, x, model)) < 1e-12
+
+
+def test_stacked_outputs_of_layers_are_dropped_by_patterns_of_their_own():
+    """Against the model's own formula with the masks of the parts stacked."""
+    torch.manual_seed(0)
+    function, layers, _ = RULES["dropout of a stack"]
+    model = OneFunction(function, **copy.deepcopy(layers)).double()
+    report, _ = converted(model)
+    x = torch.randn(5, 3, 12, dtype=torch.float64)
+    resample(model)
+    found = results(torch.compile(model, backend=rewriting), x, model)
+    assert (COUNTS.producers, COUNTS.consumers) == (2, 2) and (report["drop"].producer, report["drop"].consumers) == (
+        "a, c",
+        ("b",),
+    )
+    patterns = report["drop"].site.last_patterns
+    assert len(patterns) == 2
+    mask = torch.stack([pattern.mask(5, 3, dtype=torch.float64, value=2) for pattern in patterns], 1)
+    restore(model)
+    model.drop.forward = lambda x: x * mask
+    assert worst(found, results(model, x, model)) < 1e-12
 
 
 def test_stacks_of_many_batch_sizes():

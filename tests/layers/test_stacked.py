@@ -191,7 +191,6 @@ def test_what_others_make_of_a_stack_is_dense_and_right(function, reader):
         lambda m, x: torch.stack([m.a(x), m.b(x)], 1).sum(1, dtype=torch.float32).double(),
         lambda m, x: torch.stack([m.a(x), m.b(x).float()], 1).mean(1).double(),
         lambda m, x: F.layer_norm(torch.stack([m.a(x), m.b(x)], 1), (32,)).sum(1),
-        lambda m, x: torch.stack([m.a(x), m.b(x)], 1),
     ],
 )
 def test_what_others_make_of_stacked_layers_is_dense_and_right(function):
@@ -202,8 +201,51 @@ def test_what_others_make_of_stacked_layers_is_dense_and_right(function):
     assert report["third"].producer is None
 
 
+@pytest.mark.parametrize("rows", [(12,), (5, 4)])
+@pytest.mark.parametrize(
+    ("function", "n_in", "dim"),
+    [
+        (lambda m, x: m.out(m.third(torch.stack([m.a(x), m.b(x)], 1).relu())), 32, 1),
+        (lambda m, x: m.out(m.third(torch.stack([m.a(x), m.b(x).tanh()]) / 2) * 2), 32, 0),
+        (lambda m, x: m.out(m.third(torch.stack([m.a(x), m.b(x)], -2)).flatten(-2)), 64, -2),
+    ],
+    ids=["a layer of the stack", "elementwise", "side by side"],
+)
+def test_a_dropout_of_stacked_layers_drops_from_each_by_a_pattern_of_its_own(function, n_in, dim, rows):
+    model, stock, report = converted(function, n_in)
+    for _ in range(3):
+        resample(model)
+        model.zero_grad()
+        x, y = step(model, *rows)
+    row = report["third"]
+    assert (row.skipped, set(row.producer.split(", ")), row.consumers) == (BOTH, {"a", "b"}, ("out",))
+    masks = [pattern.mask(*rows, dtype=torch.float64, value=2) for pattern in row.site.last_patterns]
+    stock.third.forward = lambda x: x * torch.stack(masks, dim)
+    gradient, x.grad = x.grad, None
+    expected = stock(x)
+    expected.square().sum().backward()
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(gradient, x.grad, rtol=0, atol=1e-10)
+    for mine, theirs in zip(model.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-10)
+
+
+def test_a_dropout_of_stacked_layers_that_is_stock_is_one_dropout(monkeypatch):
+    set_thresholds(monkeypatch, saved=1_000_000)
+    model = Net(lambda m, x: m.out(m.third(torch.stack([m.a(x), m.b(x)], 1).relu())))
+    report = approximate(model, seed=0)
+    shapes = []
+    model.third.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    for _ in range(3):
+        resample(model)
+        model(torch.randn(12, 16)).sum().backward()
+    assert shapes == [(12, 2, 32)] * 3 and not report["third"].site.draws.uses
+    assert "fewer than 1,000,000" in report["third"].skipped
+
+
 def test_the_report_names_the_stack_before_a_dropout():
-    model, _, report = converted(lambda m, x: m.out(m.third(torch.stack([m.a(x), m.b(x)], 1).relu())))
+    function = lambda m, x: m.out(m.third(torch.stack([m.a(x), m.b(x), x.new_ones(12, 32)], 1).relu()))  # noqa: E731
+    model, _, report = converted(function)
     step(model, 12)
     assert "a is read whole by stack; b is read whole by stack" in report["third"].skipped
 
