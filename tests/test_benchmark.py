@@ -53,6 +53,25 @@ def test_one_table_with_every_contender_and_a_csv_that_grows(tmp_path, capsys):
     assert len(recorded) == 2 * len(names) + 2 * (3 + len(patterns))
 
 
+def test_each_number_of_orders_is_a_contender(monkeypatch):
+    made = {}
+    make = contenders.contender
+
+    def contender(workload, name, *args, **options):
+        step = make(workload, name, *args, **options)
+        made.setdefault((options.get("orders"), options.get("group_rows")), step)
+        return step
+
+    monkeypatch.setattr(contenders, "contender", contender)
+    arguments = [*MLP[:-2], "0.5", "--pattern", "row", "--baseline", "--orders", "4", "--group-rows", "12", "3"]
+    rows = main(arguments)
+    assert [row["contender"] for row in rows] == ["conventional", "row, group_rows 12", "row, group_rows 3"]
+    orders = {
+        key: {site.last_patterns[0].n_orders for site in step.report.sites} for key, step in made.items() if key[0]
+    }
+    assert orders == {(4, 12): {1}, (4, 3): {4}}  # 24 rows in two groups for each order
+
+
 def test_lstm_and_profile(capsys):
     arguments = ["lstm", "--hidden", "64", "--steps", "5", "--batch", "4", "--vocabulary", "50", "--min-gain", "0"]
     rows = main([*arguments, *SMALL, "--profile", "--recurrent"])

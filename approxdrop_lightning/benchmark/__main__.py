@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fallback-random", action="store_true",
                         help="compiled code uses PyTorch's random numbers instead of inductor's")  # fmt: skip
     parser.add_argument("--recurrent", action="store_true", help="drop the LSTM's recurrent inputs too")
-    parser.add_argument("--orders", type=int, help="see ApproxDropout")
-    parser.add_argument("--group-rows", type=int, help="see ApproxDropout")
+    parser.add_argument("--orders", type=int, nargs="+", help="see ApproxDropout; a contender for each")
+    parser.add_argument("--group-rows", type=int, nargs="+", help="see ApproxDropout; a contender for each")
     parser.add_argument("--min-gain", type=int, help="see ApproxDropout")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
@@ -126,22 +127,20 @@ def _workload(kind: str, options: argparse.Namespace) -> Workload:
 
 def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Time all contenders for one workload and rate; return their rows."""
-    given = ("orders", "group_rows", "min_gain", "recurrent")
-    settings = {key: value for key in given if (value := getattr(options, key)) is not None}
     torch.compiler.reset()  # networks of one class share a limit of graphs, those of the rate before as well
     steps = {"conventional": contenders.contender(workload, "conventional", rate, options.seed)}
     for name in dict.fromkeys([*options.baseline, *(["compiled"] if options.compile else [])]):
         if name in ("sliced", "sliceout") and workload.sliced is None:
             continue
         steps[name] = contenders.contender(workload, name, rate, options.seed)
-    for pattern in options.pattern:
+    for pattern, (name, settings) in product(options.pattern, _settings(options)):
         for backend in options.backend:
             step = contenders.contender(workload, pattern, rate, options.seed, backend=backend, **settings)
             if options.dtype in ("float32", "float64") and not options.tf32:
                 contenders.verify(step, rate, options.seed, backend=backend, **settings)
-            steps[pattern if backend == "auto" else f"{pattern} ({backend})"] = step
+            steps[pattern + name if backend == "auto" else f"{pattern}{name} ({backend})"] = step
         if options.compile and PATTERNS[pattern].get("pattern", "row") == "row":
-            steps[f"{pattern}, compiled"] = _compiled(workload, pattern, rate, options, settings)
+            steps[f"{pattern}{name}, compiled"] = _compiled(workload, pattern, rate, options, settings)
     for step in steps.values():
         if step.compiled:
             step.compile_all()
@@ -171,6 +170,18 @@ def _compare(workload: Workload, rate: float, options: argparse.Namespace) -> li
         if options.profile:
             print(f"\n{workload.name}, rate {rate:g}: {name}\n{measure.where_time_goes(step)}")
     return rows
+
+
+def _settings(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """Options of the contenders, and what distinguishes their names."""
+    common = {key: value for key in ("min_gain", "recurrent") if (value := getattr(options, key)) is not None}
+    several = {key: values for key in ("orders", "group_rows") if (values := getattr(options, key)) is not None}
+    found = []
+    for values in product(*several.values()):
+        own = dict(zip(several, values, strict=True))
+        names = (f", {key} {value}" for key, value in own.items() if len(several[key]) > 1)
+        found.append(("".join(names), common | own))
+    return found
 
 
 def _compiled(
