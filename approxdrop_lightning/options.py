@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, get_type_hints
 
 from approxdrop_lightning.distribution import CONCENTRATION, KEEP, MAX_DP, PatternDistribution, check_rate
 from approxdrop_lightning.ops.backend import check_backend
-from approxdrop_lightning.patterns.sampler import PatternSampler
+from approxdrop_lightning.patterns.sampler import PatternSampler, fewest_rows
 from approxdrop_lightning.policy import Policy
 
 PATTERNS = ("row", "tile", "dropconnect")
@@ -50,9 +50,11 @@ class Options:
         interleave: Whether the rows of a batch take the cells of a pattern in turn; otherwise they share one mask.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
         orders: Most orders of the units that the rows of a batch take in turn, >= 1: more of them make the gradient
-            less noisy. Small batches have fewer, and samples below rate .5 one. Needs ``interleave`` and ``shuffle``.
+            less noisy. Small batches have fewer. None: 32 for samples, 8 for sequences. Needs ``interleave`` and
+            ``shuffle``.
         group_rows: Fewest rows that several orders may leave a group, >= 1. Fewer rows make more masks, which high
-            rates and learning rates want; more rows make faster products.
+            rates and learning rates want; more rows make faster products. None: 8 at rate .5,
+            more below and fewer above, in proportion to ``(1 - rate) / rate``.
         max_dp: Largest period, an integer >= 1 and at least ``1 / (1 - rate)``.
         keep: ``"one"`` cell of ``dp``, as in the paper, or ``"any"`` number.
         concentration: 0: the most random distribution (the paper's); large: the dropped share hardly varies.
@@ -77,8 +79,8 @@ class Options:
     backend: str = "auto"
     interleave: bool = True
     shuffle: bool = True
-    orders: int = 8
-    group_rows: int = 8
+    orders: int | None = None
+    group_rows: int | None = None
     max_dp: int = MAX_DP
     keep: str = KEEP
     concentration: float = CONCENTRATION
@@ -124,10 +126,11 @@ class Options:
         check_choice("pattern", self.pattern, PATTERNS)
         check_choice("scale", self.scale, ("rate", "dp"))
         least = {"block_size": 1, "orders": 1, "group_rows": 1, "tile_size": 1}
-        optional = ("min_gain", "min_features", "min_multiplies", "min_hidden")
-        least |= {name: 0 for name in optional if getattr(self, name) is not None}
+        least |= dict.fromkeys(("min_gain", "min_features", "min_multiplies", "min_hidden"), 0)
         for name, low in least.items():
             value = getattr(self, name)
+            if value is None and getattr(Options, name) is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
         for name in ("interleave", "shuffle", "recurrent", "pattern_everywhere"):
@@ -167,7 +170,7 @@ class Options:
             rank=rank,
             tile_size=self.tile_size,
             orders=self.orders,
-            group_rows=self.group_rows,
+            group_rows=fewest_rows(rate) if self.group_rows is None else self.group_rows,
         )
 
 

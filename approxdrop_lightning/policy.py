@@ -45,8 +45,8 @@ class Thresholds:
         features: Fewest units of a dropout.
         side: Fewest rows and columns of a weight whose tiles are dropped.
         hidden: Smallest hidden size of an LSTM that reads interleaved inputs by a recurrence of our own.
-        sequence: Fewest units of a dropout of sequences below rate .5, where most units are kept. Narrower ones gain
-            little time, and cost quality (docs/results.md, Transformers).
+        sequence: Fewest units of a dropout of sequences, but for those of networks with an LSTM from rate .5 on.
+            Narrower ones gain little time, and cost quality (docs/results.md, Transformers).
     """
 
     saved: int
@@ -89,12 +89,15 @@ class Thresholds:
             return f"a side of {min(shape)} is too short to gain (below {self.side})"
         return _too_few(saved, self.saved_tiles)
 
-    def units(self, n: int, most_of_sequences: bool = False) -> str | None:
-        """A dropout of ``n`` units; ``most_of_sequences``: of sequences, by patterns that keep most of them."""
+    def units(self, n: int, of_sequences: bool = False) -> str | None:
+        """A dropout of ``n`` units; ``of_sequences``: which gains for wide sequences only."""
         if n < self.features:
             return f"{n} features are too few to gain (fewer than {self.features})"
-        if most_of_sequences and n < self.sequence:
-            return f"{n} features of sequences are too few to gain below rate .5 (fewer than {self.sequence})"
+        if of_sequences and n < self.sequence:
+            return (
+                f"{n} features of sequences are too few to gain (fewer than {self.sequence}; "
+                f"from rate .5 on, in networks with an LSTM, {self.features})"
+            )
         return None
 
     def recurrence(self, hidden: int) -> str | None:

@@ -78,10 +78,20 @@ def test_fields_and_defaults_agree():
 def test_a_checkpoint_of_another_rule_of_orders_says_so():
     saved = {"orders": 8, "max_dp": 10}
     with pytest.warns(UserWarning, match="several orders of the units for sequences only"):
-        check_same_sequence(saved, Options())
-    check_same_sequence(saved | {"group_rows": 8}, Options())
+        check_same_sequence(saved, Options(orders=8))
+    check_same_sequence(saved | {"group_rows": 8}, Options(orders=8, group_rows=8))
     with pytest.raises(ValueError, match="group_rows was 16, now it is 8"):
-        check_same_sequence(saved | {"group_rows": 16}, Options())
+        check_same_sequence(saved | {"group_rows": 16}, Options(orders=8, group_rows=8))
+
+
+def test_groups_have_fewer_rows_at_high_rates():
+    options = Options(concentration=float("inf"))
+    rows = {rate: options.sampler(rate, 0).group_rows for rate in (0.3, 0.5, 0.6, 0.7)}
+    assert rows == {0.3: 19, 0.5: 8, 0.6: 6, 0.7: 4}
+    assert Options(group_rows=6).sampler(0.7, 0).group_rows == 6
+    pattern = options.sampler(0.75, 0).pattern(1024, leading_shape=(128,))  # four groups in each order
+    assert (pattern.n_groups, pattern.n_orders) == (40, 10)
+    assert {options.sampler(0.5, 0).pattern(64, leading_shape=x).n_orders for x in ((4096,), (64, 64))} == {8, 32}
 
 
 def test_a_checkpoint_with_fewer_orders_in_narrow_layers_says_so():
@@ -92,7 +102,13 @@ def test_a_checkpoint_with_fewer_orders_in_narrow_layers_says_so():
 def test_the_guide_lists_every_option_with_its_default():
     text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `(\w+)` \| `?([^`|]+?)`? \|", text, re.MULTILINE))
-    words = {"rate": "the model's", "seed": "that of the run", "min_gain": "measured"}  # for None
+    words = {
+        "rate": "the model's",
+        "seed": "that of the run",
+        "min_gain": "measured",
+        "group_rows": "by rate",
+        "orders": "by shape",
+    }  # for None
     for name, value in defaults(CallbackOptions).items():
         written = words[name] if value is None else f"{value:g}" if isinstance(value, float) else str(value)
         assert listed.get(name) in (written, written.lower()), name

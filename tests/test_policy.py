@@ -50,7 +50,7 @@ def test_each_question_has_a_threshold_of_its_own(monkeypatch):
         assert answer(least - 1) == f"{least - 1} multiplies saved are too few to gain (fewer than {least})"
     assert ask.units(5) is None and ask.units(4) == "4 features are too few to gain (fewer than 5)"
     assert ask.recurrence(6) is None and "hidden size 5" in ask.recurrence(5)
-    assert ask.units(8, most_of_sequences=True) is None and "7 features" in ask.units(7, most_of_sequences=True)
+    assert ask.units(8, of_sequences=True) is None and "7 features" in ask.units(7, of_sequences=True)
     assert ask.tiles((5, 9), 30) is None
     assert "a side of 4" in ask.tiles((4, 9), 30) and "29 multiplies" in ask.tiles((5, 9), 29)
     for saved, lstm, tiles, gains in ((10, False, False, True), (9, True, False, False), (29, False, True, False)):
@@ -62,7 +62,7 @@ def test_each_question_has_a_threshold_of_its_own(monkeypatch):
 @pytest.mark.parametrize("least", [0, 1000])
 def test_min_gain_is_all_that_counts_if_it_is_given(least):
     ask = Options(min_gain=least).policy.at(CPU, torch.float32)
-    assert ask.units(1, most_of_sequences=True) is ask.recurrence(1) is ask.together([0], whole=9) is None
+    assert ask.units(1, of_sequences=True) is ask.recurrence(1) is ask.together([0], whole=9) is None
     for answer in (ask.product, ask.lstm, ask.compiled, lambda saved: ask.tiles((1, 1), saved)):
         assert answer(least) is None and (not least or answer(least - 1) is not None)
 

@@ -273,7 +273,7 @@ class Book:
         if sampler.interleave and sampler.shuffle and layout.groups > 1:
             # The number of orders must not depend on the width, so that the groups of all layers line up.
             least = max(sampler.group_rows, site.policy.at(device, torch.get_default_dtype()).group_rows_compiled)
-            orders = sampler.n_orders(layout.groups, 2 * keep > dp, leading, least)
+            orders = sampler.n_orders(layout.groups, leading, least)
             layout = layout._replace(orders=orders)
         rows_taken = rows_of(layout.all_groups, leading)
         key = (site, number, layout, rows_taken, pair, device)

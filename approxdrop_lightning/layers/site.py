@@ -183,8 +183,8 @@ class Site:
 
     def too_narrow(self, ask: Thresholds, shape: tuple[Any, ...]) -> str | None:
         """Why an input of this shape has too few units for anything to be skipped; None if it has not."""
-        keeps_most = self.rate < 0.5 and self.sampler.interleave
-        return ask.units(shape[-1], most_of_sequences=keeps_most and len(shape) > 2)
+        wide = self.sampler.interleave and (self.rate < 0.5 or not self.beside_lstm)
+        return ask.units(shape[-1], of_sequences=wide and len(shape) > 2)
 
     def _against(self, ask: Thresholds, shape: tuple[int, ...]) -> str | None:
         """Why nothing is skipped of an input of this shape, whoever reads it; None if that depends."""

@@ -37,6 +37,15 @@ def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
     return tile_size
 
 
+def fewest_rows(rate: float) -> int:
+    """Fewest rows that several orders should leave a group: 8 at rate .5, 19 at .3, 4 at .7.
+
+    With 8 rows at .5 and 4 at .7 the quality is that of conventional dropout (docs/results.md, Orders). The variance
+    of a kept value, scaled, is ``rate / (1 - rate)`` times its square, so the number of masks is in proportion.
+    """
+    return math.ceil(8 * (1 - rate) / max(rate, 0.01) - 1e-9)
+
+
 class PatternSampler:
     """Draws patterns. Holds the only random state of the package; the global generator is never used.
 
@@ -53,7 +62,8 @@ class PatternSampler:
         seed: Seed of the private generator, any integer; reduced modulo 2**64.
         rank: Rank of this process. Processes with the same seed draw the same ``(dp, keep)`` at each step, so that
             none waits for another, but different patterns.
-        orders: Maximum number of orders of the units that the rows of a batch alternate between, >= 1; see
+        orders: Maximum number of orders of the units that the rows of a batch alternate between, >= 1; None: 32 for
+            samples (a single leading dimension) and 8 for sequences, as measured (docs/results.md, Orders). See
             :meth:`pattern`. Ignored unless both ``interleave`` and ``shuffle`` are set.
         group_rows: Minimum number of rows per group with several orders, >= 1. It does not depend on the
             number of units: a product between two layers skips on both sides if both have the same groups.
@@ -69,7 +79,7 @@ class PatternSampler:
         seed: int = 0,
         rank: int = 0,
         tile_size: int = 32,
-        orders: int = 1,
+        orders: int | None = 1,
         group_rows: int = 8,
     ) -> None:
         self.distribution = distribution
@@ -111,9 +121,8 @@ class PatternSampler:
         """Draw a pattern of ``n`` units with the step's ``(dp, keep)``; if ``shared``, the same for all rows.
 
         An interleaved pattern has as many orders of the units as possible such that each group has at least
-        ``group_rows`` rows of the batch, between one and ``orders``. Batches of samples (a single leading
-        dimension) that keep most units use one order; docs/results.md shows the benefit of several. ``group_rows`` is
-        what the device asks for: a group then has that many rows if there are several orders.
+        ``group_rows`` rows of the batch, between one and ``orders``; docs/results.md shows the benefit of several.
+        ``group_rows`` is what the device asks for: a group then has that many rows if there are several orders.
         """
         interleave = self.interleave and not shared
         if self.keep == self.dp:
@@ -126,25 +135,23 @@ class PatternSampler:
         order = torch.randperm(n_blocks, generator=self._patterns, device="cpu")
         pattern = RowPattern.unchecked(n, self.dp, offset, self.keep, interleave, order, block_size)
         least = max(group_rows, self.group_rows)
-        orders = self.n_orders(pattern.n_groups, pattern.overlaps, leading_shape, least) if interleave else 1
+        orders = self.n_orders(pattern.n_groups, leading_shape, least) if interleave else 1
         if orders < 2:
             return pattern
         further = [torch.randperm(n_blocks, generator=self._patterns, device="cpu") for _ in range(orders - 1)]
         return pattern.reordered(torch.stack([order, *further]))
 
-    def n_orders(self, n_groups: int, overlaps: bool, leading_shape: tuple[int, ...], least: int) -> int:
+    def n_orders(self, n_groups: int, leading_shape: tuple[int, ...], least: int) -> int:
         """Number of orders of the units that the rows of a batch alternate between; see :meth:`pattern`.
 
         Args:
             n_groups: Number of groups in one order.
-            overlaps: Whether the kept units of different groups overlap.
             leading_shape: Shape of the batch.
             least: Minimum number of rows per group.
         """
-        if len(leading_shape) == 1 and overlaps:
-            return 1  # samples that keep most units do not benefit from several (docs/results.md)
         rows = math.prod(leading_shape) if leading_shape else 0
-        return max(1, min(self.orders, rows // (n_groups * least)))
+        most = (32 if len(leading_shape) == 1 else 8) if self.orders is None else self.orders
+        return max(1, min(most, rows // (n_groups * least)))
 
     def tiles(self, n_out: int, n_in: int) -> TilePattern:
         """Draw a pattern of a weight ``[n_out, n_in]`` with the step's ``(dp, keep)``."""

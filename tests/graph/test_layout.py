@@ -143,7 +143,7 @@ def test_a_batch_has_as_many_orders_as_in_eager_mode(leading, rate, options):
         layout = book.use(site, 0, n, leading, book.pair(site), torch.device("cpu")).layout
         assert (layout.orders, layout.all_groups) == (expected.n_orders, expected.n_groups)
     if leading == (128,) and not options:
-        assert expected.n_orders == {0.3: 1, 0.5: 8, 0.7: 5}[rate]
+        assert expected.n_orders == {0.3: 3, 0.5: 8, 0.7: 10}[rate]
     restore(model)
 
 

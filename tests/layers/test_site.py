@@ -40,10 +40,15 @@ def test_rows_of_large_batches_take_several_orders():
         assert pattern.n_orders >= expected if expected > 1 else pattern.n_orders == 1
 
 
-@pytest.mark.parametrize(("rate", "hidden", "masked"), [(0.3, 256, True), (0.3, 320, False), (0.7, 256, False)])
-def test_narrow_sequences_that_keep_most_are_not_worth_skipping(rate, hidden, masked, monkeypatch):
+@pytest.mark.parametrize(
+    ("rate", "hidden", "reader", "masked"),
+    [(0.3, 256, "LSTM", True), (0.3, 320, "LSTM", False), (0.7, 256, "LSTM", False), (0.7, 256, "Linear", True),
+     (0.7, 320, "Linear", False)],
+)  # fmt: skip
+def test_narrow_sequences_are_not_worth_skipping(rate, hidden, reader, masked, monkeypatch):
+    """From rate .5 on, they are in networks with an LSTM."""
     set_thresholds(monkeypatch, sequence=300)
-    model = nn.ModuleList([nn.Dropout(rate), nn.LSTM(hidden, 8)])
+    model = nn.ModuleList([nn.Dropout(rate), getattr(nn, reader)(hidden, 8)])
     report = approximate(
         model, seed=0, pattern_everywhere=True, concentration=float("inf")
     )  # always (10, 7) or (10, 3)
@@ -53,5 +58,5 @@ def test_narrow_sequences_that_keep_most_are_not_worth_skipping(rate, hidden, ma
     model[1](dropped)[0].sum().backward()
     assert model[0].last_patterns[0].n_orders > 1
     assert isinstance(dropped, CompactTensor) != masked
-    assert ("too few to gain below rate .5" in str(report)) == masked
+    assert ("features of sequences are too few to gain (fewer than 300" in str(report)) == masked
     assert (dropped == 0).float().mean() == pytest.approx(rate, abs=0.01)

@@ -227,9 +227,7 @@ def test_large_batches_take_several_orders_of_the_units_in_turn():
     assert sampler.pattern(64, leading_shape=(32,)).n_orders == 2  # samples alternate between orders as words do
     assert sampler.pattern(64).n_orders == 1  # the batch is unknown
     most = make(0.3, 10, "any", float("inf"), interleave=True, shuffle=True, block_size=16, orders=8)
-    assert (
-        most.pattern(1024, leading_shape=(4096,)).n_orders == 1 < most.pattern(1024, leading_shape=(64, 64)).n_orders
-    )
+    assert {most.pattern(1024, leading_shape=shape).n_orders for shape in ((4096,), (64, 64))} == {8}
     fewer = make(0.5, gamma=float("inf"), interleave=True, shuffle=True, block_size=16, orders=8, group_rows=16)
     assert fewer.pattern(128, leading_shape=(128,)).n_orders == 4
     a = sampler.pattern(64, leading_shape=(100, 100))
