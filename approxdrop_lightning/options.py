@@ -50,8 +50,8 @@ class Options:
         interleave: Whether the rows of a batch take the cells of a pattern in turn; otherwise they share one mask.
         shuffle: Whether units are permuted, anew for each pattern, before they are divided into cells.
         orders: Most orders of the units that the rows of a batch take in turn, >= 1: more of them make the gradient
-            less noisy. Small batches have fewer. None: 32 for samples, 8 for sequences. Needs ``interleave`` and
-            ``shuffle``.
+            less noisy. Small batches have fewer. None: 8 for sequences, 16 for samples, and up to 32 for these in
+            large batches (64 rows and more in a group). Needs ``interleave`` and ``shuffle``.
         group_rows: Fewest rows that several orders may leave a group, >= 1. Fewer rows make more masks, which high
             rates and learning rates want; more rows make faster products. None: 8 at rate .5,
             more below and fewer above, in proportion to ``(1 - rate) / rate``.

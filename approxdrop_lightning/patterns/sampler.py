@@ -37,6 +37,10 @@ def fitting_tile_size(n_out: int, n_in: int, dp: int, tile_size: int) -> int:
     return tile_size
 
 
+#: Rows of a group from which on further orders cost little time.
+_MANY_ROWS = 64
+
+
 def fewest_rows(rate: float) -> int:
     """Fewest rows that several orders should leave a group: 8 at rate .5, 19 at .3, 4 at .7.
 
@@ -62,8 +66,9 @@ class PatternSampler:
         seed: Seed of the private generator, any integer; reduced modulo 2**64.
         rank: Rank of this process. Processes with the same seed draw the same ``(dp, keep)`` at each step, so that
             none waits for another, but different patterns.
-        orders: Maximum number of orders of the units that the rows of a batch alternate between, >= 1; None: 32 for
-            samples (a single leading dimension) and 8 for sequences, as measured (docs/results.md, Orders). See
+        orders: Maximum number of orders of the units that the rows of a batch alternate between, >= 1; None: 8 for
+            sequences, 16 for samples (a single leading dimension), and up to 32 for these if groups of 64 rows
+            remain, as measured (docs/results.md, Orders). See
             :meth:`pattern`. Ignored unless both ``interleave`` and ``shuffle`` are set.
         group_rows: Minimum number of rows per group with several orders, >= 1. It does not depend on the
             number of units: a product between two layers skips on both sides if both have the same groups.
@@ -150,7 +155,9 @@ class PatternSampler:
             least: Minimum number of rows per group.
         """
         rows = math.prod(leading_shape) if leading_shape else 0
-        most = (32 if len(leading_shape) == 1 else 8) if self.orders is None else self.orders
+        most = self.orders
+        if most is None:
+            most = 8 if len(leading_shape) != 1 else max(16, min(32, rows // (n_groups * _MANY_ROWS)))
         return max(1, min(most, rows // (n_groups * least)))
 
     def tiles(self, n_out: int, n_in: int) -> TilePattern:
