@@ -14,6 +14,9 @@ from approxdrop_lightning.graph.rules import rule_for
 from approxdrop_lightning.graph.rules.pointwise import Cast, Pointwise, Prelu
 from approxdrop_lightning.graph.rules.rule import is_tensor, shape, tensors, value
 
+#: A node, and the function that takes its value out of that of a whole.
+Part = tuple[Node, Callable[[Tensor], Tensor]]
+
 
 class Chains:
     """Finds and copies chains of one graph.
@@ -72,6 +75,20 @@ class Chains:
         new.meta = dict(node.meta)
         new.meta["example_value"] = of(value(node))
         return new
+
+    def split(self, node: Node, chain: Sequence[Node], parts: Sequence[Part]) -> list[Node]:
+        """New nodes like one that reads a chain: for each part, one that reads the chain of that part.
+
+        Args:
+            node: The node.
+            chain: The functions that its first argument is made by, the last one first.
+            parts: What the nodes are to be made of, each with the function that takes it out of the whole.
+        """
+        found = []
+        with self.graph.inserting_before(node):
+            for part, of in parts:
+                found.append(self.like(node, (self.through(chain, part, of), *node.args[1:]), of))
+        return found
 
     def erase_unread(self, nodes: Sequence[Node]) -> None:
         """Erase those of some nodes that nothing reads; each of them after what reads it."""

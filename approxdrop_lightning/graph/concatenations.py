@@ -69,11 +69,8 @@ class Concatenations:
         """
         chain, cat = self.chains.back(drop.args[0], _CAT, _joins_units)
         assert cat is not None
-        found = []
+        found = self.chains.split(drop, chain, [(part, _of(units)) for part, units in _units(cat)])
         with self.graph.inserting_before(drop):
-            for part, units in _units(cat):
-                x = self.chains.through(chain, part, _of(units))
-                found.append(self.chains.like(drop, (x, *drop.args[1:]), _of(units)))
             joined = self.chains.like(drop, (found, -1), target=torch.cat)
         drop.replace_all_uses_with(joined)
         for node in (drop, *chain, cat):

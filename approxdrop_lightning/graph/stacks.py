@@ -74,12 +74,10 @@ class _Stacks:
         layers = self._layers_before(stack)
         if not layers or not gains(drop, sum(map(multiplies, layers))):
             return
-        parts, dim, found = parts_of(stack), _dim(stack), list[Node]()
+        dim = _dim(stack)
+        parts = [(part, partial(torch.select, dim=dim, index=i)) for i, part in enumerate(parts_of(stack))]
+        found = self.chains.split(drop.node, chain, parts)
         with self.graph.inserting_before(drop.node):
-            for i, part in enumerate(parts):
-                of = partial(torch.select, dim=dim, index=i)
-                x = self.chains.through(chain, part, of)
-                found.append(self.chains.like(drop.node, (x, *drop.node.args[1:]), of))
             whole = self.chains.like(drop.node, (found, dim), target=torch.stack)
         drop.node.replace_all_uses_with(whole)
         del self.dropouts.drops[drop.node]
